@@ -1,0 +1,289 @@
+"""YAML to settings: the schema of a run, and errors that say where and what to do.
+
+Classes that can be chosen by a config (task families, encoders, algorithms) carry their own
+settings as a nested ``Config``; a config names them by import path or short name (`Component`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+SHORT_NAMES: dict[str, dict[str, str]] = {
+    "tasks": {
+        "bandit": "dmrl_ray.envs.bandit:Bandit",
+        "tabular_mdp": "dmrl_ray.envs.tabular_mdp:TabularMDP",
+        "grid_nav": "dmrl_ray.envs.grid_nav:GridNav",
+        "point_goal": "dmrl_ray.envs.point_goal:PointGoal",
+        "cartpole": "dmrl_ray.envs.cartpole:CartPole",
+        "gym": "dmrl_ray.envs.gym_env:GymEnv",
+    },
+    "network": {"actor_critic": "dmrl_ray.networks:ActorCritic"},
+    "encoder": {
+        "mlp": "dmrl_ray.networks:MLP",
+        "cnn": "dmrl_ray.networks:CNN",
+        "lstm": "dmrl_ray.networks:LSTM",
+        "gru": "dmrl_ray.networks:GRU",
+    },
+    "algorithm": {
+        "ppo": "dmrl_ray.algorithms.ppo:PPO",
+        "rl2": "dmrl_ray.algorithms.rl2:RL2",
+        "maml": "dmrl_ray.algorithms.maml:MAML",
+    },
+}
+"""Short names of the built-in classes, by the setting they stand under."""
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _count(value: object) -> object:
+    """``1e6``, ``1_000_000``, ``2M`` and ``50k`` are whole numbers too."""
+    if isinstance(value, str):
+        text = value.strip().replace("_", "")
+        factor = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1.0)
+        try:
+            number = float(text[:-1] if factor != 1.0 else text) * factor
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else value
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+"""A whole number; YAML may write it as 1e6, 1_000_000, 2M or 50k."""
+
+
+class Component(BaseModel):
+    """A class chosen by the config, and its settings: ``{type: maml, inner_lr: 0.1}``.
+
+    ``type`` is a short name from `SHORT_NAMES` or an import path ``module:Class``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+
+    def load(self) -> Any:
+        """Import the class.
+
+        Raises:
+            ValueError: the name is unknown or the import fails, with what was probably meant.
+        """
+        path = self.type
+        for names in SHORT_NAMES.values():
+            path = names.get(path, path)
+        module, _, name = path.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @cached_property
+    def settings(self) -> Any:
+        """The settings, validated by the class's own ``Config``."""
+        return self.load().Config.model_validate(self.model_extra or {})
+
+
+class RolloutSettings(Settings):
+    """What is rolled out in one iteration. These settings change results; `workers` does not."""
+
+    shards: int = Field(default=2, ge=1)
+    """Units of work: each has its own environments and random streams. At most this many workers
+    are busy."""
+
+    num_envs: int = Field(default=64, ge=1)
+    """Environment columns per shard."""
+
+
+class WorkerSettings(Settings):
+    """Rollout workers. Their number changes the speed of a run, never its result."""
+
+    num: int = Field(default=2, ge=0)
+    """Ray actors that roll out; 0 runs everything in this process, without Ray."""
+
+    deadline_s: float = Field(default=60.0, gt=0)
+    """A worker that has not answered after max(this, 5 x the median answer) is replaced."""
+
+    max_failures: int = Field(default=100, ge=0)
+    """Workers lost in one run before it stops."""
+
+
+class LearnerSettings(Settings):
+    """Learners: they train the policy."""
+
+    num: int = Field(default=1, ge=1)
+    """Learner actors; gradients are averaged over them."""
+
+    threads: int = Field(default=2, ge=1)
+    """Torch threads of each learner. Part of the result: it changes the last bits."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+
+
+class CommitSettings(Settings):
+    """When a run is made durable."""
+
+    every_s: float = Field(default=10.0, ge=0)
+    """Seconds between commits inside a job; the end of a job is always committed."""
+
+    every_updates: Count | None = Field(default=None, ge=1)
+    """Instead of seconds: a commit after this many updates."""
+
+    keep: int = Field(default=3, ge=2)
+    """Commits whose checkpoints are kept on disk."""
+
+
+class Training(Settings):
+    """Settings shared by the stages that train."""
+
+    algorithm: Component | None = None
+    """Instead of the run's algorithm."""
+
+    network: Component | None = None
+    """Instead of the run's network."""
+
+    rollout: RolloutSettings | None = None
+    """Instead of the run's rollout."""
+
+    max_policy_lag: int = Field(default=0, ge=0)
+    """Updates that the acting policy may be behind the learner; 0 is synchronous and exact."""
+
+
+class Pretrain(Training):
+    """Train one policy on the training tasks; keep the best on the validation tasks."""
+
+    type: Literal["pretrain"] = "pretrain"
+
+    env_steps: Count = Field(ge=1)
+    """Environment steps to train for."""
+
+    validate_every: int = Field(default=20, ge=1)
+    """Updates between evaluations on the validation split."""
+
+    validation_tasks: Count = Field(default=128, ge=1)
+    """Tasks in each of those evaluations, always the same ones."""
+
+    init_from: str | None = None
+    """Name of an earlier stage whose weights to start from."""
+
+
+class Finetune(Training):
+    """Specialise a pretrained policy to held-out tasks, one job for each, side by side."""
+
+    type: Literal["finetune"] = "finetune"
+
+    init_from: str
+    """Name of the stage whose policy is fine-tuned."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of that stage's checkpoints."""
+
+    split: Literal["validation", "test"] = "test"
+    """Tasks to specialise to."""
+
+    tasks: Count = Field(default=16, ge=1)
+    """Number of tasks, hence of jobs."""
+
+    updates: int = Field(default=3, ge=1)
+    """Updates on each task; the return before update n is reported as shot n."""
+
+    trainable: tuple[str, ...] = ("",)
+    """Prefixes of the parameter names that move; the rest is frozen. ``[""]`` is everything,
+    ``["policy_head", "value_head"]`` the heads only."""
+
+
+class Adapt(Settings):
+    """Meet a stream of tasks that change without notice, and keep adapting."""
+
+    type: Literal["adapt"] = "adapt"
+
+    init_from: str
+    """Name of the stage whose policy meets the stream."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of that stage's checkpoints."""
+
+    split: Literal["validation", "test"] = "test"
+    """Tasks in the streams."""
+
+    streams: Count = Field(default=64, ge=1)
+    """Independent streams of tasks."""
+
+    tasks_per_stream: int = Field(default=3, ge=1)
+    """Tasks in each stream, one after the other."""
+
+    episodes_per_task: int = Field(default=4, ge=1)
+    """Episodes between changes; the agent is not told."""
+
+    optimizer: Literal["none", "sgd", "adamw"] = "none"
+    """none: the policy's memory alone adapts; else a gradient step after every round."""
+
+    lr: float = Field(default=0.1, gt=0)
+    """Step size of those steps."""
+
+    episodes_per_update: int = Field(default=1, ge=1)
+    """Episodes in a round: parallel copies of the task that a gradient step averages over."""
+
+    trainable: tuple[str, ...] = ("",)
+    """Prefixes of the parameter names that the gradient steps move."""
+
+
+class Evaluate(Settings):
+    """Run a policy on held-out tasks, without learning across them."""
+
+    type: Literal["evaluate"] = "evaluate"
+
+    init_from: str
+    """Name of the stage whose policy is evaluated."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of that stage's checkpoints."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    """Tasks to evaluate on."""
+
+    tasks: Count = Field(default=256, ge=1)
+    """Number of tasks."""
+
+    trials: int = Field(default=1, ge=1)
+    """Trials on each task."""
+
+    greedy: bool = True
+    """Take the most probable action where the algorithm does not need to explore by chance."""
+
+
+Stage = Annotated[Pretrain | Finetune | Adapt | Evaluate, Field(discriminator="type")]
+
+
+class RunConfig(Settings):
+    """Everything that defines a run."""
+
+    name: str = Field(default="run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
+    """Names the run folder, together with the time."""
+
+    seed: int = Field(default=0, ge=0)
+    """Fixes every random number of the run."""
+
+    tasks: Component
+    """The task family."""
+
+    network: Component = Component(type="actor_critic")
+    """The policy network."""
+
+    algorithm: Component = Component(type="ppo")
+    """The algorithm of stages that name none."""
+
+    rollout: RolloutSettings = RolloutSettings()
+    workers: WorkerSettings = WorkerSettings()
+    learners: LearnerSettings = LearnerSettings()
+    commit: CommitSettings = CommitSettings()
+
+    stages: dict[str, Stage] = Field(min_length=1)
+    """Stages by name, run in this order."""

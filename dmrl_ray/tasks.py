@@ -1,0 +1,105 @@
+"""The environment contract: a distribution of tasks and the vector environments that play them.
+
+An author of a task family writes one file with two classes: a `TaskVectorEnv`, which steps many
+columns at once, each on its own task, and a `TaskDistribution`, which says what varies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from dmrl_ray.config import Settings
+from dmrl_ray.types import Arrays, Reference, Split, Task
+
+
+class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
+    """B environment columns, stepped together, each on its own task.
+
+    * `set_tasks` takes effect at a column's next reset.
+    * Auto-reset is SAME_STEP: the step that ends an episode returns the first observation of the
+      next one, and the true successor in ``infos["final_obs"]`` (B, *obs_shape; rows of columns
+      that did not end are undefined).
+    * Continuous actions lie in [-1, 1]; the environment scales them.
+    * All randomness comes from ``self.np_random``; the caller sets it before a reset, so that an
+      episode is a function of (task, stream).
+    * ``infos["success"]`` (B,) bool, where a family knows success, is read at an episode's end.
+    """
+
+    state_fields: ClassVar[tuple[str, ...]] = ()
+    """Attributes, each an array (B, ...), that hold everything an open episode depends on, the
+    parameters of the columns' present tasks and those waiting for the next reset included."""
+
+    def __init__(
+        self, num_envs: int, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+    ):
+        self.num_envs = num_envs
+        self.single_observation_space = observation_space
+        self.single_action_space = action_space
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    @abstractmethod
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """One task per column, played from that column's next reset on."""
+
+    def get_state(self) -> Arrays:
+        """Copies of everything the open episodes depend on, the random stream excepted."""
+        return {name: np.array(getattr(self, name)) for name in self.state_fields}
+
+    def set_state(self, state: Arrays) -> None:
+        """Continue from `get_state`'s answer."""
+        for name in self.state_fields:
+            setattr(self, name, np.array(state[name]))
+
+
+class TaskDistribution(ABC):
+    """A family of tasks, split into train, validation and test."""
+
+    class Config(Settings):
+        """What a YAML file may set for this family."""
+
+    family: ClassVar[str]
+    """The name under which the family stands in tables, and its short name in configs."""
+
+    domain: ClassVar[str] = "core"
+    """core, game, robot, language or recommendation."""
+
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+
+    max_episode_steps: int
+    """Every episode ends after at most this many steps."""
+
+    episodes_per_trial: int = 1
+    """Episodes an agent lives through on one task; its memory survives their ends."""
+
+    fixed_length: bool = True
+    """True if every episode has exactly `max_episode_steps` steps."""
+
+    @abstractmethod
+    def __init__(self, config: Config) -> None: ...
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
+        """n tasks of a split; no task, and where held out no parameter, stands in two splits."""
+
+    @abstractmethod
+    def make_vec(self, num_envs: int) -> TaskVectorEnv:
+        """A vector environment whose columns play tasks of this family."""
+
+    def reference(self, task: Task) -> Reference | None:
+        """Expected random and oracle return per episode of a trial, or None where unknown."""
+        return None
+
+    @property
+    def trial_steps(self) -> int:
+        """Steps of the longest trial."""
+        return self.episodes_per_trial * self.max_episode_steps

@@ -1,0 +1,195 @@
+"""The data that travels between environments, workers, learners and tables.
+
+Axes: T time steps, B environment columns. Every per-step array is (T, B, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = Any
+"""``np.ndarray`` in a rollout worker, ``torch.Tensor`` in a learner."""
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+Arrays: TypeAlias = dict[str, np.ndarray]
+"""Named arrays: weights, optimiser state, the state of a shard."""
+
+State: TypeAlias = tuple[Array, ...]
+"""A policy's memory: leaves (B, ...); empty for policies without memory."""
+
+Columns: TypeAlias = dict[str, np.ndarray]
+"""Rows of a results table, column by column; all columns have one length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One MDP of a family.
+
+    Args:
+        id: unique within the run, and stable: the same parameters have the same id.
+        family: name of the task family.
+        split: which of the disjoint parts of the family it belongs to.
+        params: what the family's environment needs to become this task; numbers and arrays only.
+    """
+
+    id: str
+    family: str
+    split: Split
+    params: Mapping[str, float | np.ndarray]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain numbers, strings and lists."""
+        params = {k: np.asarray(v).tolist() for k, v in self.params.items()}
+        return {"id": self.id, "family": self.family, "split": self.split, "params": params}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, object]) -> Task:
+        """Inverse of `to_json`; lists become arrays."""
+        raw = record["params"]
+        assert isinstance(raw, Mapping)
+        params = {k: np.asarray(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(record["id"], record["family"], record["split"], params)  # type: ignore[arg-type]
+
+
+def task_id(split: Split, params: Mapping[str, float | np.ndarray]) -> str:
+    """A stable name for a task, made of its split and a checksum of its parameters."""
+    low, high = 0, 1
+    for key, value in params.items():
+        data = key.encode() + np.asarray(value).tobytes()
+        low, high = zlib.crc32(data, low), zlib.crc32(data, high ^ 0x9E3779B9)
+    return f"{split}-{high:08x}{low:08x}"
+
+
+def tasks_to_array(tasks: list[Task]) -> np.ndarray:
+    """Tasks as one string array, so that they can stand among the arrays of a checkpoint."""
+    return np.array(json.dumps([task.to_json() for task in tasks]))
+
+
+def tasks_from_array(array: np.ndarray) -> list[Task]:
+    """Inverse of `tasks_to_array`."""
+    return [Task.from_json(record) for record in json.loads(str(array))]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Both ends of a task's score, per episode of a trial.
+
+    Args:
+        random: (E,) expected return of uniformly random actions in each of the trial's episodes.
+        oracle: (E,) expected return of the best reference known.
+    """
+
+    random: np.ndarray
+    oracle: np.ndarray
+
+    def score(self, episode: np.ndarray, episode_return: np.ndarray) -> np.ndarray:
+        """0 where an episode's return equals the random policy's, 1 where the oracle's.
+
+        Episodes beyond the last of a trial are measured against the last.
+        """
+        index = np.minimum(episode, len(self.random) - 1)
+        low, high = self.random[index], self.oracle[index]
+        return np.asarray((episode_return - low) / (high - low))
+
+
+@dataclass
+class Rollout:
+    """T steps of B environment columns.
+
+    Made of NumPy arrays in a rollout worker and of tensors in a learner.
+    """
+
+    task_index: Array  # (B,) int, into the tasks of the trial; columns of one task are contiguous
+    policy_version: int  # Learner updates done before these actions were chosen.
+    shot: int  # Adaptation steps done before; 0 = not adapted.
+    obs: Array  # (T + 1, B, *obs_shape), the last row is what follows the last step
+    final_step: Array  # (N,) int, steps at which an episode ended ...
+    final_column: Array  # (N,) int, ... in these columns ...
+    final_obs: Array  # (N, *obs_shape), ... and the true successor there, before the auto-reset
+    action: Array  # (T, B, *action_shape)
+    reward: Array  # (T, B) float32
+    terminated: Array  # (T, B) bool
+    truncated: Array  # (T, B) bool
+    reset_state: Array  # (T, B) bool, policy state is zeroed before this step
+    log_prob: Array  # (T, B), under the policy that acted
+    value: Array  # (T, B), V(obs[t]) under the policy that acted
+    next_value: Array  # (T, B), V of the true successor; 0 where terminated
+    advantage: Array  # (T, B), set by the algorithm's collect
+    value_target: Array  # (T, B), set by the algorithm's collect
+    previous_action: Array  # (B, *action_shape), before step 0; -1 or 0 where there is none
+    previous_reward: Array  # (B,), before step 0
+    previous_done: Array  # (B,) bool, before step 0; True at the start of a trial
+    initial_state: State  # leaves (B, ...), policy state before step 0
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return int(self.reward.shape[0])
+
+    @property
+    def num_columns(self) -> int:
+        """B."""
+        return int(self.reward.shape[1])
+
+    def next_obs(self) -> Array:
+        """(T, B, *obs_shape): the true successors, also where an episode ended."""
+        following = (
+            self.obs[1:].copy() if isinstance(self.obs, np.ndarray) else self.obs[1:].clone()
+        )
+        following[self.final_step, self.final_column] = self.final_obs
+        return following
+
+    @staticmethod
+    def concatenate(rollouts: list[Rollout]) -> Rollout:
+        """Shards side by side along B, in the order given, copied into fresh arrays."""
+        first = rollouts[0]
+        merged: dict[str, Any] = {}
+        offset = np.cumsum([0] + [r.num_columns for r in rollouts])
+        tasks = np.cumsum([0] + [int(np.max(r.task_index)) + 1 for r in rollouts])
+        for field in fields(Rollout):
+            parts = [getattr(r, field.name) for r in rollouts]
+            if field.name in ("policy_version", "shot"):
+                continue
+            if field.name == "initial_state":
+                merged[field.name] = tuple(
+                    np.concatenate(leaf) for leaf in zip(*parts, strict=True)
+                )
+            elif field.name == "task_index":
+                merged[field.name] = np.concatenate(
+                    [p + n for p, n in zip(parts, tasks, strict=False)]
+                )
+            elif field.name == "final_column":
+                merged[field.name] = np.concatenate(
+                    [p + n for p, n in zip(parts, offset, strict=False)]
+                )
+            elif field.name.startswith(("final_", "previous_")):
+                merged[field.name] = np.concatenate(parts)
+            else:
+                merged[field.name] = np.concatenate(parts, axis=1)
+        return replace(first, **merged)
+
+
+@dataclass
+class Trial:
+    """What a shard's columns lived through, each on one task: the rollouts in order."""
+
+    tasks: list[Task]
+    rollouts: list[Rollout]
+
+
+def random_stream(seed: int, *key: int | str) -> np.random.Generator:
+    """The random stream that belongs to `key`: a pure function, without history.
+
+    Words such as a stage's name are hashed to 32 bits, so that two different keys never share a
+    stream by having been asked for in another order.
+    """
+    words = tuple(k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=words))
