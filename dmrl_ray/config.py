@@ -1,93 +1,17 @@
-"""YAML to settings: the schema of a run, and errors that say where and what to do.
+"""The schema of a run: every setting, its default and its meaning.
 
-Classes that can be chosen by a config (task families, encoders, algorithms) carry their own
-settings as a nested ``Config``; a config names them by import path or short name (`Component`).
+`dmrl_ray.yaml_config` reads YAML into it.
 """
 
 from __future__ import annotations
 
-import importlib
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-SHORT_NAMES: dict[str, dict[str, str]] = {
-    "tasks": {
-        "bandit": "dmrl_ray.envs.bandit:Bandit",
-        "tabular_mdp": "dmrl_ray.envs.tabular_mdp:TabularMDP",
-        "grid_nav": "dmrl_ray.envs.grid_nav:GridNav",
-        "point_goal": "dmrl_ray.envs.point_goal:PointGoal",
-        "cartpole": "dmrl_ray.envs.cartpole:CartPole",
-        "gym": "dmrl_ray.envs.gym_env:GymEnv",
-    },
-    "network": {"actor_critic": "dmrl_ray.networks:ActorCritic"},
-    "encoder": {
-        "mlp": "dmrl_ray.networks:MLP",
-        "cnn": "dmrl_ray.networks:CNN",
-        "lstm": "dmrl_ray.networks:LSTM",
-        "gru": "dmrl_ray.networks:GRU",
-    },
-    "algorithm": {
-        "ppo": "dmrl_ray.algorithms.ppo:PPO",
-        "rl2": "dmrl_ray.algorithms.rl2:RL2",
-        "maml": "dmrl_ray.algorithms.maml:MAML",
-    },
-}
-"""Short names of the built-in classes, by the setting they stand under."""
+from dmrl_ray.settings import SHORT_NAMES, Component, Count, Settings
 
-
-class Settings(BaseModel):
-    """Base of every settings class: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-def _count(value: object) -> object:
-    """``1e6``, ``1_000_000``, ``2M`` and ``50k`` are whole numbers too."""
-    if isinstance(value, str):
-        text = value.strip().replace("_", "")
-        factor = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1.0)
-        try:
-            number = float(text[:-1] if factor != 1.0 else text) * factor
-        except ValueError:
-            return value
-        return int(number) if number.is_integer() else value
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_count)]
-"""A whole number; YAML may write it as 1e6, 1_000_000, 2M or 50k."""
-
-
-class Component(BaseModel):
-    """A class chosen by the config, and its settings: ``{type: maml, inner_lr: 0.1}``.
-
-    ``type`` is a short name from `SHORT_NAMES` or an import path ``module:Class``.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    type: str
-
-    def load(self) -> Any:
-        """Import the class.
-
-        Raises:
-            ValueError: the name is unknown or the import fails, with what was probably meant.
-        """
-        path = self.type
-        for names in SHORT_NAMES.values():
-            path = names.get(path, path)
-        module, _, name = path.partition(":")
-        return getattr(importlib.import_module(module), name)
-
-    @cached_property
-    def settings(self) -> Any:
-        """The settings, validated by the class's own ``Config``."""
-        return self.load().Config.model_validate(self.model_extra or {})
+__all__ = ["SHORT_NAMES", "Component", "Count", "RunConfig", "Settings", "Stage"]
 
 
 class RolloutSettings(Settings):

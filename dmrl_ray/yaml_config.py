@@ -1,0 +1,299 @@
+"""YAML to settings: errors that say where, what was found, and what was probably meant.
+
+The outer schema is validated with every `Component` closed; then each component is validated by
+its own class's ``Config``. All errors of a config are shown at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, to_jsonable_python
+
+from dmrl_ray.config import RunConfig
+from dmrl_ray.errors import ConfigError
+from dmrl_ray.settings import Component, did_you_mean, import_class
+from dmrl_ray.yaml_text import MAX_BYTES, Document, Path, dump, parse
+
+AnySettings = TypeVar("AnySettings", bound=BaseModel)
+
+NAME_PATTERN = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
+
+NAME_RULE = "must be letters, digits, '.', '_' or '-', at most 64, the first a letter or digit"
+
+Overrides = Sequence[str]
+
+
+def load_config(path: FilePath | str, overrides: Overrides = ()) -> RunConfig:
+    """Read a YAML file and apply ``key.path=value`` overrides.
+
+    Raises:
+        ConfigError: every problem of the file and of the overrides, each with its place.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES + 1).decode()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text, so not a config") from error
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, name: str, overrides: Overrides = ()) -> RunConfig:
+    """Settings of a YAML text; `name` stands for the file in messages.
+
+    Components of the answer carry all their settings, defaults included.
+
+    Raises:
+        ConfigError: every problem of the text and of the overrides, each with its place.
+    """
+    document = parse(name, text)
+    _refuse(document)
+    if not isinstance(document.data, dict):
+        found = "is empty" if document.data is None else "holds no settings"
+        raise ConfigError(f"{name}:1:1: the file {found}; a run needs at least tasks and stages")
+    for override in overrides:
+        document.override(override)
+    _refuse(document)
+    _check(document, RunConfig, document.data, ())
+    _check_stages(document)
+    _refuse(document)
+    return expanded(RunConfig.model_validate(document.data))
+
+
+def resolved(config: RunConfig) -> str:
+    """The complete YAML of a config, every default written out; reads back to an equal config."""
+    return dump(_plain(expanded(config)))
+
+
+def expanded(settings: AnySettings) -> AnySettings:
+    """The same settings, every component with all its settings, defaults included."""
+    return type(settings).model_validate(_plain(settings))
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Component):
+        return {"type": value.type} | _plain(value.settings)
+    if isinstance(value, BaseModel):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return to_jsonable_python(value)
+
+
+def _refuse(document: Document) -> None:
+    if document.problems:
+        raise ConfigError("\n".join(problem.text for problem in sorted(document.problems)))
+
+
+def _check(document: Document, model: type[BaseModel], data: dict[str, Any], path: Path) -> None:
+    """Report what is wrong with `data`, and with the components in it."""
+    components = list(_components(model, data, path))
+    try:
+        model.model_validate(data)
+    except ValidationError as invalid:
+        for error in invalid.errors(include_url=False):
+            _report(document, model, error, data, path)
+    for owner, section, place in _sections(model, data, path):
+        _check_switches(document, owner, section, place)
+    for kind, below, component in components:
+        _check_component(document, kind, component, below)
+
+
+def _sections(
+    model: type[BaseModel], data: dict[str, Any], path: Path
+) -> Iterator[tuple[type[BaseModel], dict[str, Any], Path]]:
+    """(model, data, path) of `data` and of every section in it, components excepted."""
+    yield model, data, path
+    for name, field in model.model_fields.items():
+        value, models = data.get(name), _models(field.annotation)
+        if not isinstance(value, dict) or Component in models:
+            continue
+        if len(models) == 1:
+            yield from _sections(models[0], value, (*path, name))
+        for key, item in value.items() if len(models) > 1 else ():
+            for chosen in _tagged(models, item.get("type") if isinstance(item, dict) else None):
+                yield from _sections(chosen, item, (*path, name, key))
+
+
+def _components(
+    model: type[BaseModel], data: dict[str, Any], path: Path
+) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """(field, path, value) of each component in `data`; a type left to the default is filled in."""
+    for owner, section, place in _sections(model, data, path):
+        for name, field in owner.model_fields.items():
+            if Component not in _models(field.annotation):
+                continue
+            if isinstance(section.get(name), str):
+                section[name] = {"type": section[name]}
+            value = section.get(name)
+            if isinstance(value, dict) and isinstance(field.default, Component):
+                value.setdefault("type", field.default.type)
+            if isinstance(value, dict) and isinstance(value.get("type"), str):
+                yield name, (*place, name), value
+
+
+def _check_switches(
+    document: Document, model: type[BaseModel], section: dict[str, Any], path: Path
+) -> None:
+    """Python counts ``true`` as 1; a config that says so is wrong."""
+    for name, field in model.model_fields.items():
+        kinds = _plain_types(field.annotation)
+        if isinstance(section.get(name), bool) and bool not in kinds and kinds & {int, float}:
+            found = str(section[name]).lower()
+            document.report((*path, name), f"must be a number, found '{found}'")
+
+
+def _plain_types(annotation: object) -> set[object]:
+    if arguments := get_args(annotation):
+        return set().union(*map(_plain_types, arguments))
+    return {annotation} if isinstance(annotation, type) else set()
+
+
+def _check_component(document: Document, kind: str, data: dict[str, Any], path: Path) -> None:
+    try:
+        config = import_class(data["type"], kind).Config
+    except ValueError as error:
+        document.report((*path, "type"), str(error))
+        return
+    settings = {key: value for key, value in data.items() if key != "type"}
+    _check(document, config, settings, path)
+
+
+def _models(annotation: object) -> list[type[BaseModel]]:
+    """The models that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _tagged(models: list[type[BaseModel]], tag: object) -> list[type[BaseModel]]:
+    return [m for m in models if "type" in m.model_fields and m.model_fields["type"].default == tag]
+
+
+def _place(
+    model: type[BaseModel], error: ErrorDetails, data: Any
+) -> tuple[Path, type[BaseModel] | None]:
+    """Where an error is, in keys of the data, and the model that the last key belongs to.
+
+    Pydantic puts the tag of a chosen model into its location; the data has no such key.
+    """
+    path: Path = ()
+    models, owner = [model], None
+    for index, key in enumerate(error["loc"]):
+        last = index == len(error["loc"]) - 1
+        there = (isinstance(data, dict) and key in data) or (
+            isinstance(data, list) and isinstance(key, int) and key < len(data)
+        )
+        if not there and _tagged(models, key):
+            models = _tagged(models, key)
+        elif there or (last and error["type"] == "missing"):
+            path = (*path, key)
+            owner = models[0] if len(models) == 1 else None
+            field = owner.model_fields.get(str(key)) if owner else None
+            models = _models(field.annotation) if field else models
+            data = data[key] if there else None
+    return path, owner
+
+
+def _report(
+    document: Document, model: type[BaseModel], error: ErrorDetails, data: Any, parent: Path
+) -> None:
+    path, owner = _place(model, error, data)
+    message = _message(error, owner, str(error["loc"][-1]) if error["loc"] else "")
+    if error["type"].startswith("union_tag_invalid"):
+        path = (*path, "type")
+    document.report(parent + path, message)
+
+
+def _message(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> str:
+    """One sentence: what was found, and what is allowed or was probably meant."""
+    kind, context, found = error["type"], error.get("ctx", {}), _shown(error["input"])
+    fields = owner.model_fields if owner else {}
+    if kind == "extra_forbidden":
+        hint = did_you_mean(key, fields)
+        return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"
+    if kind == "missing":
+        about = " ".join((fields[key].description or "").split()) if key in fields else ""
+        return f"this setting is required{': ' + about if about else ''}"
+    if kind == "union_tag_invalid":
+        tags = re.findall(r"'([^']+)'", context["expected_tags"])
+        hint = did_you_mean(context["tag"], tags) or f"; choose one of {', '.join(tags)}"
+        return f"unknown type '{context['tag']}'{hint}"
+    if kind == "union_tag_not_found":
+        return "'type' is required: one of pretrain, finetune, adapt, evaluate"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']+)'", context["expected"])
+        hint = did_you_mean(str(error["input"]), allowed) or f"; allowed: {', '.join(allowed)}"
+        return f"found {found}{hint}"
+    if kind == "value_error":
+        cause = context["error"]
+        if isinstance(cause, ValidationError):
+            return "; ".join(e["msg"] for e in cause.errors())
+        return str(cause)
+    if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN.pattern:
+        return f"{NAME_RULE}, found {found}"
+    return f"{_expected(kind, error['msg'], context)}, found {found}"
+
+
+def _expected(kind: str, message: str, context: dict[str, Any]) -> str:
+    bounds = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("above", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("below", "lt"),
+    }
+    types = {
+        "int": "must be a whole number",
+        "float": "must be a number",
+        "bool": "must be true or false",
+        "string": "must be a text (put it in quotes)",
+        "tuple": "must be a list",
+        "list": "must be a list",
+        "dict": "must be a section of settings",
+        "model": "must be a section of settings",
+    }
+    if kind in bounds:
+        words, key = bounds[kind]
+        return f"must be {words} {context[key]}"
+    if kind == "finite_number":
+        return "must be a finite number"
+    if kind.endswith(("_type", "_parsing", "_from_float")) and kind.split("_")[0] in types:
+        return types[kind.split("_")[0]]
+    return message[0].lower() + message[1:]
+
+
+def _shown(value: object) -> str:
+    text = {True: "'true'", False: "'false'"}.get(value) if isinstance(value, bool) else None
+    if value is None:
+        return "nothing"
+    text = text or ("a section" if isinstance(value, dict) else repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_stages(document: Document) -> None:
+    """Names of stages, and the earlier stages they start from."""
+    stages = document.data.get("stages")
+    earlier: list[str] = []
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        if not NAME_PATTERN.match(name):
+            document.report(("stages", name), f"a stage's name {NAME_RULE}")
+        source = stage.get("init_from") if isinstance(stage, dict) else None
+        if isinstance(source, str) and source not in earlier:
+            if source in stages:
+                hint = " comes later; stages start from earlier ones"
+                hint = " is this stage itself" if source == name else hint
+                message = f"stage '{source}'{hint}"
+            else:
+                hint = did_you_mean(source, earlier)
+                known = f"; earlier stages: {', '.join(earlier) or 'none'}"
+                message = f"there is no earlier stage '{source}'{hint or known}"
+            document.report(("stages", name, "init_from"), message)
+        earlier.append(name)
