@@ -7,7 +7,8 @@ columns at once, each on its own task, and a `TaskDistribution`, which says what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -16,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from dmrl_ray.config import Settings
-from dmrl_ray.types import Arrays, Reference, Split, Task
+from dmrl_ray.types import SPLITS, Array, Arrays, Reference, Split, Task
 
 
 class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
@@ -30,6 +31,9 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     * All randomness comes from ``self.np_random``; the caller sets it before a reset, so that an
       episode is a function of (task, stream).
     * ``infos["success"]`` (B,) bool, where a family knows success, is read at an episode's end.
+
+    An author writes `set_tasks`, `begin`, `observe`, `render`, and `step`, which ends with
+    `auto_reset`.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ()
@@ -49,6 +53,35 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     @abstractmethod
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """One task per column, played from that column's next reset on."""
+
+    @abstractmethod
+    def begin(self, columns: np.ndarray) -> None:
+        """Start episodes in these columns, given as indices, on the tasks last set for them."""
+
+    @abstractmethod
+    def observe(self) -> np.ndarray:
+        """(B, *obs_shape), in an array that no later step writes to."""
+
+    @abstractmethod
+    def render(self) -> Array:
+        """(H, W, 3) uint8: a small picture of column 0, drawn without any graphics library."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode in every column; ``options["tasks"]`` are set first, if given."""
+        super().reset(seed=seed)
+        if options and "tasks" in options:
+            self.set_tasks(options["tasks"])
+        self.begin(np.arange(self.num_envs))
+        return self.observe(), {}
+
+    def auto_reset(self, obs: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin the next episode where one is done; what `step` returns as obs and infos."""
+        if not done.any():
+            return obs, {}
+        self.begin(np.flatnonzero(done))
+        return self.observe(), {"final_obs": obs}
 
     def get_state(self) -> Arrays:
         """Copies of everything the open episodes depend on, the random stream excepted."""
@@ -103,3 +136,28 @@ class TaskDistribution(ABC):
     def trial_steps(self) -> int:
         """Steps of the longest trial."""
         return self.episodes_per_trial * self.max_episode_steps
+
+
+def split_stream(rng: np.random.Generator, split: Split) -> np.random.Generator:
+    """A stream of one split's own: a function of `rng`'s state, which it advances, and the split.
+
+    Parameters drawn from it differ between splits even where `rng` is in the same state.
+    """
+    words = rng.integers(2**32, size=4).tolist()
+    return np.random.default_rng([*words, SPLITS.index(split)])
+
+
+def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> list[Task]:
+    """Tasks from arrays of parameters (n, ...), float64; their ids are hashes of the parameters."""
+    rows = np.concatenate([v.reshape(len(v), -1) for v in params.values()], axis=1)
+    data, size = rows.tobytes(), rows.itemsize * rows.shape[1]
+    values = zip(*(v.tolist() if v.ndim == 1 else v for v in params.values()), strict=True)
+    return [
+        Task(
+            f"{split}-{blake2b(data[i * size : (i + 1) * size], digest_size=8).hexdigest()}",
+            family,
+            split,
+            dict(zip(params, value, strict=True)),
+        )
+        for i, value in enumerate(values)
+    ]

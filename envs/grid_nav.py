@@ -1,0 +1,171 @@
+"""A grid with a hidden goal cell: search it in the first episode, go there in the others.
+
+VariBAD's GridNavi (Zintgraf et al. 2020, arXiv:1910.08348, sec. 5.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from pydantic import Field
+
+from dmrl_ray.config import Settings
+from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.types import Array, Reference, Split, Task
+
+SIZE = 5
+HORIZON = 15
+
+CELLS = np.array([(x, y) for y in range(SIZE) for x in range(SIZE)])
+"""Coordinates of cell x + SIZE * y."""
+
+GOALS = np.flatnonzero((CELLS >= 2).any(axis=1))
+"""The 21 cells outside the 2 x 2 corner at the start, which is cell 0."""
+
+MOVES = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
+"""Stay and the four moves; a move off the grid stays."""
+
+_landing = np.clip(CELLS[:, None] + MOVES, 0, SIZE - 1)
+NEXT_CELL: np.ndarray = _landing[..., 0] + SIZE * _landing[..., 1]
+"""(cells, actions)."""
+
+
+class GridNavVectorEnv(TaskVectorEnv):
+    """Columns of grids.
+
+    * Observation: (25,) the own cell, one-hot.
+    * Action: 0 stay, 1 right, 2 left, 3 up, 4 down.
+    * Reward: 1 on the goal after the move, else -0.1. The goal does not end the episode.
+    * End: truncated after 15 steps; ``success`` is being on the goal then.
+    """
+
+    state_fields: ClassVar[tuple[str, ...]] = ("cell", "goal", "next_goal", "t")
+
+    def __init__(self, num_envs: int):
+        super().__init__(num_envs, Box(0.0, 1.0, (len(CELLS),), np.float32), Discrete(len(MOVES)))
+        self.cell = np.zeros(num_envs, np.int64)
+        self.goal = np.full(num_envs, GOALS[-1])
+        self.next_goal = self.goal.copy()
+        self.t = np.zeros(num_envs, np.int64)
+        self._one_hot = np.eye(len(CELLS), dtype=np.float32)
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """One task per column, played from that column's next reset on."""
+        self.next_goal[:] = [task.params["goal"] for task in tasks]
+
+    def begin(self, columns: np.ndarray) -> None:
+        """Put the agents of these columns on the start."""
+        self.cell[columns] = 0
+        self.goal[columns] = self.next_goal[columns]
+        self.t[columns] = 0
+
+    def observe(self) -> np.ndarray:
+        """(B, 25) one-hot cells."""
+        return self._one_hot.take(self.cell, axis=0)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Move every agent."""
+        self.cell = NEXT_CELL[self.cell, actions]
+        found = self.cell == self.goal
+        reward = np.where(found, np.float32(1.0), np.float32(-0.1))
+        self.t += 1
+        truncated = self.t >= HORIZON
+        obs, infos = self.auto_reset(self.observe(), truncated)
+        infos["success"] = found
+        return obs, reward, np.zeros(self.num_envs, np.bool_), truncated, infos
+
+    def render(self) -> Array:
+        """The grid from above, with the goal in green and the agent in black."""
+        image = np.full((SIZE, SIZE, 3), 255, np.uint8)
+        image[tuple(CELLS[self.goal[0]][::-1])] = (40, 160, 60)
+        image[tuple(CELLS[self.cell[0]][::-1])] = (0, 0, 0)
+        return image[::-1].repeat(8, axis=0).repeat(8, axis=1)
+
+
+class GridNav(TaskDistribution):
+    """Goals, uniform over the 21 cells that are not near the start.
+
+    By default every split draws from all of them, as VariBAD does: what is learned is how to
+    search, and there is little to generalise over. `held_out` keeps cells for the other splits.
+    """
+
+    class Config(Settings):
+        """Length of the trials and what is held out."""
+
+        episodes: int = Field(default=4, ge=1)
+        """Episodes in a trial."""
+
+        held_out: int = Field(default=0, ge=0, le=10)
+        """Goal cells kept for the validation split, and as many others for the test split; 0
+        lets every split draw from all cells."""
+
+    family = "grid_nav"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.observation_space = Box(0.0, 1.0, (len(CELLS),), np.float32)
+        self.action_space = Discrete(len(MOVES))
+        self.max_episode_steps = HORIZON
+        self.episodes_per_trial = config.episodes
+        self._reference = Reference(random_return(config.episodes), bayes_return(config.episodes))
+
+    def make_vec(self, num_envs: int) -> GridNavVectorEnv:
+        """A vector environment whose columns play grids."""
+        return GridNavVectorEnv(num_envs)
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
+        """n goals of a split."""
+        goal = split_stream(rng, split).choice(self.goals(split), n).astype(np.float64)
+        return make_tasks(self.family, split, {"goal": goal})
+
+    def goals(self, split: Split) -> np.ndarray:
+        """Goal cells of a split; which are held out is the same in every run."""
+        held_out = self.config.held_out
+        if held_out == 0:
+            return GOALS
+        shuffled = np.random.default_rng(0).permutation(GOALS)
+        start, stop = {
+            "validation": (0, held_out),
+            "test": (held_out, 2 * held_out),
+            "train": (2 * held_out, len(GOALS)),
+        }[split]
+        return np.sort(shuffled[start:stop])
+
+    def reference(self, task: Task) -> Reference:
+        """Both ends averaged over all goals, since the oracle is optimal on average only."""
+        return self._reference
+
+
+def random_return(episodes: int) -> np.ndarray:
+    """(E,) expected return of uniformly random moves, averaged over the goals; exact."""
+    at = np.zeros(len(CELLS))
+    at[0] = 1.0
+    visits = np.zeros(len(CELLS))
+    for _ in range(HORIZON):
+        spread = np.zeros(len(CELLS))
+        np.add.at(spread, NEXT_CELL, np.repeat(at[:, None] / len(MOVES), len(MOVES), axis=1))
+        at = spread
+        visits += at
+    return np.full(episodes, (1.1 * visits[GOALS] - 0.1 * HORIZON).mean())
+
+
+def bayes_return(episodes: int) -> np.ndarray:
+    """(E,) the Bayes-optimal return, averaged over the goals; exact.
+
+    Reaching a goal at step t and staying earns 16 - t - (t - 1) / 10. No walk can meet a goal
+    before step 2 or two goals at once, so that the first episode meets at most 14 of the 21, at
+    steps 2 to 15. No episode can beat walking straight to a known goal. One policy attains both
+    bounds: a first sweep over 14 cells whose remaining 7 lie on one shortest path.
+    """
+
+    def earned(step: np.ndarray) -> np.ndarray:
+        return np.asarray(HORIZON + 1 - step - 0.1 * (step - 1))
+
+    first = (earned(np.arange(2, HORIZON + 1)).sum() - 7 * 0.1 * HORIZON) / len(GOALS)
+    known = earned(CELLS[GOALS].sum(axis=1)).mean()
+    return np.array([first] + [known] * (episodes - 1))
