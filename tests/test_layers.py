@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     "types losses settings config errors yaml_text yaml_config",
-    "rollout replay dataset checkpoint commits networks policy buffers tasks writer",
+    "tasks networks policy buffers rollout replay dataset "
+    "tables checkpoint commits recovery writer",
     "algorithms",
     "worker learner",
     "stages jobs cluster display",
