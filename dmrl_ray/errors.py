@@ -1,0 +1,61 @@
+"""What can go wrong in a run, each with the exit code that the command line ends with.
+
+0 done, 2 config, 3 folder in use, 4 storage, 5 environment, 6 cluster, 7 numerical. An environment
+that breaks its contract raises `types.EnvironmentFault`, whose code is 5.
+"""
+
+from __future__ import annotations
+
+
+class DmrlError(Exception):
+    """A mistake or misfortune told in one sentence: where, what was found, what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(DmrlError, ValueError):
+    """What the user asked for cannot be done."""
+
+    exit_code = 2
+
+
+class FolderInUse(DmrlError):
+    """Another process writes this run."""
+
+    exit_code = 3
+
+
+class StorageError(DmrlError, OSError):
+    """A disk is full, read-only or broken; what was committed is intact."""
+
+    exit_code = 4
+
+
+class CorruptRun(DmrlError):
+    """A run has commits, but none of them is complete."""
+
+    exit_code = 4
+
+
+class ClusterError(DmrlError):
+    """The cluster lacks what the run needs, or was lost."""
+
+    exit_code = 6
+
+
+class NumericalError(DmrlError, ArithmeticError):
+    """Losses or weights stopped being finite."""
+
+    exit_code = 7
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code for an error that reached the command line."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code
+    if any(kind.__name__ == "EnvironmentFault" for kind in type(error).__mro__):
+        return 5
+    if isinstance(error, OSError):
+        return StorageError.exit_code
+    return ConfigError.exit_code if isinstance(error, ValueError) else DmrlError.exit_code

@@ -1,0 +1,171 @@
+"""Reading results: one tidy table over runs, also while they are going, and its statistics."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmrl_ray.tables import schema_of
+
+_HASH = re.compile(r"part-\d{8}-([0-9a-f]{16})\.parquet")
+_READERS = 4
+_TRIES = 5
+
+
+def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd.DataFrame:
+    """All committed rows of a table, over one run or many.
+
+    Args:
+        path: a run folder, a folder of runs, a pattern such as ``runs/*``, or a list of these.
+        table: episodes, metrics, events or tasks.
+
+    Raises:
+        ValueError: no run is there, the table is unknown, or a file is damaged.
+    """
+    schema = schema_of(table)
+    runs = find_runs(path)
+    for attempt in range(_TRIES):
+        parts = [part for run in runs for part in sorted((run / table).glob("part-*.parquet"))]
+        try:
+            with ThreadPoolExecutor(_READERS) as pool:
+                tables = list(pool.map(lambda part: _read_part(part, schema), parts))
+            break
+        except FileNotFoundError:  # Set aside or deleted since it was listed.
+            if attempt == _TRIES - 1:
+                raise
+    merged = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
+    return merged.to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get, ignore_metadata=True)
+
+
+def find_runs(path: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Run folders by path, folder of runs, pattern, or a list of these; each once, in order."""
+    given = [path] if isinstance(path, str | Path) else list(path)
+    runs: dict[Path, None] = {}
+    for item in given:
+        found = [Path(p) for p in sorted(glob.glob(str(item)))] or [Path(item)]
+        if len(found) == 1 and not _is_run(found[0]) and found[0].is_dir():
+            found = sorted(found[0].iterdir())
+        here = [p for p in found if _is_run(p)]
+        if not here:
+            raise ValueError(f"{item}: no run found there{_suggestion(Path(item))}")
+        runs.update(dict.fromkeys(here))
+    if not runs:
+        raise ValueError("no run was named")
+    return list(runs)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def _suggestion(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*") if _is_run(p)]
+    close = difflib.get_close_matches(path.name, names, 1, 0.5)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _read_part(path: Path, schema: pa.Schema) -> pa.Table:
+    data = path.read_bytes()
+    match = _HASH.fullmatch(path.name)
+    if match and not hashlib.sha256(data).hexdigest().startswith(match[1]):
+        raise ValueError(f"{path}: is damaged (its checksum is not the one in its name)")
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        # Before any data is touched: reading an extension type may run code.
+        _check(path, file.schema_arrow, schema)
+        return file.read(use_threads=False).replace_schema_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: is damaged: {error}") from error
+
+
+def _check(path: Path, found: pa.Schema, schema: pa.Schema) -> None:
+    for field in found:
+        known = field.name in schema.names
+        kind = field.type
+        extension = isinstance(kind, pa.BaseExtensionType) or (
+            field.metadata and b"ARROW:extension:name" in field.metadata
+        )
+        plain = pa.types.is_primitive(kind) or pa.types.is_string(kind)
+        if extension or not plain or (known and kind != schema.field(field.name).type):
+            wanted = schema.field(field.name).type if known else "a plain type"
+            raise ValueError(f"{path}: column {field.name!r} is {kind} instead of {wanted}")
+
+
+def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean: of the middle half, a quarter cut off (rounded down) at each end.
+
+    Source: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
+    Precipice", 2021, section 4.2 (arXiv:2108.13264).
+    """
+    ordered = np.sort(np.moveaxis(np.asarray(values, float), axis, -1), axis=-1)
+    cut = ordered.shape[-1] // 4
+    return np.asarray(ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1))
+
+
+Statistic = Callable[..., np.ndarray]
+"""A function of (values, axis=...)."""
+
+
+def bootstrap_interval(
+    values: np.ndarray, statistic: Statistic = np.mean, reps: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a statistic over independent values; NaNs are dropped.
+
+    Fewer than two values have no interval: (nan, nan).
+    """
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    step = max(1, 4_000_000 // len(values))  # 32 MB at a time
+    sizes = [min(step, reps - start) for start in range(0, reps, step)]
+    draws = [
+        statistic(values[rng.integers(len(values), size=(size, len(values)))], axis=-1)
+        for size in sizes
+    ]
+    low, high = np.percentile(np.concatenate(draws), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def adaptation(
+    frame: pd.DataFrame,
+    by: Sequence[str] = ("stage",),
+    *,
+    statistic: Statistic = np.mean,
+    reps: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much better each further shot is: one row per group, algorithm and shot.
+
+    Rows of a task are averaged first, so every task counts once, whatever its number of episodes.
+
+    Returns:
+        Columns `by`, algorithm, shot, score, low, high (95 % interval of the score over tasks),
+        tasks (their number) and return.
+    """
+    keys = [*by, *(key for key in ("algorithm", "shot") if key not in by)]
+    per_task = (
+        frame.groupby([*keys, "task_id"], sort=True, observed=True)[["score", "return"]]
+        .mean()
+        .reset_index()
+    )
+    rows = []
+    for key, group in per_task.groupby(keys, sort=True, observed=True):
+        scores = group["score"].to_numpy(float)
+        known = scores[~np.isnan(scores)]
+        low, high = bootstrap_interval(known, statistic, reps, seed)
+        score = float(statistic(known, axis=-1)) if len(known) else float("nan")
+        total = float(statistic(group["return"].to_numpy(float), axis=-1))
+        rows.append((*key, score, low, high, len(group), total))
+    return pd.DataFrame(rows, columns=[*keys, "score", "low", "high", "tasks", "return"])

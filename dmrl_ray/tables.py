@@ -1,0 +1,185 @@
+"""The results tables: their schemas, pinned and versioned, and rows on their way to Parquet."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+"""Raised when a column is added or changes its meaning; readers fill missing columns with null."""
+
+Cells: TypeAlias = np.ndarray | Sequence[object] | str | float | None
+"""The cells of one column, or one value that stands in all rows."""
+
+_TEXT, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_TIME = pa.timestamp("us", tz="UTC")
+
+_COLUMNS: dict[str, dict[str, pa.DataType]] = {
+    "tasks": {
+        "run_id": _TEXT,
+        "task_id": _TEXT,
+        "family": _TEXT,
+        "split": _TEXT,
+        "params": _TEXT,  # JSON
+    },
+    "episodes": {
+        "run_id": _TEXT,
+        "stage": _TEXT,
+        "job": _TEXT,
+        "algorithm": _TEXT,
+        "task_id": _TEXT,
+        "split": _TEXT,
+        "seed": _INT,
+        "trial": _INT,
+        "episode": _INT,
+        "shot": _INT,
+        "policy_version": _INT,
+        "env_steps": _INT,
+        "return": _FLOAT,
+        "length": _INT,
+        "success": _BOOL,
+        "score": _FLOAT,
+        "time": _TIME,
+    },
+    "metrics": {
+        "run_id": _TEXT,
+        "stage": _TEXT,
+        "job": _TEXT,
+        "policy_version": _INT,
+        "env_steps": _INT,
+        "name": _TEXT,
+        "value": _FLOAT,
+        "time": _TIME,
+    },
+    "events": {
+        "run_id": _TEXT,
+        "stage": _TEXT,
+        "job": _TEXT,
+        "event": _TEXT,
+        "detail": _TEXT,  # JSON
+        "time": _TIME,
+    },
+}
+_NULLABLE = {"success", "score"}
+"""Not every family knows success, nor both ends of a score."""
+
+
+def _schema(table: str) -> pa.Schema:
+    fields = [pa.field(n, t, nullable=n in _NULLABLE) for n, t in _COLUMNS[table].items()]
+    return pa.schema(fields, {"dmrl.schema_version": str(SCHEMA_VERSION), "dmrl.table": table})
+
+
+SCHEMAS: dict[str, pa.Schema] = {table: _schema(table) for table in _COLUMNS}
+
+
+def schema_of(table: str) -> pa.Schema:
+    """The schema of a table; ValueError for an unknown one."""
+    if table not in SCHEMAS:
+        close = difflib.get_close_matches(table, SCHEMAS, 1, 0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(SCHEMAS)}"
+        raise ValueError(f"{table!r} is not a table; {hint}")
+    return SCHEMAS[table]
+
+
+class TableBuffer:
+    """Rows of one table since the last commit."""
+
+    def __init__(self, table: str) -> None:
+        self.schema = schema_of(table)
+        self._types = _COLUMNS[table]
+        self._optional = self._types.keys() & _NULLABLE
+        self._chunks: list[tuple[int, dict[str, object]]] = []
+        self.num_rows = 0
+
+    def add(self, columns: Mapping[str, Cells]) -> None:
+        """Append rows, which are copied; one value stands in all rows.
+
+        Raises:
+            ValueError: a column is missing, unknown, of another length or of another type.
+        """
+        cells: dict[str, object] = dict.fromkeys(self._optional)
+        rows: int | None = None
+        for name, value in columns.items():
+            if name not in self._types:
+                raise ValueError(f"{self._name}: {name!r} is not a column of this table")
+            try:
+                cell = cells[name] = _cells(value, self._types[name])
+            except (TypeError, ValueError, pa.ArrowException) as error:
+                raise ValueError(f"{self._name}.{name}: {error}") from error
+            if not isinstance(cell, (np.ndarray, pa.Array)):
+                if cell is None and name not in self._optional:
+                    raise ValueError(f"{self._name}.{name}: is None")
+                continue
+            if rows is not None and len(cell) != rows:
+                raise ValueError(f"{self._name}.{name}: has {len(cell)} rows instead of {rows}")
+            rows = len(cell)
+        if len(cells) < len(self._types):
+            missing = ", ".join(self._types.keys() - cells.keys())
+            raise ValueError(f"{self._name}: lacks the columns {missing}")
+        rows = 1 if rows is None else rows
+        self._chunks.append((rows, cells))
+        self.num_rows += rows
+
+    @property
+    def _name(self) -> str:
+        return str(self.schema.metadata[b"dmrl.table"].decode())
+
+    def clear(self) -> None:
+        """Forget the rows."""
+        self._chunks.clear()
+        self.num_rows = 0
+
+    def to_parquet(self) -> pa.Buffer:
+        """The rows as a Parquet file."""
+        arrays = [self._column(field) for field in self.schema]
+        out = pa.BufferOutputStream()
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=self.schema),
+            out,
+            compression="zstd",
+            write_page_checksum=True,
+        )
+        return out.getvalue()
+
+    def _column(self, field: pa.Field) -> pa.Array:
+        chunks = [(rows, cells[field.name]) for rows, cells in self._chunks]
+        if field.type in (_TEXT, _BOOL):
+            return pa.concat_arrays(
+                [
+                    cell
+                    if isinstance(cell, pa.Array)
+                    else pa.repeat(pa.scalar(cell, field.type), n)
+                    for n, cell in chunks
+                ]
+            )
+        column = np.empty(self.num_rows, np.float64 if field.type == _FLOAT else np.int64)
+        start = 0
+        for rows, cell in chunks:
+            column[start : start + rows] = np.nan if cell is None else cell  # type: ignore[assignment]
+            start += rows
+        if field.type == _TIME:
+            return pa.array(column).cast(_TIME)
+        return pa.array(column, from_pandas=field.nullable)
+
+
+def _cells(value: Cells, kind: pa.DataType) -> object:
+    """An array that nobody else changes, or one plain value."""
+    if value is None:
+        return None
+    many = isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    if kind in (_TEXT, _BOOL):
+        if many:
+            return pa.array(value, kind, from_pandas=True)
+        return pa.scalar(value.item() if isinstance(value, np.generic) else value, kind).as_py()
+    array = np.array(value)
+    if kind == _TIME:
+        array = np.rint(array * 1e6).astype(np.int64)
+    array = array.astype(
+        np.float64 if kind == _FLOAT else np.int64, casting="same_kind", copy=False
+    )
+    return array if many else array.item()
