@@ -148,9 +148,10 @@ def split_stream(rng: np.random.Generator, split: Split) -> np.random.Generator:
 
 
 def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> list[Task]:
-    """Tasks from arrays of parameters (n, ...), float64; their ids are hashes of the parameters."""
-    rows = np.concatenate([v.reshape(len(v), -1) for v in params.values()], axis=1)
-    data, size = rows.tobytes(), rows.itemsize * rows.shape[1]
+    """Tasks from arrays of parameters (n, ...); their ids are hashes of the parameters."""
+    flat = [np.ascontiguousarray(v).reshape(len(v), -1) for v in params.values()]
+    rows = np.concatenate([v.view(np.uint8) for v in flat], axis=1)
+    data, size = rows.tobytes(), rows.shape[1]
     values = zip(*(v.tolist() if v.ndim == 1 else v for v in params.values()), strict=True)
     return [
         Task(

@@ -1,0 +1,206 @@
+"""Random tabular MDPs: which states pay, and how to get there, both unknown.
+
+The setting of RL^2's table 2 (Duan et al. 2016, arXiv:1611.02779).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from pydantic import Field
+
+from dmrl_ray.config import Settings
+from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.types import Array, Reference, Split, Task
+
+STATES, ACTIONS, HORIZON = 10, 5, 10
+
+
+class TabularMDPVectorEnv(TaskVectorEnv):
+    """Columns of MDPs that all start in state 0.
+
+    * Observation: (10,) the state, one-hot.
+    * Action: one of 5.
+    * Reward: the state's and action's mean plus standard normal noise.
+    * End: terminated after 10 steps; the horizon is part of the problem.
+    """
+
+    state_fields: ClassVar[tuple[str, ...]] = (
+        "cumulative",
+        "reward_mean",
+        "next_cumulative",
+        "next_reward_mean",
+        "waiting",
+        "cell",
+        "t",
+    )
+
+    def __init__(self, num_envs: int):
+        super().__init__(num_envs, Box(0.0, 1.0, (STATES,), np.float32), Discrete(ACTIONS))
+        # P(next state <= i) without the last i, where it is 1: one row per state and action.
+        uniform = np.arange(1, STATES) / STATES
+        self.cumulative = np.tile(uniform.astype(np.float32), (num_envs, STATES * ACTIONS, 1))
+        self.reward_mean = np.zeros((num_envs, STATES * ACTIONS))
+        self.next_cumulative = self.cumulative.copy()
+        self.next_reward_mean = self.reward_mean.copy()
+        self.waiting = np.zeros(num_envs, np.bool_)
+        self.cell = np.zeros(num_envs, np.int64)
+        self.t = np.zeros(num_envs, np.int64)
+        self._one_hot = np.eye(STATES, dtype=np.float32)
+        self._ones = np.ones(STATES - 1, np.float32)
+        self._first_row = np.arange(num_envs) * STATES * ACTIONS
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """One task per column, played from that column's next reset on."""
+        shape = self.cumulative.shape
+        transition = np.array([task.params["transition"] for task in tasks])
+        np.cumsum(transition[..., :-1].reshape(shape), axis=-1, out=self.next_cumulative)
+        reward_mean = np.array([task.params["reward_mean"] for task in tasks])
+        self.next_reward_mean[:] = reward_mean.reshape(shape[:2])
+        self.waiting[:] = True
+
+    def begin(self, columns: np.ndarray) -> None:
+        """Put these columns into the first state."""
+        changed = columns[self.waiting[columns]]
+        if len(changed):
+            self.cumulative[changed] = self.next_cumulative[changed]
+            self.reward_mean[changed] = self.next_reward_mean[changed]
+            self.waiting[changed] = False
+        self.cell[columns] = 0
+        self.t[columns] = 0
+
+    def observe(self) -> np.ndarray:
+        """(B, 10) one-hot states."""
+        return self._one_hot.take(self.cell, axis=0)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One transition of every column."""
+        row = self._first_row + self.cell * ACTIONS + actions
+        noise = self.np_random.standard_normal(self.num_envs)
+        reward = (self.reward_mean.ravel().take(row) + noise).astype(np.float32)
+        cumulative = self.cumulative.reshape(-1, STATES - 1).take(row, axis=0)
+        chance = self.np_random.random((self.num_envs, 1), dtype=np.float32)
+        # A product counts the passed thresholds three times as fast as a sum of booleans.
+        passed = (chance >= cumulative).astype(np.float32) @ self._ones
+        self.cell = passed.astype(np.int64)
+        self.t += 1
+        terminated = self.t >= HORIZON
+        obs, infos = self.auto_reset(self.observe(), terminated)
+        return obs, reward, terminated, np.zeros(self.num_envs, np.bool_), infos
+
+    def render(self) -> Array:
+        """Mean rewards by state (across) and action, red to green; the state's column framed."""
+        mean = np.clip(self.reward_mean[0].reshape(STATES, ACTIONS).T / 4 + 0.25, 0, 1)
+        image = np.stack([255 * (1 - mean), 255 * mean, np.full_like(mean, 60)], axis=-1)
+        image = image.repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
+        left = 8 * int(self.cell[0])
+        image[:, [left, left + 7]] = 255
+        return image
+
+
+class TabularMDP(TaskDistribution):
+    """Transitions from a flat Dirichlet, mean rewards from N(1, 1); every split has its own."""
+
+    class Config(Settings):
+        """Length of the trials."""
+
+        episodes: int = Field(default=10, ge=1)
+        """Episodes in a trial (n)."""
+
+    family = "tabular_mdp"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.observation_space = Box(0.0, 1.0, (STATES,), np.float32)
+        self.action_space = Discrete(ACTIONS)
+        self.max_episode_steps = HORIZON
+        self.episodes_per_trial = config.episodes
+
+    def make_vec(self, num_envs: int) -> TabularMDPVectorEnv:
+        """A vector environment whose columns play MDPs."""
+        return TabularMDPVectorEnv(num_envs)
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
+        """n MDPs of a split."""
+        stream = split_stream(rng, split)
+        reward_mean = stream.normal(1.0, 1.0, (n, STATES, ACTIONS))
+        transition = stream.standard_exponential((n, STATES, ACTIONS, STATES), dtype=np.float32)
+        transition /= transition.sum(axis=-1, keepdims=True)
+        params = {"transition": transition, "reward_mean": reward_mean}
+        return make_tasks(self.family, split, params)
+
+    def reference(self, task: Task) -> Reference:
+        """The oracle knows the MDP."""
+        transition = np.asarray(task.params["transition"])
+        reward_mean = np.asarray(task.params["reward_mean"])
+        episodes = self.config.episodes
+        return Reference(
+            random=np.full(episodes, random_return(transition, reward_mean)),
+            oracle=np.full(episodes, plan(transition, reward_mean)[1][0]),
+        )
+
+
+def plan(transition: np.ndarray, reward_mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Backward induction.
+
+    Args:
+        transition: (..., S, A, S).
+        reward_mean: (..., S, A).
+
+    Returns:
+        Optimal actions (H, ..., S) by step, and the value of the first step (..., S).
+    """
+    value = np.zeros(reward_mean.shape[:-1])
+    policy = np.zeros((HORIZON, *value.shape), np.int64)
+    for t in range(HORIZON - 1, -1, -1):
+        q = reward_mean + (transition @ value[..., None, :, None])[..., 0]
+        policy[t], value = q.argmax(axis=-1), q.max(axis=-1)
+    return policy, value
+
+
+def random_return(transition: np.ndarray, reward_mean: np.ndarray) -> float:
+    """Expected return of an episode of uniformly random actions; exact."""
+    chain, reward = transition.mean(axis=1), reward_mean.mean(axis=1)
+    at = np.eye(STATES)[0]
+    total = 0.0
+    for _ in range(HORIZON):
+        total += float(at @ reward)
+        at = at @ chain
+    return total
+
+
+def psrl_return(episodes: int, trials: int, rng: np.random.Generator) -> np.ndarray:
+    """(trials,) returns of posterior sampling, which plans once per episode.
+
+    Its prior is the true one: Dirichlet(1) transitions, N(1, 1) mean rewards, unit noise.
+    Source: Osband et al., "(More) efficient reinforcement learning via posterior sampling", 2013.
+    """
+    distribution = TabularMDP(TabularMDP.Config(episodes=episodes))
+    env = distribution.make_vec(trials)
+    env.np_random = rng
+    env.set_tasks(distribution.sample(rng, trials, "test"))
+    env.reset()
+    alpha = np.ones((trials, STATES, ACTIONS, STATES))
+    reward_sum = np.ones((trials, STATES, ACTIONS))
+    total = np.zeros(trials)
+    rows = np.arange(trials)
+    for _ in range(episodes):
+        count = alpha.sum(axis=-1) - STATES + 1  # the prior counts as one reward of 1
+        believed = reward_sum / count + rng.standard_normal(count.shape) / np.sqrt(count)
+        transition = rng.standard_gamma(alpha)
+        transition /= transition.sum(axis=-1, keepdims=True)
+        policy, _ = plan(transition, believed)
+        for t in range(HORIZON):
+            state = env.cell.copy()
+            action = policy[t, rows, state]
+            obs, reward, terminated, _, infos = env.step(action)
+            following = (infos["final_obs"] if terminated[0] else obs).argmax(axis=1)
+            alpha[rows, state, action, following] += 1
+            reward_sum[rows, state, action] += reward
+            total += reward
+    return total
