@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
@@ -147,6 +147,13 @@ class Rollout:
         following[self.final_step, self.final_column] = self.final_obs
         return following
 
+    def map(self, function: Callable[[Array], Array]) -> Rollout:
+        """The same rollout with every array replaced by ``function(array)``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        arrays = {k: function(v) for k, v in values.items() if hasattr(v, "dtype")}
+        state = tuple(function(leaf) for leaf in self.initial_state)
+        return replace(self, **arrays, initial_state=state)
+
     @staticmethod
     def concatenate(rollouts: list[Rollout]) -> Rollout:
         """Shards side by side along B, in the order given, copied into fresh arrays."""
@@ -193,3 +200,9 @@ def random_stream(seed: int, *key: int | str) -> np.random.Generator:
     """
     words = tuple(k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key)
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=words))
+
+
+class EnvironmentFault(RuntimeError):
+    """An environment broke the contract: it raised, or returned what it must not."""
+
+    exit_code = 5

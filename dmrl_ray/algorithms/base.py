@@ -1,0 +1,127 @@
+"""The contract of an algorithm: an inner loop that collects, an outer loop that updates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dmrl_ray.config import Settings
+from dmrl_ray.policy import ActorCritic
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import Task, Trial
+
+
+class Algorithm(ABC):
+    """`collect` runs in rollout workers, `update` in learners; both own the same policy class.
+
+    What a learner sets before `update`: `rng` (the random stream of this update), `progress`
+    (share of the budget spent) and, with several learners, `rank`, `world_size` and
+    `average_gradients`.
+    """
+
+    class Config(Settings):
+        """Settings of the optimiser, which every algorithm has."""
+
+        optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+        """How gradients move the parameters."""
+
+        lr: float = Field(default=1e-3, gt=0)
+        """Step size."""
+
+        anneal_lr: bool = False
+        """Lower the step size linearly to zero over the budget."""
+
+        weight_decay: float = Field(default=0.0, ge=0)
+        """Decoupled with adamw, else an L2 penalty."""
+
+        max_grad_norm: float = Field(default=0.5, gt=0)
+        """Gradients longer than this are shortened to it."""
+
+    sees_previous: bool = False
+    """The policy is shown the previous action, reward and episode end."""
+
+    memory_spans_trial: bool = False
+    """The policy's memory, and so returns, survive the ends of episodes."""
+
+    def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
+        self.config = config
+        self.distribution = distribution
+        self.policy = policy
+        self.rng = np.random.default_rng(0)
+        self.progress = 0.0
+        self.rank, self.world_size = 0, 1
+        self.average_gradients: Callable[[list[nn.Parameter]], None] | None = None
+        self.skipped_batches = 0
+
+    @property
+    def columns_per_task(self) -> int:
+        """Environment columns that play one task side by side."""
+        return 1
+
+    @abstractmethod
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """The inner loop: let the policy live through, and adapt to, these tasks."""
+
+    @abstractmethod
+    def update(self, trial: Trial) -> dict[str, float]:
+        """The outer loop: improve the policy from what all shards collected, as tensors."""
+
+    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> None:
+        """Play one trial on each task, for the episode records alone."""
+        sampler.begin_trial(tasks, self.policy)
+        sampler.rollout(self.policy, self.distribution.trial_steps, with_value=False)
+
+    def prepare_training(self, trainable: tuple[str, ...] = ("",)) -> None:
+        """Freeze the parameters outside `trainable` and make the optimiser for the rest.
+
+        Raises:
+            ValueError: a prefix matches no parameter.
+        """
+        names = [name for name, _ in self.policy.named_parameters()]
+        for prefix in trainable:
+            if not any(name.startswith(prefix) for name in names):
+                known = sorted({name.split(".")[0] for name in names})
+                raise ValueError(
+                    f"trainable: no parameter's name starts with {prefix!r}; parts of this policy "
+                    f"are {', '.join(known)}"
+                )
+        for name, parameter in self.policy.named_parameters():
+            parameter.requires_grad_(name.startswith(trainable))
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        config = self.config
+        decay = config.weight_decay
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.parameters, config.lr, weight_decay=decay)
+        else:
+            kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+            self.optimizer = kind(
+                self.parameters, config.lr, eps=1e-5, weight_decay=decay, fused=True
+            )
+
+    def step_optimizer(self, loss: Tensor) -> Tensor:
+        """One gradient step; returns the gradient's norm before clipping.
+
+        A loss or gradient that is not finite leaves parameters and optimiser as they are and is
+        counted in `skipped_batches`.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.average_gradients is not None:
+            self.average_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            self.skipped_batches += 1
+            return norm
+        if self.config.anneal_lr:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * max(0.0, 1.0 - self.progress)
+        self.optimizer.step()
+        return norm

@@ -1,0 +1,184 @@
+"""Model-agnostic meta-learning: parameters from which a few gradient steps suffice.
+
+Source: Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017
+(arXiv:1703.03400), algorithm 3. ``first_order`` gives FOMAML (section 5.2 there);
+``adapt: [policy_head]`` gives ANIL (Raghu et al., 2020, arXiv:1909.09157).
+
+The outer step is a clipped policy gradient in place of the paper's TRPO. The inner loss is an
+importance-weighted surrogate (ProMP, arXiv:1810.06784, eq. 9), so that its gradient stays right
+when the outer loop has moved the parameters away from those that acted. All tasks adapt in one
+batched operation: parameters carry a leading task axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.task_params import Parameters, by_task, per_task, task_actor, task_policy
+from dmrl_ray.losses import generalized_advantage, linear_baseline, ppo_clip_loss
+from dmrl_ray.policy import ActorCritic
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import Rollout, Task, Trial
+
+
+class MAML(Algorithm):
+    """Adapt by gradient steps within a trial; improve where those steps start from."""
+
+    class Config(Algorithm.Config):
+        inner_steps: int = Field(default=1, ge=1)
+        """Gradient steps taken on each task before the post-adaptation rollout."""
+
+        inner_lr: float = Field(default=0.1, gt=0)  # Finn et al. 2017, section 5.3
+        """Step size of those steps (alpha in the paper)."""
+
+        evaluation_steps: int = Field(default=3, ge=1)
+        """Gradient steps taken on each task when evaluating."""
+
+        first_order: bool = False
+        """True drops the second derivative (FOMAML): about half the memory, some bias."""
+
+        adapt: tuple[str, ...] = ("",)
+        """Prefixes of the parameter names the inner loop may change.
+        ``[""]`` is everything; ``["policy_head"]`` is ANIL."""
+
+        episodes_per_task: int = Field(default=20, ge=1)
+        """Environment columns that play one task side by side, one episode each per rollout."""
+
+        epochs: int = Field(default=4, ge=1)
+        """Outer gradient steps on each batch; each adapts anew from the moved parameters."""
+
+        clip: float = Field(default=0.3, gt=0)  # Rothfuss et al. 2019, table of hyper-parameters
+        """Half-width of the outer trust interval around ratio 1."""
+
+        gamma: float = Field(default=0.99, ge=0, le=1)
+        """Discount per environment step."""
+
+        gae_lambda: float = Field(default=1.0, ge=0, le=1)
+        """0 trusts the fitted baseline, 1 the returns."""
+
+    config: Config
+
+    def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
+        super().__init__(config, distribution, policy)
+        if policy.recurrent:
+            raise ValueError(
+                "network.encoder: gradient-based adaptation needs an encoder without memory, "
+                f"found {type(policy.encoder).__name__.lower()}; use an mlp or a cnn"
+            )
+
+    @property
+    def columns_per_task(self) -> int:
+        return self.config.episodes_per_task
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        return Trial(tasks, self._adapt(sampler, tasks, self.config.inner_steps))
+
+    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> None:
+        self._adapt(sampler, tasks, self.config.evaluation_steps)
+
+    def update(self, trial: Trial) -> dict[str, float]:
+        *support, query = trial.rollouts
+        tasks = len(trial.tasks)
+        steps = []
+        for _ in range(self.config.epochs):
+            params = per_task(self.policy, tasks)
+            for rollout in support:
+                params = self.inner_step(params, rollout, create_graph=not self.config.first_order)
+            loss = self._outer_loss(params, query, tasks)
+            norm = self.step_optimizer(loss)
+            steps.append(torch.stack([loss.detach(), norm.detach()]))
+        self.policy.update_norms(query, None)
+        outer_loss, grad_norm = torch.stack(steps).mean(0).tolist()
+        before, after = (float(r.reward.sum(0).mean()) for r in (support[0], query))
+        return {
+            "outer_loss": outer_loss,
+            "grad_norm": grad_norm,
+            "return/before": before,
+            "return/after": after,
+        }
+
+    def inner_step(self, params: Parameters, rollout: Rollout, *, create_graph: bool) -> Parameters:
+        """One gradient step on every task at once; the same in workers and learners."""
+        log_prob = self.log_prob(params, rollout)
+        ratio = (log_prob - by_task(rollout.log_prob, params)).exp()
+        # Tasks do not share these parameters, so the gradient of the sum holds every task's own.
+        loss = -(ratio * by_task(rollout.advantage, params)).mean((0, 2)).sum()
+        moving = [name for name in params if name.startswith(self.config.adapt)]
+        gradients = torch.autograd.grad(
+            loss, [params[name] for name in moving], create_graph=create_graph
+        )
+        moved = {
+            name: params[name] - self.config.inner_lr * gradient
+            for name, gradient in zip(moving, gradients, strict=True)
+        }
+        return params | moved
+
+    def log_prob(self, params: Parameters, rollout: Rollout) -> Tensor:
+        """(T, N, E): N tasks with E columns each."""
+        pi = task_policy(self.policy, params, by_task(rollout.obs[:-1], params))
+        return self.policy.policy_head.log_prob(pi, by_task(rollout.action, params))
+
+    def _adapt(self, sampler: Sampler, tasks: list[Task], steps: int) -> list[Rollout]:
+        """Rollout, inner step, rollout, ...: the trial of algorithm 3, lines 5 to 8."""
+        params = per_task(self.policy, len(tasks))
+        sampler.begin_trial(tasks, self.policy)
+        rollouts = []
+        for shot in range(steps + 1):
+            rollout = sampler.rollout(
+                self.policy,
+                self.distribution.max_episode_steps,
+                actor=task_actor(self.policy, params),
+                shot=shot,
+                with_value=False,
+                greedy=False,
+            )
+            self.set_advantage(rollout, len(tasks))
+            rollouts.append(rollout)
+            if shot < steps:
+                tensors = rollout.map(torch.from_numpy)
+                moved = self.inner_step(params, tensors, create_graph=False)
+                params = {name: p.detach().requires_grad_() for name, p in moved.items()}
+                sampler.begin_episodes()
+        return rollouts
+
+    def set_advantage(self, rollout: Rollout, num_tasks: int) -> None:
+        """Advantages over a linear baseline fitted per task, standardised per task."""
+        shape = (rollout.num_steps, num_tasks, rollout.num_columns // num_tasks)
+        obs = torch.from_numpy(rollout.obs[:-1]).reshape(*shape, -1)
+        reward = torch.from_numpy(rollout.reward)
+        terminated = torch.from_numpy(rollout.terminated)
+        truncated = torch.from_numpy(rollout.truncated)
+        done = terminated | truncated
+        gamma = self.config.gamma
+        value = linear_baseline(
+            obs, reward.reshape(shape), done.reshape(shape), gamma=gamma
+        ).flatten(1)
+        following = torch.cat([value[1:], torch.zeros_like(value[:1])])
+        advantage = generalized_advantage(
+            # Time limits end the return here: a fitted baseline knows nothing beyond them.
+            reward,
+            value,
+            following,
+            done,
+            torch.zeros_like(done),
+            gamma=gamma,
+            gae_lambda=self.config.gae_lambda,
+        ).reshape(shape)
+        mean = advantage.mean((0, 2), keepdim=True)
+        std = advantage.std((0, 2), keepdim=True)
+        rollout.advantage = ((advantage - mean) / (std + 1e-8)).flatten(1).numpy()
+
+    def _outer_loss(self, params: Parameters, query: Rollout, num_tasks: int) -> Tensor:
+        mine = slice(self.rank, num_tasks, self.world_size)
+        share = len(range(num_tasks)[mine]) * self.world_size / num_tasks
+        loss = ppo_clip_loss(
+            self.log_prob(params, query)[:, mine],
+            by_task(query.log_prob, params)[:, mine],
+            by_task(query.advantage, params)[:, mine],
+            clip=self.config.clip,
+        )
+        return loss * share

@@ -1,0 +1,143 @@
+"""Proximal policy optimisation, over one task or many at once.
+
+Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (arXiv:1707.06347),
+algorithm 1. With a recurrent encoder this is recurrent PPO: minibatches are whole columns and
+memory starts from what the worker had. Left out: the adaptive KL penalty, value clipping.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.losses import generalized_advantage, ppo_clip_loss
+from dmrl_ray.networks import Memory
+from dmrl_ray.policy import Previous, previous_inputs
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.types import Rollout, Task, Trial
+
+
+class ClipConfig(Algorithm.Config):
+    """Settings of the clipped update, shared by every algorithm that uses it."""
+
+    epochs: int = Field(default=4, ge=1)
+    """Passes over each batch."""
+
+    minibatches: int = Field(default=4, ge=1)
+    """Gradient steps per pass."""
+
+    clip: float = Field(default=0.2, gt=0)  # Schulman et al. 2017, table 3
+    """Half-width of the trust interval around ratio 1."""
+
+    gamma: float = Field(default=0.99, ge=0, le=1)
+    """Discount per environment step."""
+
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """0 trusts the value function, 1 the returns."""
+
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
+
+    value_coef: float = Field(default=0.5, ge=0)
+    """Weight of the value loss, in units of normalised returns."""
+
+
+class PPO(Algorithm):
+    """Clipped surrogate on advantages that the worker computed once."""
+
+    class Config(ClipConfig):
+        num_steps: int = Field(default=128, ge=1)
+        """Steps in each column between updates; episodes go on over updates."""
+
+    config: ClipConfig
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        assert isinstance(self.config, PPO.Config)
+        sampler.continue_episodes(tasks, self.policy)
+        rollout = sampler.rollout(self.policy, self.config.num_steps)
+        arrays = (rollout.reward, rollout.value, rollout.next_value)
+        masks = (rollout.terminated, rollout.truncated)
+        advantage = generalized_advantage(
+            *(torch.from_numpy(x) for x in arrays + masks),
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        ).numpy()
+        rollout.advantage, rollout.value_target = advantage, advantage + rollout.value
+        return Trial(tasks, [rollout])
+
+    def update(self, trial: Trial) -> dict[str, float]:
+        (rollout,) = trial.rollouts
+        batch = self._batch(rollout)
+        columns = batch["action"].shape[1]
+        count = min(self.config.minibatches, columns)
+        bounds = [columns * i // count for i in range(count + 1)]
+        steps = []
+        for _ in range(self.config.epochs):
+            order = torch.from_numpy(self.rng.permutation(columns)).to(rollout.reward.device)
+            shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
+            for start, stop in pairwise(bounds):
+                mine = slice(start + self.rank, stop, self.world_size)
+                loss, parts = self._loss({name: x[:, mine] for name, x in shuffled.items()})
+                share = len(range(mine.start, stop, self.world_size)) / (stop - start)
+                norm = self.step_optimizer(loss * share * self.world_size)
+                steps.append(torch.stack([*parts, norm.detach()]))
+        self.policy.update_norms(rollout, rollout.value_target)
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
+        return dict(zip(names, torch.stack(steps).mean(0).tolist(), strict=True))
+
+    def _batch(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Everything the loss reads, (T, B, ...); without memory every step is its own column."""
+        advantage = rollout.advantage
+        batch = {
+            "obs": rollout.obs[:-1],
+            "action": rollout.action,
+            "log_prob": rollout.log_prob,
+            "advantage": (advantage - advantage.mean()) / (advantage.std() + 1e-8),
+            "target": self.policy.normalize_value(rollout.value_target),
+        }
+        if self.policy.sees_previous:
+            names = ("previous_action", "previous_reward", "previous_done")
+            batch |= dict(zip(names, previous_inputs(rollout), strict=True))
+        if not self.policy.recurrent:
+            return {name: x.flatten(0, 1).unsqueeze(0) for name, x in batch.items()}
+        if rollout.reset_state[1:].any():
+            batch["reset"] = rollout.reset_state
+        starts = rollout.reset_state[0]
+        for i, leaf in enumerate(rollout.initial_state):
+            batch[f"memory.{i}"] = (leaf * ~starts.unsqueeze(-1)).unsqueeze(0)
+        return batch
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss of a minibatch, and what to report of it."""
+        previous: Previous | None = None
+        if "previous_action" in batch:
+            previous = (
+                batch["previous_action"],
+                batch["previous_reward"],
+                batch["previous_done"],
+            )
+        memory: Memory = tuple(x[0] for name, x in batch.items() if name.startswith("memory."))
+        reset = batch.get("reset")
+        pi, features, _ = self.policy(batch["obs"], previous, memory, reset)
+        head = self.policy.policy_head
+        log_prob = head.log_prob(pi, batch["action"])
+        policy_loss = ppo_clip_loss(
+            log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
+        )
+        shared = self.policy.value_encoder is None
+        value = self.policy.value(features if shared else None, batch["obs"], previous, reset)
+        value_loss = 0.5 * (value - batch["target"]).square().mean()
+        entropy = head.entropy(pi).mean()
+        loss = (
+            policy_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy
+        )
+        with torch.no_grad():
+            log_ratio = log_prob - batch["log_prob"]
+            approx_kl = (log_ratio.exp() - 1 - log_ratio).mean()
+            clipped = (log_ratio.exp() - 1).abs() > self.config.clip
+            report = [policy_loss, value_loss, entropy, approx_kl, clipped.float().mean()]
+        return loss, [x.detach() for x in report]

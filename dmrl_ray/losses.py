@@ -1,0 +1,242 @@
+"""Returns, advantages and policy-gradient losses as pure functions of tensors.
+
+No function here knows a network, an optimiser, a config or a device: tensors in, tensors out.
+
+Axes: T time steps, B environments. Every per-step tensor is (T, B). Reward ``reward[t]`` is the
+one received for ``action[t]``; ``next_value[t]`` is the value of the state that action led to,
+before any auto-reset.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    """Raise ValueError naming the first tensor whose shape differs from the first one's."""
+    (first, expected), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != expected.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but {first} has {tuple(expected.shape)}"
+            )
+
+
+def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
+    """y[t] = x[t] + decay[t] * y[t + 1], with y[T] = 0.
+
+    Args:
+        x: (T, B).
+        decay: (T, B).
+
+    Returns:
+        (T, B).
+    """
+    y = torch.empty_like(x)
+    y[-1] = x[-1]
+    for t in range(x.shape[0] - 2, -1, -1):
+        torch.addcmul(x[t], decay[t], y[t + 1], out=y[t])
+    return y
+
+
+def generalized_advantage(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates.
+
+        delta[t] = reward[t] + gamma * next_value[t] * (1 - terminated[t]) - value[t]
+        A[t]     = delta[t] + gamma * gae_lambda * (1 - done[t]) * A[t + 1]
+
+    A terminated step has no successor, so nothing is bootstrapped there. A truncated step does
+    have one: it is bootstrapped, but the trace is cut, because ``A[t + 1]`` belongs to the next
+    episode.
+
+    Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage
+    Estimation", 2016, eq. 11-16 (arXiv:1506.02438).
+
+    Args:
+        reward: (T, B) float.
+        value: (T, B) float, V(obs[t]).
+        next_value: (T, B) float, V(next_obs[t]); ignored where ``terminated``.
+        terminated: (T, B) bool, the MDP ended.
+        truncated: (T, B) bool, a time limit ended the episode.
+        gamma: discount per environment step, in [0, 1].
+        gae_lambda: 0 gives one-step TD errors, 1 gives Monte Carlo returns minus ``value``.
+
+    Returns:
+        (T, B) advantages, not normalised and without gradient.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
+    """
+    _same_shape(
+        reward=reward,
+        value=value,
+        next_value=next_value,
+        terminated=terminated,
+        truncated=truncated,
+    )
+    with torch.no_grad():
+        delta = reward + gamma * next_value * ~terminated - value
+        done = terminated | truncated
+        return reverse_scan(delta, gamma * gae_lambda * (~done).to(delta.dtype))
+
+
+def trial_advantage(reward: Tensor, value: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantages of whole trials: returns run across the episode ends inside.
+
+    What an agent learns in one episode pays in the next, so an episode's end cuts nothing; only
+    the trial's end does, and nothing is bootstrapped there. This is the one place that decides
+    what cuts the returns of memory-based methods.
+
+    Source: Duan et al., "RL^2: Fast Reinforcement Learning via Slow Reinforcement Learning",
+    2016, section 2.2 (arXiv:1611.02779).
+
+    Args:
+        reward: (T, B) float, all steps of the trial.
+        value: (T, B) float.
+        gamma: discount per environment step, in [0, 1].
+        gae_lambda: as in `generalized_advantage`.
+
+    Returns:
+        (T, B) advantages, not normalised and without gradient.
+    """
+    end = torch.zeros_like(value, dtype=torch.bool)
+    end[-1] = True
+    next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])
+    return generalized_advantage(
+        reward,
+        value,
+        next_value,
+        end,
+        torch.zeros_like(end),
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
+
+
+def ppo_clip_loss(
+    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor, *, clip: float
+) -> Tensor:
+    """PPO's clipped surrogate, negated so that it is minimised.
+
+    Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, eq. 7
+    (arXiv:1707.06347).
+
+    Args:
+        log_prob: (T, B), under the policy being trained; carries the gradient.
+        behaviour_log_prob: (T, B), under the policy that acted.
+        advantage: (T, B).
+        clip: half-width of the trust interval around ratio 1; 0.2 in the paper.
+
+    Returns:
+        Scalar, mean over T and B.
+    """
+    ratio = (log_prob - behaviour_log_prob).exp()
+    clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
+    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+
+
+def likelihood_ratio_loss(
+    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor
+) -> Tensor:
+    """Policy gradient as an importance-weighted surrogate, negated.
+
+    Its value at ``log_prob == behaviour_log_prob`` is minus the mean advantage and its gradient
+    there the policy gradient; away from there it still estimates the return of the policy being
+    trained, which ``log_prob * advantage`` does not. MAML's outer gradient needs that.
+
+    Source: Rothfuss et al., "ProMP: Proximal Meta-Policy Search", 2019, eq. 4 with the ratio of
+    eq. 9 (arXiv:1810.06784).
+
+    Args:
+        log_prob: (T, B), carries the gradient.
+        behaviour_log_prob: (T, B), under the policy that acted.
+        advantage: (T, B).
+
+    Returns:
+        Scalar, mean over T and B.
+    """
+    return -((log_prob - behaviour_log_prob).exp() * advantage).mean()
+
+
+def linear_baseline(
+    obs: Tensor, reward: Tensor, done: Tensor, *, gamma: float, ridge: float = 1e-5
+) -> Tensor:
+    """Values of a time-dependent linear regression on discounted returns, fitted per task.
+
+    Features are the observation, its square, the step within the episode over 100, to the powers
+    1, 2 and 3, and one.
+
+    Source: Duan et al., "Benchmarking Deep Reinforcement Learning for Continuous Control", 2016,
+    supplement section 2 (arXiv:1604.06778).
+
+    Args:
+        obs: (T, N, E, D): N tasks with E columns each.
+        reward: (T, N, E).
+        done: (T, N, E) bool; the returns after a rollout's last step count as 0.
+        gamma: discount per environment step.
+        ridge: weight of the squared coefficients.
+
+    Returns:
+        (T, N, E) values, without gradient.
+    """
+    with torch.no_grad():
+        steps, tasks, columns = reward.shape
+        flat = (steps, tasks * columns)
+        running = (~done).to(reward.dtype).reshape(flat)
+        returns = reverse_scan(reward.reshape(flat), gamma * running).reshape(reward.shape)
+        index = torch.zeros_like(reward)
+        for t in range(1, steps):
+            index[t] = (index[t - 1] + 1) * ~done[t - 1]
+        clock = (index / 100.0).unsqueeze(-1)
+        scaled = obs.to(reward.dtype).clamp(-10.0, 10.0)
+        ones = torch.ones_like(clock)
+        x = torch.cat([scaled, scaled**2, clock, clock**2, clock**3, ones], -1)  # (T, N, E, F)
+        x = x.transpose(0, 1).reshape(tasks, steps * columns, -1).double()
+        y = returns.transpose(0, 1).reshape(tasks, steps * columns, 1).double()
+        gram = x.mT @ x + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        weights = torch.linalg.solve(gram, x.mT @ y)
+        value = (x @ weights).reshape(tasks, steps, columns).transpose(0, 1)
+        return value.to(reward.dtype)
+
+
+def categorical_log_prob(logits: Tensor, action: Tensor) -> Tensor:
+    """Log-probability of discrete actions.
+
+    Args:
+        logits: (..., A), not normalised.
+        action: (...) int64.
+
+    Returns:
+        (...).
+    """
+    chosen = logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(-1)
+
+
+def categorical_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of categorical distributions; (..., A) -> (...)."""
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
+    """Log-density of diagonal Gaussian actions; all (..., A) -> (...)."""
+    z = (action - mean) * (-log_std).exp()
+    return -0.5 * (z * z).sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy in nats of diagonal Gaussians; (..., A) -> (...)."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)

@@ -1,0 +1,299 @@
+"""The policy: action heads, running normalisation, and the actor-critic that joins them.
+
+One forward serves acting (T = 1) and learning. Inputs are (T, B, ...); a policy's memory is a
+tuple of tensors (B, ...), empty for encoders without memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmrl_ray.config import Component, Settings
+from dmrl_ray.losses import (
+    categorical_entropy,
+    categorical_log_prob,
+    gaussian_entropy,
+    gaussian_log_prob,
+)
+from dmrl_ray.networks import Encoder, Memory
+from dmrl_ray.types import Rollout
+
+Previous: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Previous action, reward and done, each (T, B, ...)."""
+
+
+class CategoricalHead(nn.Module):
+    """Discrete actions; distribution parameters are the logits (..., A)."""
+
+    def __init__(self, width: int, num_actions: int) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.layer = nn.Linear(width, self.num_actions)
+        nn.init.orthogonal_(self.layer.weight, 0.01)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features)
+
+    def noise(self, rng: np.random.Generator, steps: int, columns: int) -> Tensor:
+        """Gumbel noise for `sample`, for a whole rollout at once."""
+        shape = (steps, columns, self.num_actions)
+        exponential = rng.standard_exponential(shape, dtype=np.float32)
+        return torch.from_numpy(-np.log(exponential + np.float32(1e-30)))
+
+    def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
+        """Exact samples by the Gumbel-max trick: one addition and one argmax."""
+        return (pi + noise).argmax(-1)
+
+    def mode(self, pi: Tensor) -> Tensor:
+        """The most probable action."""
+        return pi.argmax(-1)
+
+    def log_prob(self, pi: Tensor, action: Tensor) -> Tensor:
+        """(...) log-probabilities."""
+        return categorical_log_prob(pi, action)
+
+    def entropy(self, pi: Tensor) -> Tensor:
+        """(...) in nats."""
+        return categorical_entropy(pi)
+
+    def encode(self, action: Tensor) -> Tensor:
+        """One-hot; no action (-1) is all zeros."""
+        codes = torch.arange(self.num_actions, device=action.device)
+        return (action.unsqueeze(-1) == codes).to(torch.float32)
+
+
+class GaussianHead(nn.Module):
+    """Continuous actions in [-1, 1]^A; distribution parameters are (mean, log_std) (..., 2 A).
+
+    The standard deviation does not depend on the observation. Actions outside the box are
+    clipped where they meet the environment, not here.
+    """
+
+    def __init__(self, width: int, num_actions: int) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.layer = nn.Linear(width, self.num_actions)
+        nn.init.orthogonal_(self.layer.weight, 0.01)
+        nn.init.zeros_(self.layer.bias)
+        self.log_std = nn.Parameter(torch.full((self.num_actions,), -0.5))
+
+    def forward(self, features: Tensor) -> Tensor:
+        mean = self.layer(features)
+        # Below e^-3 exploration is lost and the gradient explodes; above e^1 all actions clip.
+        log_std = self.log_std.clamp(-3.0, 1.0)
+        return torch.cat([mean, log_std.expand_as(mean)], -1)
+
+    def noise(self, rng: np.random.Generator, steps: int, columns: int) -> Tensor:
+        """Standard normal noise for `sample`, for a whole rollout at once."""
+        normal = rng.standard_normal((steps, columns, self.num_actions), dtype=np.float32)
+        return torch.from_numpy(normal)
+
+    def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
+        """mean + std * noise."""
+        mean, log_std = pi.chunk(2, -1)
+        return mean + log_std.exp() * noise
+
+    def mode(self, pi: Tensor) -> Tensor:
+        """The mean."""
+        return pi.chunk(2, -1)[0]
+
+    def log_prob(self, pi: Tensor, action: Tensor) -> Tensor:
+        """(...) log-densities."""
+        mean, log_std = pi.chunk(2, -1)
+        return gaussian_log_prob(mean, log_std, action)
+
+    def entropy(self, pi: Tensor) -> Tensor:
+        """(...) in nats."""
+        return gaussian_entropy(pi.chunk(2, -1)[1])
+
+    def encode(self, action: Tensor) -> Tensor:
+        """As the environment felt it."""
+        return action.clamp(-1.0, 1.0)
+
+
+class RunningNorm(nn.Module):
+    """Mean and standard deviation of a stream of batches, as buffers beside the weights.
+
+    Batch n weighs max(1/n, 1/100): a plain average first, a moving one later, so that returns
+    that grow while the policy learns do not stay scaled by their beginnings.
+    """
+
+    mean: Tensor
+    square: Tensor
+    batches: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("square", torch.ones(shape))
+        self.register_buffer("batches", torch.zeros(()))
+
+    @property
+    def std(self) -> Tensor:
+        """Never below 1e-4: a constant input becomes 0, not noise."""
+        return (self.square - self.mean**2).clamp_min(1e-8).sqrt()
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in a batch (N, *shape)."""
+        self.batches += 1
+        weight = float(max(1.0 / self.batches.item(), 0.01))
+        x = x.double()
+        mean, square = x.mean(0), (x * x).mean(0)
+        self.mean.lerp_(mean.to(self.mean.dtype), weight)
+        self.square.lerp_(square.to(self.square.dtype), weight)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """To about unit scale, cut at 10 standard deviations."""
+        return ((x - self.mean) / self.std).clamp(-10.0, 10.0)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Inverse of `normalize` within its bounds."""
+        return x * self.std + self.mean
+
+
+class ActorCritic(nn.Module):
+    """Policy and value function over one encoder, or one each.
+
+    Normalisation statistics are buffers: they travel with the weights, and only the learner
+    updates them, after its gradient steps, so that a policy version means one function.
+    """
+
+    class Config(Settings):
+        encoder: Component = Component(type="mlp")
+        """Network between observation and heads."""
+
+        separate_value: bool | None = None
+        """Give the value function an encoder of its own; null does so for encoders without
+        memory only."""
+
+        normalize_obs: bool = True
+        """Scale observations by their running mean and deviation (never images)."""
+
+        normalize_value: bool = True
+        """Predict returns in units of their running mean and deviation."""
+
+    def __init__(
+        self,
+        config: Config,
+        obs_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        sees_previous: bool,
+    ) -> None:
+        super().__init__()
+        shape = obs_space.shape
+        assert shape is not None
+        if isinstance(action_space, gym.spaces.Discrete):
+            actions = int(action_space.n)
+        else:
+            actions = math.prod(action_space.shape or ())
+        extra = actions + 2 if sees_previous else 0
+        self.sees_previous = sees_previous
+        self.is_image = obs_space.dtype == np.uint8
+        build = config.encoder.load()
+        self.encoder: Encoder = build(config.encoder.settings, shape, extra)
+        self.recurrent = bool(self.encoder.initial_memory(1))
+        separate = config.separate_value
+        if separate is None:
+            separate = not self.recurrent
+        self.value_encoder: Encoder | None = None
+        if separate:
+            self.value_encoder = build(config.encoder.settings, shape, extra)
+        discrete = isinstance(action_space, gym.spaces.Discrete)
+        head = CategoricalHead if discrete else GaussianHead
+        self.policy_head: CategoricalHead | GaussianHead = head(self.encoder.out_dim, actions)
+        self.value_head = nn.Linear(self.encoder.out_dim, 1)
+        nn.init.orthogonal_(self.value_head.weight, 1.0)
+        nn.init.zeros_(self.value_head.bias)
+        self.obs_norm = RunningNorm(shape) if config.normalize_obs and not self.is_image else None
+        self.value_norm = RunningNorm(()) if config.normalize_value else None
+
+    def initial_memory(self, num: int) -> Memory:
+        """The actor's memory before the first step of a trial."""
+        return self.encoder.initial_memory(num)
+
+    def forward(
+        self,
+        obs: Tensor,
+        previous: Previous | None = None,
+        memory: Memory = (),
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """The actor: distribution parameters (T, B, P), features (T, B, H) and memory."""
+        features, memory = self.encoder(self._scale(obs), self._extra(previous), memory, reset)
+        return self.policy_head(features), features, memory
+
+    def value(
+        self,
+        features: Tensor | None,
+        obs: Tensor,
+        previous: Previous | None = None,
+        reset: Tensor | None = None,
+    ) -> Tensor:
+        """The critic, in units of `value_norm`: (T, B).
+
+        It reads the actor's `features` where the encoder is shared (computing them from `obs`
+        if None). With an encoder of its own that has memory, `obs` must be a whole trial.
+        """
+        if self.value_encoder is None:
+            if features is None:
+                features = self.encoder(self._scale(obs), self._extra(previous), (), None)[0]
+        else:
+            memory = self.value_encoder.initial_memory(obs.shape[1])
+            memory = tuple(leaf.to(obs.device) for leaf in memory)
+            features = self.value_encoder(self._scale(obs), self._extra(previous), memory, reset)[0]
+        return self.value_head(features).squeeze(-1)
+
+    def denormalize_value(self, value: Tensor) -> Tensor:
+        """From the critic's units to returns."""
+        return value if self.value_norm is None else self.value_norm.denormalize(value)
+
+    def normalize_value(self, value: Tensor) -> Tensor:
+        """From returns to the critic's units."""
+        return value if self.value_norm is None else self.value_norm.normalize(value)
+
+    def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
+        """Take a rollout's statistics in; called by the learner after its gradient steps."""
+        if self.obs_norm is not None:
+            self.obs_norm.update(rollout.obs[:-1].flatten(0, 1))
+        if self.value_norm is not None and value_target is not None:
+            self.value_norm.update(value_target.flatten())
+
+    def _scale(self, obs: Tensor) -> Tensor:
+        if self.is_image:
+            return obs.to(torch.float32) / 255.0
+        return obs if self.obs_norm is None else self.obs_norm.normalize(obs)
+
+    def _extra(self, previous: Previous | None) -> Tensor | None:
+        if not self.sees_previous:
+            return None
+        assert previous is not None
+        action, reward, done = previous
+        flags = torch.stack([reward, done.to(reward.dtype)], -1)
+        return torch.cat([self.policy_head.encode(action), flags], -1)
+
+
+def mask_previous(action: Tensor, reward: Tensor, done: Tensor, reset: Tensor) -> Previous:
+    """Nothing came before a reset: action none (-1, or zeros), reward 0, done true."""
+    none = -1 if action.dtype == torch.int64 else 0
+    mask = reset if action.dim() == reset.dim() else reset.unsqueeze(-1)
+    return action.masked_fill(mask, none), reward.masked_fill(reset, 0.0), done | reset
+
+
+def previous_inputs(rollout: Rollout) -> Previous:
+    """What the policy saw of the step before each step of a rollout: tensors (T, B, ...)."""
+    done = rollout.terminated | rollout.truncated
+    before = (rollout.previous_action, rollout.previous_reward, rollout.previous_done)
+    during = (rollout.action, rollout.reward, done)
+    action, reward, done = (
+        torch.cat([b.unsqueeze(0), x[:-1]]) for b, x in zip(before, during, strict=True)
+    )
+    return mask_previous(action, reward, done, rollout.reset_state)

@@ -1,0 +1,331 @@
+"""The hot loop: a policy acts in many environment columns at once.
+
+One call of the policy and one of the environment per step, whatever the number of columns.
+Random numbers, values and log-probabilities are computed for a whole rollout at a time, outside
+the loop over steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmrl_ray.buffers import Buffers
+from dmrl_ray.networks import Memory
+from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import (
+    Arrays,
+    Columns,
+    EnvironmentFault,
+    Rollout,
+    Task,
+    tasks_from_array,
+    tasks_to_array,
+)
+
+Actor: TypeAlias = Callable[
+    [Tensor, Previous | None, Memory, Tensor | None], tuple[Tensor, Tensor, Memory]
+]
+"""`ActorCritic.forward`, or a function like it with other parameters inside."""
+
+
+class Sampler:
+    """Plays one shard's columns: the environments, the policy's memory, the open episodes.
+
+    Args:
+        distribution: the task family.
+        num_envs: B.
+        memory_spans_trial: True resets the policy's memory only where a trial begins; False at
+            every episode's end.
+    """
+
+    def __init__(
+        self, distribution: TaskDistribution, num_envs: int, *, memory_spans_trial: bool
+    ) -> None:
+        self.distribution = distribution
+        self.num_envs = num_envs
+        self.memory_spans_trial = memory_spans_trial
+        self.env = distribution.make_vec(num_envs)
+        space = distribution.action_space
+        self._discrete = space.dtype is not None and np.issubdtype(space.dtype, np.integer)
+        self._action_shape = () if self._discrete else tuple(space.shape or ())
+        self._action_dtype = np.int64 if self._discrete else np.float32
+        self._has_episodes = False
+
+    def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
+        """Begin a collection: all randomness until the next start comes from `rng`."""
+        env_rng, self._rng = rng.spawn(2)
+        self.env.np_random = env_rng
+        self._policy_version = policy_version
+        self._greedy = greedy
+        self._steps = 0
+        self._finished: list[dict[str, Any]] = []
+
+    def begin_trial(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
+        """Put every column at the start of a trial; column b plays task ``b * n // B`` of n."""
+        self.set_tasks(tasks)
+        self.begin_episodes()
+        self._episode = np.zeros(self.num_envs, np.int64)
+        self._memory = policy.initial_memory(self.num_envs)
+
+    def begin_episodes(self) -> None:
+        """Reset every column, dropping open episodes; the policy's memory is reset with them."""
+        shape = (self.num_envs, *self._action_shape)
+        self._obs = np.asarray(self.env.reset()[0])
+        self._task_of = self._pending_task_of.copy()
+        self._return = np.zeros(self.num_envs)
+        self._length = np.zeros(self.num_envs, np.int64)
+        none = -1 if self._discrete else 0
+        self._previous_action = np.full(shape, none, self._action_dtype)
+        self._previous_reward = np.zeros(self.num_envs, np.float32)
+        self._previous_done = np.ones(self.num_envs, np.bool_)
+        self._reset = np.ones(self.num_envs, np.bool_)
+        self._has_episodes = True
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """Give every column a task that it plays from its next episode on."""
+        self._task_index = np.arange(self.num_envs) * len(tasks) // self.num_envs
+        self._pending_task_of = np.empty(self.num_envs, object)
+        self._pending_task_of[:] = [tasks[i] for i in self._task_index.tolist()]
+        self.env.set_tasks(list(self._pending_task_of))
+
+    def continue_episodes(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
+        """Go on with open episodes; a column takes its new task when its episode ends."""
+        if self._has_episodes:
+            self.set_tasks(tasks)
+        else:
+            self.begin_trial(tasks, policy)
+
+    def rollout(
+        self,
+        policy: ActorCritic,
+        num_steps: int,
+        *,
+        actor: Actor | None = None,
+        shot: int = 0,
+        with_value: bool = True,
+        greedy: bool | None = None,
+    ) -> Rollout:
+        """Act for `num_steps` steps in every column.
+
+        Args:
+            policy: gives values, noise and log-probabilities.
+            num_steps: T.
+            actor: acts instead of `policy`, for instance with parameters of its own per task.
+            shot: adaptation steps done before, for the record.
+            with_value: False leaves `value` and `next_value` empty (T, 0).
+            greedy: overrides what `start` was told.
+
+        Raises:
+            EnvironmentFault: an observation or reward is not finite.
+        """
+        greedy = self._greedy if greedy is None else greedy
+        before = (self._previous_action, self._previous_reward, self._previous_done)
+        buffers = Buffers(num_steps, self._obs, before, self._reset, self._memory)
+        with torch.no_grad():
+            pi, features, peeks = self._act(
+                policy, actor or policy, buffers, shot, greedy, with_value
+            )
+            log_prob = policy.policy_head.log_prob(pi, torch.from_numpy(buffers.action))
+            rollout = buffers.finish(self._task_index, self._policy_version, shot)
+            rollout.log_prob = log_prob.numpy()
+            self._check_finite(rollout)
+            if with_value:
+                rollout.value, rollout.next_value = self._values(policy, rollout, features, peeks)
+        self._steps += num_steps
+        return rollout
+
+    def take_episodes(self) -> Columns:
+        """Rows of the episodes that ended since the last call, in the order they ended."""
+        rows, self._finished = self._finished, []
+        names = ("task", "column", "episode", "shot", "return", "length", "success", "step")
+        return {k: np.concatenate([r[k] for r in rows]) if rows else np.empty(0) for k in names}
+
+    def get_state(self) -> Arrays:
+        """Everything open episodes and memory depend on; empty before the first trial."""
+        if not self._has_episodes:
+            return {}
+        state = {f"env.{name}": array for name, array in self.env.get_state().items()}
+        state |= {f"memory.{i}": leaf.numpy() for i, leaf in enumerate(self._memory)}
+        state |= {name: getattr(self, f"_{name}") for name in _STATE}
+        state["task_of"] = tasks_to_array(list(self._task_of))
+        state["pending_task_of"] = tasks_to_array(list(self._pending_task_of))
+        return {name: np.array(array) for name, array in state.items()}
+
+    def set_state(self, state: Arrays) -> None:
+        """Continue from `get_state`'s answer."""
+        self._has_episodes = bool(state)
+        if not state:
+            return
+        self.set_tasks(tasks_from_array(state["pending_task_of"]))
+        self._task_of = np.empty(self.num_envs, object)
+        self._task_of[:] = tasks_from_array(state["task_of"])
+        self.env.set_state({k[4:]: v for k, v in state.items() if k.startswith("env.")})
+        leaves = sorted(k for k in state if k.startswith("memory."))
+        self._memory = tuple(torch.from_numpy(np.array(state[k])) for k in leaves)
+        for name in _STATE:
+            setattr(self, f"_{name}", np.array(state[name]))
+
+    def _act(
+        self,
+        policy: ActorCritic,
+        actor: Actor,
+        buffers: Buffers,
+        shot: int,
+        greedy: bool,
+        with_value: bool,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The loop over steps; returns pi (T, B, P), features and values peeked at truncations."""
+        head = policy.policy_head
+        num_steps = buffers.num_steps
+        noise = None if greedy else head.noise(self._rng, num_steps, self.num_envs)
+        pis, features, peeks = [], [], []
+        keep_features = with_value and policy.value_encoder is None
+        peek = with_value and policy.recurrent and not self.memory_spans_trial
+        memory = self._memory
+        for t in range(num_steps):
+            previous = buffers.previous(t) if policy.sees_previous else None
+            reset = torch.from_numpy(buffers.reset[t : t + 1]) if buffers.reset[t].any() else None
+            pi, feature, memory = actor(
+                buffers.obs_tensor[t : t + 1], previous, memory, reset if policy.recurrent else None
+            )
+            action = head.mode(pi[0]) if noise is None else head.sample(pi[0], noise[t])
+            pis.append(pi)
+            if keep_features:
+                features.append(feature)
+            buffers.action[t] = action.numpy()
+            done = self._step_env(buffers, t, shot)
+            if peek and done is not None:
+                peeks.append(self._peek(policy, buffers, t, memory))
+        self._memory = memory
+        self._carry(buffers)
+        return torch.cat(pis), torch.cat(features) if features else None, peeks
+
+    def _step_env(self, buffers: Buffers, t: int, shot: int) -> np.ndarray | None:
+        """Step all columns; returns the columns whose episode ended, or None."""
+        action = buffers.action[t]
+        if not self._discrete:
+            action = np.clip(action, -1.0, 1.0)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        buffers.obs[t + 1] = obs
+        buffers.reward[t] = reward
+        buffers.terminated[t] = terminated
+        buffers.truncated[t] = truncated
+        self._return += reward
+        self._length += 1
+        done = buffers.done[t]
+        np.logical_or(terminated, truncated, out=done)
+        if not done.any():
+            return None
+        ended = np.flatnonzero(done)
+        buffers.end(t, ended, info["final_obs"])
+        self._end_episodes(ended, shot, t, info.get("success"))
+        if not self.memory_spans_trial:
+            buffers.reset[t + 1] = done
+        return ended
+
+    def _end_episodes(
+        self, ended: np.ndarray, shot: int, t: int, success: np.ndarray | None
+    ) -> None:
+        episode = self._episode[ended]
+        self._finished.append(
+            {
+                "task": self._task_of[ended],
+                "column": ended,
+                "episode": episode,
+                "shot": episode if self.memory_spans_trial else np.full(len(ended), shot),
+                "return": self._return[ended],
+                "length": self._length[ended],
+                "success": np.full(len(ended), np.nan) if success is None else success[ended] * 1.0,
+                "step": np.full(len(ended), self._steps + t + 1),
+            }
+        )
+        self._episode[ended] += 1
+        self._return[ended] = 0.0
+        self._length[ended] = 0
+        self._task_of[ended] = self._pending_task_of[ended]
+
+    def _carry(self, buffers: Buffers) -> None:
+        """What the next rollout starts from."""
+        self._obs = buffers.obs[-1].copy()
+        self._reset = buffers.reset[-1].copy()
+        self._previous_action = buffers.action[-1].copy()
+        self._previous_reward = buffers.reward[-1].copy()
+        self._previous_done = buffers.done[-1].copy()
+
+    def _peek(self, policy: ActorCritic, buffers: Buffers, t: int, memory: Memory) -> Tensor:
+        """Values of the final observations of step t, with the memory of that moment."""
+        columns = torch.from_numpy(buffers.final_column[-1])
+        obs = torch.from_numpy(buffers.final_obs[-1]).unsqueeze(0)
+        action, reward = (torch.from_numpy(x[t : t + 1]) for x in (buffers.action, buffers.reward))
+        nothing = torch.zeros(1, len(columns), dtype=torch.bool)
+        previous = (action[:, columns], reward[:, columns], nothing)
+        _, features, _ = policy(obs, previous, tuple(leaf[columns] for leaf in memory), None)
+        return policy.value(features, obs)[0]
+
+    def _values(
+        self, policy: ActorCritic, rollout: Rollout, features: Tensor | None, peeks: list[Tensor]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """V(obs) and, unless memory spans the trial, V(true successor), in units of return."""
+        obs = torch.from_numpy(rollout.obs)
+        if self.memory_spans_trial:
+            tensors = rollout.map(torch.from_numpy)
+            previous = previous_inputs(tensors) if policy.sees_previous else None
+            whole = policy.value(features, obs[:-1], previous, tensors.reset_state)
+            value = policy.denormalize_value(whole).numpy()
+            return value, np.zeros_like(value)
+        if policy.recurrent:
+            last = self._last_value(policy, obs[-1:])
+            final = torch.cat(peeks) if peeks else last[:0]
+        else:
+            rows = torch.cat([obs[-1], torch.from_numpy(rollout.final_obs)])
+            values = policy.value(None, rows.unsqueeze(0))[0]
+            last, final = values[: self.num_envs], values[self.num_envs :]
+        value, end, successor = (
+            policy.denormalize_value(v).numpy()
+            for v in (policy.value(features, obs[:-1]), last, final)
+        )
+        next_value = np.concatenate([value[1:], end[None]])
+        next_value[rollout.final_step, rollout.final_column] = successor
+        next_value[rollout.terminated] = 0.0
+        return value, next_value
+
+    def _last_value(self, policy: ActorCritic, obs: Tensor) -> Tensor:
+        """V of the observation after the last step, with the memory of that moment."""
+        reset = torch.from_numpy(self._reset[None])
+        before = (self._previous_action, self._previous_reward, self._previous_done)
+        action, reward, done = (torch.from_numpy(x[None]) for x in before)
+        previous = mask_previous(action, reward, done, reset)
+        _, features, _ = policy(obs, previous, self._memory, reset)
+        return policy.value(features, obs)[0]
+
+    def _check_finite(self, rollout: Rollout) -> None:
+        for name in ("obs", "reward"):
+            array = getattr(rollout, name)
+            if np.isfinite(array.sum()):
+                continue
+            where = np.argwhere(~np.isfinite(array))
+            if len(where):
+                t, column = int(where[0][0]), int(where[0][1])
+                raise EnvironmentFault(
+                    f"task family {self.distribution.family!r}: {name} of column {column} at step "
+                    f"{t} of the rollout is {array[tuple(where[0])]}, on task "
+                    f"{self._task_of[column].id}; environments must return finite numbers"
+                )
+
+
+_STATE = (
+    "obs",
+    "return",
+    "length",
+    "episode",
+    "previous_action",
+    "previous_reward",
+    "previous_done",
+    "reset",
+)

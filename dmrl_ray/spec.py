@@ -1,0 +1,103 @@
+"""What a job is, and the objects that play it: the same in workers and learners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.policy import ActorCritic
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import Arrays, Split, Task, random_stream
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One training or evaluation job; small, and sent to every process that takes part in it."""
+
+    stage: str
+    name: str  # unique within the stage; equals the stage's name where it has one job
+    seed: int  # of the whole run
+    tasks: Component
+    network: Component
+    algorithm: Component
+    rollout: RolloutSettings
+    env_steps: int = 0  # budget, for schedules
+    split: Split = "train"
+    fixed_tasks: tuple[Task, ...] = ()  # instead of tasks drawn from the split
+    trainable: tuple[str, ...] = ("",)
+    learner_threads: int = 1
+    device: str = "cpu"
+
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """Begins the key of every random stream of this job."""
+        return (self.stage, self.name)
+
+    @property
+    def algorithm_name(self) -> str:
+        """As it stands in the tables."""
+        return self.algorithm.type.rpartition(":")[2].lower()
+
+
+@dataclass
+class Program:
+    """The family, policy and algorithm of a job."""
+
+    distribution: TaskDistribution
+    policy: ActorCritic
+    algorithm: Algorithm
+
+
+def build(spec: JobSpec) -> Program:
+    """Make a job's program; the policy's first weights depend on the seed and the job alone.
+
+    Raises:
+        ValueError: the parts do not fit together; the message names the setting.
+    """
+    distribution = spec.tasks.load()(spec.tasks.settings)
+    kind = spec.algorithm.load()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_stream(spec.seed, *spec.key, "init").integers(2**63)))
+        policy = spec.network.load()(
+            spec.network.settings,
+            distribution.observation_space,
+            distribution.action_space,
+            sees_previous=kind.sees_previous,
+        )
+    algorithm = kind(spec.algorithm.settings, distribution, policy)
+    columns = algorithm.columns_per_task
+    if spec.rollout.num_envs % columns:
+        raise ValueError(
+            f"rollout.num_envs: {spec.rollout.num_envs} columns cannot be dealt to tasks of "
+            f"{columns} columns each (stage {spec.stage!r}); use a multiple of {columns}"
+        )
+    return Program(distribution, policy, algorithm)
+
+
+def get_weights(policy: ActorCritic) -> Arrays:
+    """Parameters and normalisation statistics by name, copied."""
+    return {name: t.detach().cpu().numpy().copy() for name, t in policy.state_dict().items()}
+
+
+def set_weights(policy: ActorCritic, weights: Arrays) -> None:
+    """Inverse of `get_weights`.
+
+    Raises:
+        ValueError: a name is missing, unknown or of another shape.
+    """
+    own = policy.state_dict()
+    problems = [f"{k} is missing" for k in own.keys() - weights.keys()]
+    problems += [f"{k} is unknown" for k in weights.keys() - own.keys()]
+    problems += [
+        f"{k} has shape {weights[k].shape} instead of {tuple(own[k].shape)}"
+        for k in own.keys() & weights.keys()
+        if tuple(own[k].shape) != weights[k].shape
+    ]
+    if problems:
+        raise ValueError(f"weights do not fit this policy: {'; '.join(sorted(problems))}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(torch.tensor(weights[name]))
