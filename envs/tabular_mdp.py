@@ -131,8 +131,9 @@ class TabularMDP(TaskDistribution):
         reward_mean = stream.normal(1.0, 1.0, (n, STATES, ACTIONS))
         transition = stream.standard_exponential((n, STATES, ACTIONS, STATES), dtype=np.float32)
         transition /= transition.sum(axis=-1, keepdims=True)
-        params = {"transition": transition, "reward_mean": reward_mean}
-        return make_tasks(self.family, split, params)
+        return make_tasks(
+            self.family, split, {"transition": transition, "reward_mean": reward_mean}
+        )
 
     def reference(self, task: Task) -> Reference:
         """The oracle knows the MDP."""
