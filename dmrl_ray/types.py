@@ -139,6 +139,11 @@ class Rollout:
         """B."""
         return int(self.reward.shape[1])
 
+    @property
+    def num_tasks(self) -> int:
+        """N, of the tasks that the columns play."""
+        return int(self.task_index[-1]) + 1
+
     def next_obs(self) -> Array:
         """(T, B, *obs_shape): the true successors, also where an episode ended."""
         following = (
@@ -160,7 +165,7 @@ class Rollout:
         first = rollouts[0]
         merged: dict[str, Any] = {}
         offset = np.cumsum([0] + [r.num_columns for r in rollouts])
-        tasks = np.cumsum([0] + [int(np.max(r.task_index)) + 1 for r in rollouts])
+        tasks = np.cumsum([0] + [r.num_tasks for r in rollouts])
         for field in fields(Rollout):
             parts = [getattr(r, field.name) for r in rollouts]
             if field.name in ("policy_version", "shot"):
@@ -184,12 +189,8 @@ class Rollout:
         return replace(first, **merged)
 
 
-@dataclass
-class Trial:
-    """What a shard's columns lived through, each on one task: the rollouts in order."""
-
-    tasks: list[Task]
-    rollouts: list[Rollout]
+Trial: TypeAlias = list[Rollout]
+"""What a shard's columns lived through, each on one task: the rollouts in order."""
 
 
 def random_stream(seed: int, *key: int | str) -> np.random.Generator:

@@ -50,6 +50,9 @@ class Algorithm(ABC):
     memory_spans_trial: bool = False
     """The policy's memory, and so returns, survive the ends of episodes."""
 
+    continues_episodes: bool = False
+    """Episodes go on from one collection to the next; else every collection begins afresh."""
+
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         self.config = config
         self.distribution = distribution
@@ -64,6 +67,11 @@ class Algorithm(ABC):
     def columns_per_task(self) -> int:
         """Environment columns that play one task side by side."""
         return 1
+
+    @property
+    def evaluation_episodes(self) -> int:
+        """Episodes of a column that count in an evaluation."""
+        return self.distribution.episodes_per_trial
 
     @abstractmethod
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:

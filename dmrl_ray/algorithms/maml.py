@@ -74,15 +74,19 @@ class MAML(Algorithm):
     def columns_per_task(self) -> int:
         return self.config.episodes_per_task
 
+    @property
+    def evaluation_episodes(self) -> int:
+        return self.config.evaluation_steps + 1
+
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        return Trial(tasks, self._adapt(sampler, tasks, self.config.inner_steps))
+        return self._adapt(sampler, tasks, self.config.inner_steps)
 
     def evaluate(self, sampler: Sampler, tasks: list[Task]) -> None:
         self._adapt(sampler, tasks, self.config.evaluation_steps)
 
     def update(self, trial: Trial) -> dict[str, float]:
-        *support, query = trial.rollouts
-        tasks = len(trial.tasks)
+        *support, query = trial
+        tasks = query.num_tasks
         steps = []
         for _ in range(self.config.epochs):
             params = per_task(self.policy, tasks)

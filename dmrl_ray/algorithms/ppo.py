@@ -54,6 +54,7 @@ class PPO(Algorithm):
         """Steps in each column between updates; episodes go on over updates."""
 
     config: ClipConfig
+    continues_episodes = True
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         assert isinstance(self.config, PPO.Config)
@@ -67,10 +68,10 @@ class PPO(Algorithm):
             gae_lambda=self.config.gae_lambda,
         ).numpy()
         rollout.advantage, rollout.value_target = advantage, advantage + rollout.value
-        return Trial(tasks, [rollout])
+        return [rollout]
 
     def update(self, trial: Trial) -> dict[str, float]:
-        (rollout,) = trial.rollouts
+        (rollout,) = trial
         batch = self._batch(rollout)
         columns = batch["action"].shape[1]
         count = min(self.config.minibatches, columns)

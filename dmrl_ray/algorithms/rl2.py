@@ -31,6 +31,7 @@ class RL2(PPO):
 
     sees_previous = True
     memory_spans_trial = True
+    continues_episodes = False
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.begin_trial(tasks, self.policy)
@@ -42,4 +43,4 @@ class RL2(PPO):
             gae_lambda=self.config.gae_lambda,
         ).numpy()
         rollout.advantage, rollout.value_target = advantage, advantage + rollout.value
-        return Trial(tasks, [rollout])
+        return [rollout]

@@ -1,0 +1,151 @@
+"""Learners: they train a policy on what the workers collected."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmrl_ray.errors import NumericalError
+from dmrl_ray.spec import JobSpec, build, get_weights, set_weights
+from dmrl_ray.types import Arrays, Rollout, Trial, random_stream
+
+MAX_POISONED_UPDATES = 3
+"""Updates in a row with a loss or gradient that is not finite, after which a job stops."""
+
+
+class Learner:
+    """One policy and its optimiser, on one device.
+
+    With several learners each sees every trial and takes its share of every minibatch, so that
+    the averaged gradient is the one a single learner would have had.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.device = torch.device(spec.device)
+        program = build(spec)
+        self.algorithm = program.algorithm
+        self.policy = program.policy.to(self.device)
+        self.algorithm.prepare_training(spec.trainable)
+        self._poisoned = 0
+
+    def join(self, init_method: str, rank: int, world_size: int) -> None:
+        """Average gradients with the other learners from now on."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(
+            backend, init_method=init_method, rank=rank, world_size=world_size
+        )
+        self.algorithm.rank, self.algorithm.world_size = rank, world_size
+        self.algorithm.average_gradients = _average_gradients
+
+    def update(self, version: int, env_steps: int, trials: list[Trial]) -> dict[str, float]:
+        """Improve the policy from one iteration's trials, given in order of their shards.
+
+        Raises:
+            NumericalError: several updates in a row had no finite gradient.
+        """
+        start = time.monotonic()
+        torch.set_num_threads(self.spec.learner_threads)
+        trial = [self._join_shards(list(shards)) for shards in zip(*trials, strict=True)]
+        algorithm = self.algorithm
+        algorithm.rng = random_stream(self.spec.seed, *self.spec.key, "update", version)
+        algorithm.progress = min(1.0, env_steps / max(1, self.spec.env_steps))
+        skipped = algorithm.skipped_batches
+        metrics = algorithm.update(trial)
+        skipped = algorithm.skipped_batches - skipped
+        self._poisoned = self._poisoned + 1 if skipped else 0
+        if self._poisoned >= MAX_POISONED_UPDATES:
+            raise NumericalError(
+                f"stage {self.spec.stage!r}, update {version}: no finite gradient for "
+                f"{self._poisoned} updates in a row; lower algorithm.lr or check the rewards"
+            )
+        metrics["skipped_batches"] = float(skipped)
+        metrics["time/update_s"] = time.monotonic() - start
+        return metrics
+
+    def weights(self) -> Arrays:
+        """Parameters and normalisation statistics."""
+        return get_weights(self.policy)
+
+    def load_weights(self, weights: Arrays) -> None:
+        """Start from a policy trained elsewhere.
+
+        Raises:
+            ValueError: the weights do not fit.
+        """
+        set_weights(self.policy, weights)
+
+    def get_state(self) -> Arrays:
+        """Weights and optimiser: everything that the next update depends on."""
+        state = {f"weights.{name}": array for name, array in self.weights().items()}
+        for i, parameter in enumerate(self.algorithm.parameters):
+            for name, value in self.algorithm.optimizer.state[parameter].items():
+                state[f"optimizer.{i}.{name}"] = value.detach().cpu().numpy().copy()
+        return state
+
+    def set_state(self, state: Arrays) -> None:
+        """Continue from `get_state`'s answer."""
+        prefix = "weights."
+        set_weights(
+            self.policy, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        )
+        for name, array in state.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".", 2)
+                parameter = self.algorithm.parameters[int(i)]
+                value = torch.tensor(array)
+                on = parameter.device if value.dim() or key == "step" else value.device
+                self.algorithm.optimizer.state[parameter][key] = value.to(on)
+
+    def _join_shards(self, shards: list[Rollout]) -> Rollout:
+        return Rollout.concatenate(shards).map(self._to_device)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # type: ignore[no-untyped-call]
+        gradient.copy_(part.view_as(gradient))
+
+
+class LocalLearners:
+    """The learner of a run without Ray, in this process."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._learner = Learner(spec)
+        self.version = 0
+
+    def update(self, env_steps: int, trials: list[Any]) -> dict[str, float]:
+        """One update; `weights` are new afterwards."""
+        metrics = self._learner.update(self.version, env_steps, trials)
+        self.version += 1
+        return metrics
+
+    def weights(self) -> Arrays:
+        """The policy's weights, as arrays."""
+        return self._learner.weights()
+
+    def load_weights(self, weights: Arrays) -> None:
+        """Start from a policy trained elsewhere."""
+        self._learner.load_weights(weights)
+
+    def get_state(self) -> Arrays:
+        """For a checkpoint."""
+        return self._learner.get_state()
+
+    def set_state(self, state: Arrays, version: int) -> None:
+        """From a checkpoint."""
+        self._learner.set_state(state)
+        self.version = version
+
+    def close(self) -> None:
+        """Nothing to end."""

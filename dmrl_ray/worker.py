@@ -1,0 +1,240 @@
+"""Rollout workers: they play shards, evaluate policies and run small jobs whole.
+
+A worker is a carrier: what it returns depends on its arguments alone, so that any worker may do
+any call, and a call that was lost with its worker is simply made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from dmrl_ray.learner import Learner
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.spec import JobSpec, Program, build, set_weights
+from dmrl_ray.types import Arrays, Columns, Task, Trial, random_stream
+
+
+Key: TypeAlias = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A policy's weights and their version."""
+
+    version: int
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class CollectCall:
+    """One iteration of one shard; the call's identity, so that an answer is used once."""
+
+    spec: JobSpec
+    shard: int
+    iteration: int
+    env_steps: int  # of the job, before this iteration
+
+
+@dataclass(frozen=True)
+class EvaluateCall:
+    """One trial on each of some tasks."""
+
+    spec: JobSpec
+    tasks: tuple[Task, ...]
+    trial: int
+    chunk: int
+    greedy: bool
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    """The small answer of a collection, which the driver reads; the trial itself travels apart."""
+
+    episodes: Columns
+    env_steps: int
+    seconds: float
+
+
+class RolloutWorker:
+    """Plays shards with one torch thread."""
+
+    def __init__(self) -> None:
+        self._programs: dict[Key, Program] = {}
+        self._samplers: dict[Key, tuple[int, Sampler]] = {}
+        self._loaded: dict[Key, int] = {}
+
+    def collect(
+        self, call: CollectCall, weights: Weights, state: Arrays
+    ) -> tuple[CollectReport, Trial, Arrays]:
+        """Roll out one iteration of a shard from `state`; also returns the state after it."""
+        start = time.monotonic()
+        torch.set_num_threads(1)
+        spec, shard, iteration = call.spec, call.shard, call.iteration
+        program = self._program(spec, weights)
+        sampler = self._sampler(spec, program, shard, iteration, state)
+        algorithm = program.algorithm
+        columns = spec.rollout.num_envs
+        tasks = list(spec.fixed_tasks) or program.distribution.sample(
+            random_stream(spec.seed, *spec.key, "tasks", shard, iteration),
+            columns // algorithm.columns_per_task,
+            spec.split,
+        )
+        sampler.start(
+            random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
+        )
+        trial = algorithm.collect(sampler, tasks)
+        self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
+        rows = sampler.take_episodes()
+        episodes = episode_rows(rows, program, scored=spec.split != "train")
+        every = columns * spec.rollout.shards
+        episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
+        episodes["trial"] = np.full(len(rows["step"]), iteration)
+        after = sampler.get_state() if algorithm.continues_episodes else {}
+        steps = sum(rollout.reward.size for rollout in trial)
+        return CollectReport(episodes, steps, time.monotonic() - start), trial, after
+
+    def evaluate(self, call: EvaluateCall, weights: Weights) -> Columns:
+        """Rows of one trial on each of the call's tasks."""
+        torch.set_num_threads(1)
+        spec = call.spec
+        program = self._program(spec, weights)
+        algorithm = program.algorithm
+        columns = len(call.tasks) * algorithm.columns_per_task
+        sampler = Sampler(
+            program.distribution, columns, memory_spans_trial=algorithm.memory_spans_trial
+        )
+        stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
+        sampler.start(stream, call.policy_version, greedy=call.greedy)
+        with torch.enable_grad():
+            algorithm.evaluate(sampler, list(call.tasks))
+        rows = sampler.take_episodes()
+        within = rows["episode"] < algorithm.evaluation_episodes
+        rows = {name: column[within] for name, column in rows.items()}
+        episodes = episode_rows(rows, program, scored=True)
+        episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)
+        episodes["trial"] = np.full(len(rows["step"]), call.trial)
+        return episodes
+
+    def train(self, spec: JobSpec, weights: Arrays, updates: int) -> tuple[Columns, Arrays]:
+        """A small job whole: a shard collected and learned from, `updates` times.
+
+        Returns the rows of its episodes, with the number of updates done before as their shot,
+        and the weights at its end.
+        """
+        learner = Learner(spec)
+        learner.load_weights(weights)
+        parts: list[Columns] = []
+        state: Arrays = {}
+        env_steps = 0
+        for iteration in range(updates + 1):
+            call = CollectCall(spec, 0, iteration, env_steps)
+            report, trial, state = self.collect(call, Weights(iteration, learner.weights()), state)
+            report.episodes["shot"] = np.full_like(report.episodes["shot"], iteration)
+            parts.append(report.episodes)
+            env_steps += report.env_steps
+            if iteration < updates:
+                learner.update(iteration, env_steps, [trial])
+        rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        self._forget(spec)
+        return rows, learner.weights()
+
+    def _program(self, spec: JobSpec, weights: Weights) -> Program:
+        key = spec.key
+        if key not in self._programs:
+            if len(self._programs) >= 8:
+                for cache in (self._programs, self._samplers, self._loaded):
+                    cache.clear()
+            self._programs[key] = build(spec)
+        program = self._programs[key]
+        if self._loaded.get(key) != weights.version:
+            set_weights(program.policy, weights.arrays)
+            self._loaded[key] = weights.version
+        return program
+
+    def _sampler(
+        self, spec: JobSpec, program: Program, shard: int, iteration: int, state: Arrays
+    ) -> Sampler:
+        """The shard's sampler as it stood before this iteration."""
+        at, sampler = self._samplers.pop((*spec.key, shard), (-1, None))
+        if sampler is None:
+            sampler = Sampler(
+                program.distribution,
+                spec.rollout.num_envs,
+                memory_spans_trial=program.algorithm.memory_spans_trial,
+            )
+        if at != iteration and program.algorithm.continues_episodes:
+            sampler.set_state(state)
+        return sampler
+
+    def _forget(self, spec: JobSpec) -> None:
+        for cache in (self._programs, self._samplers, self._loaded):
+            for key in [k for k in cache if k[: len(spec.key)] == spec.key]:
+                del cache[key]
+
+
+def episode_rows(rows: Columns, program: Program, *, scored: bool) -> Columns:
+    """Columns of the episodes table that a worker knows."""
+    tasks: list[Task] = list(rows["task"])
+    score = np.full(len(tasks), np.nan)
+    if scored:
+        references = {
+            t.id: program.distribution.reference(t) for t in {t.id: t for t in tasks}.values()
+        }
+        for i, task in enumerate(tasks):
+            reference = references[task.id]
+            if reference is not None:
+                score[i] = reference.score(rows["episode"][i], rows["return"][i])
+    return {
+        "task_id": np.array([task.id for task in tasks], object),
+        "split": np.array([task.split for task in tasks], object),
+        "episode": rows["episode"].astype(np.int64),
+        "shot": rows["shot"].astype(np.int64),
+        "return": rows["return"].astype(np.float64),
+        "length": rows["length"].astype(np.int64),
+        "success": rows["success"].astype(np.float64),
+        "score": score,
+    }
+
+
+class LocalWorkers:
+    """The worker pool of a run without Ray: one worker, in this process."""
+
+    total = alive = 1
+
+    def __init__(self) -> None:
+        self._worker = RolloutWorker()
+
+    def start_collect(
+        self, calls: list[CollectCall], weights: Any, states: list[Any]
+    ) -> list[tuple[CollectReport, Any, Any]]:
+        """Begin one iteration of every shard; the answer is for `finish_collect`."""
+        return [self._worker.collect(c, weights, s) for c, s in zip(calls, states, strict=True)]
+
+    def finish_collect(
+        self, started: list[tuple[CollectReport, Any, Any]]
+    ) -> list[tuple[CollectReport, Any, Any]]:
+        """Reports, trials and states by shard number."""
+        return started
+
+    def map(self, method: str, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Results of a worker's method over many arguments, with their indices, as they come."""
+        for i, arguments in enumerate(calls):
+            yield i, getattr(self._worker, method)(*arguments)
+
+    def put(self, value: Any) -> Any:
+        """Make a large argument ready to be used in many calls."""
+        return value
+
+    def fetch(self, value: Any) -> Any:
+        """The value behind what a call returned as large."""
+        return value
+
+    def close(self) -> None:
+        """Nothing to end."""
