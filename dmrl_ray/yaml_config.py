@@ -80,7 +80,8 @@ def _plain(value: object) -> Any:
     if isinstance(value, Component):
         return {"type": value.type} | _plain(value.settings)
     if isinstance(value, BaseModel):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        names = sorted(type(value).model_fields, key=lambda name: name != "type")
+        return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

@@ -1,0 +1,283 @@
+"""A run as text: how well it adapts, what it took to train, and what went wrong on the way.
+
+Everything is read from the run's tables, so the report of a run that is still going, or was killed,
+is the report of what it has committed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.box import MARKDOWN
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from dmrl_ray import results
+from dmrl_ray.display import short
+from dmrl_ray.settings import SHORT_NAMES, import_class
+from dmrl_ray.yaml_text import parse
+
+MAX_COLUMNS = 6
+WORTH_KNOWING = (
+    "lost",
+    "replace",
+    "skip",
+    "recover",
+    "retr",
+    "fail",
+    "error",
+    "drift",
+    "interrupt",
+)
+"""Parts of the names of events that a reader of results should know of."""
+
+
+def text_report(run_folder: Path | str) -> str:
+    """The report of one run.
+
+    Raises:
+        ValueError: the folder is no run, or a table of it is damaged.
+    """
+    folder = Path(run_folder)
+    tables = {name: results.load(folder, table=name) for name in ("episodes", "metrics", "events")}
+    config = _config(folder)
+    stages: dict[str, dict[str, Any]] = config.get("stages", {})
+    parts: list[RenderableType] = [_facts(folder, config, tables.values())]
+    held_out = _held_out(tables["episodes"], stages)
+    if len(held_out):
+        parts += ["Adaptation on held-out tasks", _adaptation_table(held_out)]
+    regret = tables["metrics"][tables["metrics"]["name"] == "regret"]
+    if len(regret):
+        parts += ["Regret per episode, by steps since the change of task", _regret_table(regret)]
+    trained = [n for n, stage in stages.items() if stage.get("type") in ("pretrain", "finetune")]
+    trained = [name for name in trained if (tables["metrics"]["stage"] == name).any()]
+    if trained:
+        parts += ["Training", _training_table(trained, tables)]
+    parts += _events(tables["events"])
+    if len(parts) == 1:
+        parts.append("Nothing is committed yet.")
+    return _rendered(parts)
+
+
+def evaluation_report(episodes: pd.DataFrame) -> str:
+    """The adaptation table of the episodes of one evaluation."""
+    tasks = episodes["task_id"].nunique()
+    heading = f"{len(episodes)} episodes on {tasks} tasks"
+    return _rendered([heading, _adaptation_table(episodes)])
+
+
+def families_report() -> str:
+    """The built-in task families."""
+    titles = ("name", "domain", "observation", "actions", "episodes x steps", "what it is")
+    rows = [(name, *_family_cells(name)) for name in SHORT_NAMES["tasks"]]
+    hint = "Others are named by import path, as in  tasks: {type: my_module:MyTasks}"
+    return _rendered([_table(titles, rows), hint])
+
+
+def next_steps(run_folder: Path) -> str:
+    """Commands that go on from a run."""
+    command = f"python -m dmrl_ray {{}} {run_folder}"
+    return "\n".join(
+        (
+            "Next:",
+            f"  {command.format('report'):<50}  # this report again",
+            f"  {command.format('evaluate'):<50}  # more held-out tasks",
+            f"  {command.format('resume'):<50}  # go on from the last commit",
+            f"  python -c \"import dmrl_ray; print(dmrl_ray.load('{run_folder}'))\"  # in pandas",
+        )
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    data = parse(str(path), path.read_text()).data if path.is_file() else None
+    return data if isinstance(data, dict) else {}
+
+
+def _facts(folder: Path, config: dict[str, Any], tables: Iterable[pd.DataFrame]) -> Table:
+    record = json.loads((folder / "run.json").read_text())
+    facts = record.get("facts", {})
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("run", folder.name)
+    for key in ("tasks", "network", "algorithm"):
+        component = config.get(key, {})
+        grid.add_row(key, str(component.get("type") if isinstance(component, dict) else component))
+    grid.add_row("seed", str(config.get("seed", "?")))
+    grid.add_row("config", str(folder / "config.yaml"))
+    for key, value in facts.items() if isinstance(facts, dict) else ():
+        if key not in ("seed", "name") and value not in (None, "", {}, []):
+            grid.add_row(key.replace("_", " "), _flat(value))
+    if wall_s := _duration_s(tables):
+        grid.add_row("duration", _seconds(wall_s))
+    return grid
+
+
+def _flat(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return ", ".join(map(_flat, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration_s(tables: Iterable[pd.DataFrame]) -> float:
+    times = pd.concat([table["time"] for table in tables])
+    return float((times.max() - times.min()).total_seconds()) if len(times) else 0.0
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d} h" if hours else f"{seconds / 60:.1f} min"
+
+
+def _held_out(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Episodes of fine-tuning and evaluation on the split that the stage reports."""
+    wanted = {
+        name: stage.get("split", "test")
+        for name, stage in stages.items()
+        if stage.get("type") in ("finetune", "evaluate")
+    }
+    rows = episodes[episodes["split"] == episodes["stage"].map(wanted)]
+    order = pd.CategoricalDtype([name for name in stages if name in wanted], ordered=True)
+    return rows.assign(stage=rows["stage"].astype(order))
+
+
+def _adaptation_table(episodes: pd.DataFrame) -> Table:
+    by = [key for key in ("stage", "split") if key in episodes]
+    frame = results.adaptation(episodes, by=by)
+    shots = _spread(sorted(frame["shot"].unique()))
+    groups = [*by, "algorithm"]
+    titles = [*groups, "measure", *(f"shot {shot}" for shot in shots), "tasks"]
+    rows: list[tuple[object, ...]] = []
+    for key, group in frame.groupby(groups, sort=False, observed=True):
+        measure = "score [95 %]" if group["score"].notna().any() else "return"
+        cells = {record["shot"]: _cell(record) for record in group.to_dict("records")}
+        by_shot = (cells.get(shot, "") for shot in shots)
+        rows.append((*key, measure, *by_shot, int(group["tasks"].max())))
+    if frame["score"].notna().any():
+        blank = [""] * (len(groups) - 1)
+        for name, score in (("random", "0"), ("oracle", "1")):
+            rows.append((name, *blank, "score", *[score] * len(shots), ""))
+    return _table(titles, rows)
+
+
+def _cell(row: Mapping[Any, Any]) -> str:
+    if np.isnan(row["score"]):
+        return f"{row['return']:.4g}"
+    interval = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['score']:.2f}{interval}"
+
+
+def _spread(values: Sequence[int]) -> list[int]:
+    """At most `MAX_COLUMNS` of the values, the first and the last among them."""
+    if len(values) <= MAX_COLUMNS:
+        return list(values)
+    index = np.linspace(0, len(values) - 1, MAX_COLUMNS).round().astype(int)
+    return [values[i] for i in index]
+
+
+def _regret_table(regret: pd.DataFrame) -> Table:
+    steps = _spread(sorted(regret["env_steps"].unique()))
+    mean = regret.groupby(["stage", "env_steps"], sort=False)["value"].mean()
+    rows = [
+        (stage, *(f"{mean[stage, s]:.4g}" if (stage, s) in mean.index else "" for s in steps))
+        for stage in regret["stage"].unique()
+    ]
+    return _table(("stage", *(f"{short(step)} steps" for step in steps)), rows)
+
+
+def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table:
+    titles = ("stage", "env steps", "updates", "steps/s", "wall time", "best validation")
+    rows = []
+    for stage in stages:
+        here = {name: table[table["stage"] == stage] for name, table in tables.items()}
+        metrics = here["metrics"]
+        last = metrics.groupby("job")[["env_steps", "policy_version"]].max().sum()
+        wall_s = _duration_s(here.values())
+        speed = short(last["env_steps"] / wall_s) if wall_s else ""
+        cells = (short(last["env_steps"]), int(last["policy_version"]), speed, _seconds(wall_s))
+        rows.append((stage, *cells, _best_validation(metrics)))
+    return _table(titles, rows)
+
+
+def _best_validation(metrics: pd.DataFrame) -> str:
+    for measure in ("score", "return"):
+        name = metrics["name"].str
+        found = metrics[name.startswith("validation") & name.endswith(measure)].dropna()
+        if len(found):
+            best = int(found["value"].to_numpy().argmax())
+            steps = short(found["env_steps"].to_numpy()[best])
+            return f"{measure} {found['value'].max():.4g} at {steps} steps"
+    return ""
+
+
+def _events(events: pd.DataFrame) -> list[RenderableType]:
+    known = events["event"].str.lower().str.contains("|".join(WORTH_KNOWING), regex=True)
+    worth = events[known.fillna(False).astype(bool)]
+    if not len(worth):
+        return []
+    rows = [
+        (name, len(group), str(group["stage"].iloc[-1]), _detail(str(group["detail"].iloc[-1])))
+        for name, group in worth.groupby("event", sort=False)
+    ]
+    return ["Events worth knowing", _table(("event", "times", "last in", "last detail"), rows)]
+
+
+def _detail(text: str) -> str:
+    try:
+        flat = _flat(json.loads(text))
+    except ValueError:
+        flat = text
+    return flat if len(flat) <= 80 else flat[:77] + "..."
+
+
+def _family_cells(name: str) -> tuple[str, ...]:
+    try:
+        kind = import_class(name, "tasks")
+    except ValueError as error:  # Its package is not installed.
+        return ("", "", "", "", str(error))
+    text = sys.modules[kind.__module__].__doc__ or kind.__doc__ or ""
+    about = next(iter(text.strip().splitlines()), "")
+    try:
+        family = kind(kind.Config())
+    except ValueError:  # It needs settings, so it has no shape before it is configured.
+        return (kind.domain, "as configured", "as configured", "as configured", about)
+    length = f"{family.episodes_per_trial} x {family.max_episode_steps}"
+    spaces = (_space(family.observation_space), _space(family.action_space))
+    return (kind.domain, *spaces, length, about)
+
+
+def _space(space: Any) -> str:
+    if hasattr(space, "n"):
+        return f"{space.n} choices"
+    return f"{'x'.join(map(str, space.shape))} {space.dtype}"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    table = Table(box=MARKDOWN)
+    for title in titles:
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def _rendered(parts: Sequence[RenderableType]) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, width=240, color_system=None, markup=False, highlight=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print()
+        console.print(part)
+    text = "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+    return re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -1,0 +1,256 @@
+"""The command line: what a user meets, in particular when something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from dmrl_ray import __main__ as cli
+from dmrl_ray.config import Component, Settings
+from dmrl_ray.errors import ClusterError, FolderInUse, NumericalError, StorageError
+from dmrl_ray.writer import RunWriter
+from dmrl_ray.yaml_config import parse_config
+
+
+class Tasks:
+    class Config(Settings):
+        goals: int = 3
+
+
+class Network:
+    class Config(Settings):
+        encoder: Component = Component(type=f"{__name__}:Tasks")
+
+
+CONFIG = f"""\
+tasks: {__name__}:Tasks
+network: {__name__}:Network
+algorithm: {__name__}:Tasks
+stages:
+  meta: {{type: pretrain, env_steps: 10}}
+"""
+
+
+class Interrupted(KeyboardInterrupt):
+    exit_code = 143
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder))
+        self.folder = folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with a config and a run."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(CONFIG)
+    RunWriter.create(tmp_path / "runs" / "fine-1", CONFIG, {}).close()
+    return tmp_path
+
+
+@pytest.fixture
+def controller(monkeypatch):
+    """Stands in for the controller, whose answer each test sets."""
+    stand_in = SimpleNamespace(calls=[])
+    monkeypatch.setitem(sys.modules, "dmrl_ray.controller", stand_in)
+    monkeypatch.setattr("dmrl_ray.controller", stand_in, raising=False)
+    return stand_in
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def raises(error: BaseException):
+    def answer(*_, **__):
+        raise error
+
+    return answer
+
+
+def modules_after(code: str) -> list[str]:
+    """What a fresh Python prints, followed by every module it has imported."""
+    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
+    root = Path(cli.__file__).parent.parent
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    return answer.stdout.split()
+
+
+def test_building_the_command_line_imports_nothing_heavy():
+    heavy = {"torch", "ray", "pandas", "pyarrow", "gymnasium", "numpy", "pydantic"}
+    assert heavy.isdisjoint(modules_after("import dmrl_ray.__main__"))
+
+
+def test_a_mistake_outside_the_components_is_told_before_anything_heavy_is_imported():
+    code = "from dmrl_ray.__main__ import app\ntry: app(['config', 'none.yaml'])\n"
+    exit_code, *modules = modules_after(code + "except SystemExit as end: print(end.code)")
+    assert exit_code == "2"
+    assert {"torch", "ray", "pandas", "pyarrow", "gymnasium"}.isdisjoint(modules)
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "evaluate", "report", "tasks", "config", "verify"]
+)
+def test_every_command_has_help(command):
+    answer = call(command, "--help")
+    assert answer.exit_code == 0
+    assert "--verbose" in answer.stdout
+
+
+def test_a_typo_in_a_command_is_understood():
+    assert "Did you mean 'resume'" in call("resum", "x").stderr
+
+
+def test_a_mistake_in_a_config_is_told_with_its_place_and_exit_code_2(here):
+    Path("run.yaml").write_text(CONFIG.replace("env_steps", "env_stesp"))
+    answer = call("run", "run.yaml")
+    assert answer.exit_code == 2
+    assert answer.stderr.startswith("error: the config cannot be used\nrun.yaml:5:")
+    assert "did you mean 'env_steps'?" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+
+
+def test_verbose_adds_the_traceback(here):
+    assert "Traceback" in call("config", "run.yaml", "sed=1", "--verbose").stderr
+
+
+def test_overrides_are_applied(here):
+    answer = call("config", "run.yaml", "seed=5", "tasks.goals=9", "--resolved")
+    assert answer.exit_code == 0
+    config = parse_config(answer.stdout, "printed")
+    assert config.seed == 5
+    assert config.tasks.settings.goals == 9
+
+
+def test_a_valid_config_is_said_to_be_valid(here):
+    assert call("config", "run.yaml").stdout == "run.yaml: valid; stages: meta (pretrain)\n"
+
+
+def test_packaged_configs_are_found_by_name(here, monkeypatch):
+    (here / "package" / "configs").mkdir(parents=True)
+    (here / "package" / "configs" / "quickstart.yaml").write_text(CONFIG)
+    monkeypatch.setattr("dmrl_ray.__path__", [str(here / "package")])
+    assert call("config", "quickstart").exit_code == 0
+    answer = call("config", "quickstrat")
+    assert answer.exit_code == 2
+    assert "quickstrat: there is no such file; did you mean 'quickstart'?" in answer.stderr
+
+
+def test_run_hands_the_settings_to_the_controller_and_ends_with_the_report(here, controller):
+    def run(config, out, **more):
+        controller.calls.append((config.seed, out, more["address"], more["overwrite"]))
+        return here / "runs" / "fine-1"
+
+    controller.run = run
+    answer = call("run", "run.yaml", "seed=3", "--out", "elsewhere", "--overwrite")
+    assert answer.exit_code == 0, answer.output
+    assert controller.calls == [(3, here / "elsewhere", None, True)]
+    assert "fine-1" in answer.stdout
+    assert "python -m dmrl_ray report" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("stage meta: no"), 2),
+        (FolderInUse("runs/x: in use"), 3),
+        (StorageError("runs/x: disk full"), 4),
+        (OSError("disk full"), 4),
+        (ClusterError("needs 4 CPUs"), 6),
+        (NumericalError("loss is nan"), 7),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence_and_an_exit_code(here, controller, error, code):
+    controller.run = raises(error)
+    answer = call("run", "run.yaml")
+    assert answer.exit_code == code
+    assert answer.stderr == f"error: {error}\n"
+
+
+def test_an_interrupted_run_says_how_to_go_on(here, controller):
+    controller.run = raises(Interrupted(Path("runs/fine-1")))
+    answer = call("run", "run.yaml")
+    assert answer.exit_code == 143
+    assert answer.stderr == "interrupted; resume with: python -m dmrl_ray resume runs/fine-1\n"
+
+
+def test_an_interruption_before_anything_is_committed_is_130(here, controller):
+    controller.run = raises(KeyboardInterrupt())
+    answer = call("run", "run.yaml")
+    assert answer.exit_code == 130
+    assert answer.stderr == "interrupted\n"
+
+
+def test_a_missing_package_is_named(here, controller):
+    controller.run = raises(ModuleNotFoundError("No module named 'ray'", name="ray"))
+    answer = call("run", "run.yaml")
+    assert answer.exit_code == 2
+    assert "error: the package 'ray' is not installed" in answer.stderr
+
+
+def test_a_fault_of_our_own_shows_its_traceback(here, controller):
+    controller.run = raises(AssertionError("broken"))
+    answer = call("run", "run.yaml")
+    assert answer.exit_code == 1
+    assert "Traceback" in answer.stderr
+    assert "please report it" in answer.stderr
+
+
+def test_a_relative_folder_in_a_ray_job_is_warned_about(here, controller, monkeypatch):
+    (here / "_ray_pkg_12").mkdir()
+    monkeypatch.chdir(here / "_ray_pkg_12")
+    controller.run = raises(ValueError("stop"))
+    assert "warning: a Ray job's" in call("run", "../run.yaml").stderr
+    assert "warning" not in call("run", "../run.yaml", "--out", str(here)).stderr
+
+
+@pytest.mark.parametrize("name", ["fine-1", "fine", "runs/fine-1"])
+def test_a_run_is_found_by_folder_name_or_beginning(here, controller, name):
+    controller.resume = lambda folder, **more: controller.calls.append(folder) or folder
+    assert call("resume", name).exit_code == 0
+    assert controller.calls == [here / "runs" / "fine-1"]
+
+
+def test_a_run_that_is_not_there_is_named(here):
+    RunWriter.create(here / "runs" / "fine-2", CONFIG, {}).close()
+    assert "did you mean 'fine-1'" in call("report", "fien-1").stderr
+    assert "more than one run starts so: fine-1, fine-2" in call("report", "fine").stderr
+    assert call("report", "none").exit_code == 2
+
+
+def test_evaluate_prints_its_episodes_as_json(here, controller):
+    frame = pd.DataFrame({"task_id": ["a"], "return": [1.5]})
+    controller.evaluate = lambda folder, **more: controller.calls.append(more) or frame
+    answer = call("evaluate", "fine-1", "--tasks", "8", "--json")
+    assert json.loads(answer.stdout) == [{"task_id": "a", "return": 1.5}]
+    expected = {"stage": None, "split": "test", "tasks": 8, "trials": 1, "checkpoint": "best"}
+    assert controller.calls == [expected]
+
+
+def test_evaluate_refuses_a_split_that_does_not_exist(here):
+    answer = call("evaluate", "fine-1", "--split", "tset")
+    assert answer.exit_code == 2
+    assert "command line: --split: found 'tset'; did you mean 'test'?" in answer.stderr
+
+
+def test_verify_finds_a_damaged_file(here):
+    with RunWriter.open(here / "runs" / "fine-1") as writer:
+        writer.commit({}, {})
+    assert call("verify", "fine-1").exit_code == 0
+    (commit,) = (here / "runs" / "fine-1" / "commits").glob("*.json")
+    commit.write_bytes(commit.read_bytes().replace(b"{", b"[", 1))
+    answer = call("verify", "fine-1")
+    assert answer.exit_code == 4
+    assert commit.name in answer.stdout
+
+
+def test_tasks_lists_the_families():
+    answer = call("tasks")
+    assert answer.exit_code == 0
+    assert "bandit" in answer.stdout

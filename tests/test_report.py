@@ -1,0 +1,156 @@
+"""The report: what it says about a run that is written by hand."""
+
+import itertools
+import math
+import re
+
+import pytest
+
+from dmrl_ray.report import evaluation_report, families_report, next_steps, text_report
+from dmrl_ray.results import load
+from dmrl_ray.settings import SHORT_NAMES
+from dmrl_ray.writer import RunWriter
+
+CONFIG = """\
+name: hand
+seed: 7
+tasks: {type: bandit}
+algorithm: {type: rl2}
+stages:
+  meta: {type: pretrain, env_steps: 1000}
+  tune: {type: finetune, init_from: meta, split: test}
+  stream: {type: adapt, init_from: meta}
+  final: {type: evaluate, init_from: meta, split: test}
+"""
+START = 1_700_000_000.0
+
+
+def episode(stage: str, split: str, task: int, shot: int, score: float, **more) -> dict:
+    row = {"stage": stage, "job": "0", "algorithm": "rl2", "task_id": f"{split}-{task}"}
+    counts = {"seed": 7, "trial": 0, "episode": shot, "shot": shot, "policy_version": 3}
+    figures = {"env_steps": 0, "return": 10.0 * (shot + 1), "length": 5, "score": score}
+    return row | counts | figures | {"split": split, "time": START} | more
+
+
+def metric(stage: str, name: str, value: float, steps: int, version: int, time: float) -> dict:
+    row = {"stage": stage, "job": "0", "policy_version": version, "env_steps": steps}
+    return row | {"name": name, "value": value, "time": START + time}
+
+
+def event(name: str, detail: str = "{}") -> dict:
+    return {"stage": "meta", "job": "0", "event": name, "detail": detail, "time": START}
+
+
+def run_of(folder, **tables: list[dict]):
+    """A committed run with these rows."""
+    with RunWriter.create(folder / "hand", CONFIG, {"host": {"cpus": 4}}) as writer:
+        for table, rows in tables.items():
+            for row in rows:
+                writer.add(table, {key: [value] for key, value in row.items()})
+        writer.commit({}, {})
+    return folder / "hand"
+
+
+def cells(report: str, first: str) -> list[str]:
+    """The cells of the row that begins with a word."""
+    (row,) = [line for line in report.splitlines() if re.match(rf"\| {first} ", line)]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_each_shot_of_a_stage_is_a_column_of_its_mean_score(tmp_path):
+    # Two tasks: 0.2 and 0.4 before adaptation, 0.7 and 0.9 after.
+    scores = {(0, 0): 0.2, (1, 0): 0.4, (0, 1): 0.7, (1, 1): 0.9}
+    rows = [episode("final", "test", task, shot, s) for (task, shot), s in scores.items()]
+    report = text_report(run_of(tmp_path, episodes=rows))
+    expected = ["final", "test", "rl2", "score [95 %]", "0.30 [0.20, 0.40]", "0.80 [0.70, 0.90]"]
+    assert cells(report, "final") == [*expected, "2"]
+    assert cells(report, "random")[4:6] == ["0", "0"]
+    assert cells(report, "oracle")[4:6] == ["1", "1"]
+
+
+def test_returns_stand_where_no_score_is_known(tmp_path):
+    rows = [episode("final", "test", task, shot, math.nan) for task in (0, 1) for shot in (0, 1)]
+    report = text_report(run_of(tmp_path, episodes=rows))
+    assert cells(report, "final") == ["final", "test", "rl2", "return", "10", "20", "2"]
+    assert "oracle" not in report
+
+
+def test_training_and_validation_episodes_are_not_results(tmp_path):
+    splits = ("train", "validation", "test")
+    rows = [
+        episode("tune", split, 0, 0, score)
+        for split, score in zip(splits, (0, 0.5, 1), strict=True)
+    ]
+    rows += [episode("meta", "train", 0, 0, 0.1), episode("meta", "test", 0, 0, 0.1)]
+    report = text_report(run_of(tmp_path, episodes=rows))
+    assert cells(report, "tune")[4] == "1.00"
+    assert not re.search(r"\| meta ", report)
+
+
+def test_many_shots_keep_the_first_and_the_last(tmp_path):
+    rows = [episode("final", "test", 0, shot, 0.5) for shot in range(50)]
+    header = cells(text_report(run_of(tmp_path, episodes=rows)), "stage")
+    assert header[4:-1] == ["shot 0", "shot 10", "shot 20", "shot 29", "shot 39", "shot 49"]
+
+
+def test_regret_is_averaged_by_steps_since_the_change(tmp_path):
+    rows = [metric("stream", "regret", value, 20, 0, 0) for value in (4.0, 6.0)]
+    rows += [metric("stream", "regret", value, 40, 0, 0) for value in (1.0, 2.0)]
+    report = text_report(run_of(tmp_path, metrics=rows))
+    assert "| 20 steps | 40 steps |" in report
+    assert cells(report, "stream") == ["stream", "5", "1.5"]
+
+
+def test_training_counts_steps_updates_speed_and_the_best_validation(tmp_path):
+    rows = [
+        metric("meta", "validation/score", 0.2, 500, 5, 0.0),
+        metric("meta", "validation/score", 0.8, 1000, 10, 5.0),
+        metric("meta", "validation/score", 0.7, 2000, 20, 10.0),
+    ]
+    report = text_report(run_of(tmp_path, metrics=rows))
+    # 2000 steps in 10 s.
+    assert cells(report, "meta") == ["meta", "2k", "20", "200", "10.0 s", "score 0.8 at 1k steps"]
+
+
+def test_jobs_of_a_stage_are_added_up(tmp_path):
+    rows = [metric("tune", "policy_loss", 1.0, 100, 3, 0.0) | {"job": job} for job in "abc"]
+    assert cells(text_report(run_of(tmp_path, metrics=rows)), "tune")[1:3] == ["300", "9"]
+
+
+def test_events_that_cost_something_are_counted(tmp_path):
+    rows = [event("worker_lost", '{"shard": 1, "pid": 42}'), event("worker_lost"), event("commit")]
+    report = text_report(run_of(tmp_path, events=list(reversed(rows))))
+    assert cells(report, "worker_lost") == ["worker_lost", "2", "meta", "shard 1, pid 42"]
+    assert "| commit " not in report
+
+
+def test_a_run_without_rows_says_so(tmp_path):
+    report = text_report(run_of(tmp_path))
+    assert "Nothing is committed yet." in report
+    assert "seed       7" in report
+    assert "cpus 4" in report
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no run"):
+        text_report(tmp_path / "nothing")
+
+
+def test_an_evaluation_is_shown_by_shot(tmp_path):
+    rows = [episode("final", "test", t, s, 0.5) for t, s in itertools.product(range(3), range(2))]
+    report = evaluation_report(load(run_of(tmp_path, episodes=rows)))
+    assert report.startswith("6 episodes on 3 tasks")
+    assert cells(report, "final")[-1] == "3"
+
+
+def test_every_built_in_family_is_listed():
+    report = families_report()
+    for name in SHORT_NAMES["tasks"]:
+        assert len(cells(report, name)) == 6
+    assert cells(report, "bandit")[2:5] == ["1 float32", "5 choices", "1 x 10"]
+
+
+def test_the_next_steps_name_the_run(tmp_path):
+    text = next_steps(tmp_path)
+    for command in ("report", "evaluate", "resume"):
+        assert f"python -m dmrl_ray {command} {tmp_path}" in text
