@@ -1,0 +1,135 @@
+"""Checks of a foreign environment before a run starts; each mistake is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+
+from dmrl_ray.types import EnvironmentFault
+
+from .gym_column import Apply, GymColumn, Values, find_attribute, find_set_task
+
+CHECKED_STEPS = 10
+"""Random steps that an environment must survive."""
+
+
+def first_make(make: Callable[[], gym.Env[Any, Any]], env_id: str) -> gym.Env[Any, Any]:
+    """Build an environment for the first time.
+
+    Raises:
+        ValueError: it cannot be built.
+    """
+    try:
+        return make()
+    except gym.error.DependencyNotInstalled as error:
+        raise ValueError(f"tasks.id: {env_id} needs an optional package: {error}") from None
+    except ImportError as error:
+        raise ValueError(
+            f"tasks.id: {env_id} needs a module that cannot be imported ({error}); install it"
+        ) from None
+    except gym.error.Error as error:
+        raise ValueError(f"tasks.id: {error}") from None
+    except Exception as error:  # a foreign environment may raise anything
+        raise ValueError(
+            f"tasks.id: {env_id} cannot be built ({type(error).__name__}: {error}); "
+            "check tasks.kwargs and what is varied"
+        ) from None
+
+
+def find_max_episode_steps(env: gym.Env[Any, Any], env_id: str, given: int | None) -> int:
+    """The limit the config gives, else the registered one.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    spec = env.unwrapped.spec
+    registered = gym.registry[spec.id].max_episode_steps if spec else None
+    limit = given or registered
+    if limit is None:
+        raise ValueError(
+            f"tasks.max_episode_steps: {env_id} is registered without a limit; give one"
+        )
+    return limit
+
+
+def check_vary(env: gym.Env[Any, Any], env_id: str, apply: Apply, values: Values) -> None:
+    """That the environment has what varies.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if apply == "set_task" and values:
+        try:
+            find_set_task(env)
+        except AttributeError:
+            raise ValueError(
+                f"tasks.apply: {env_id} has no method set_task; use attributes or kwargs"
+            ) from None
+    if apply != "attributes":
+        return
+    for name in values:
+        try:
+            find_attribute(env, name)
+        except AttributeError:
+            near = get_close_matches(name, [a for a in dir(env.unwrapped) if a[0] != "_"], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"tasks.vary.{name}: {env_id} has no such attribute{hint}") from None
+
+
+def check_behaviour(column: GymColumn, env_id: str, apply: Apply, values: Values) -> None:
+    """Reset and a few random steps.
+
+    Raises:
+        ValueError: what comes back breaks the contract.
+    """
+    env = column.env
+    random = np.random.default_rng(0)
+    try:
+        _check_inside(env, env_id, column.start(values, 0, changed=True), "reset")
+        if apply == "attributes":
+            _check_kept(env, env_id, values)
+        for t in range(CHECKED_STEPS):
+            action = _random_action(column, random)
+            obs, _, terminated, truncated, _ = column.step(action)
+            _check_inside(column.env, env_id, obs, f"step {t + 1}")
+            if terminated or truncated:
+                column.start(values, t + 1, changed=False)
+    except EnvironmentFault as fault:
+        raise ValueError(f"tasks.id: {fault}; repair the environment or wrap it") from None
+
+
+def _random_action(column: GymColumn, random: np.random.Generator) -> Any:
+    space = column.env.action_space
+    if isinstance(space, Box):
+        return random.uniform(-1.0, 1.0, space.shape).astype(np.float32)
+    assert isinstance(space, gym.spaces.Discrete)
+    return int(random.integers(int(space.n)))
+
+
+def _check_inside(env: gym.Env[Any, Any], env_id: str, obs: np.ndarray, when: str) -> None:
+    space = env.observation_space
+    if not isinstance(space, Box):
+        return  # an integer outside its space cannot be made one-hot and has failed before
+    low, high = space.low.astype(obs.dtype), space.high.astype(obs.dtype)
+    outside = np.argwhere((obs < low) | (obs > high))
+    if len(outside):
+        index = tuple(outside[0].tolist())
+        raise ValueError(
+            f"tasks.id: {env_id}: at {when} the observation is {obs[index]} at {list(index)}, "
+            f"outside its space [{low[index]}, {high[index]}]; widen the space"
+        )
+
+
+def _check_kept(env: gym.Env[Any, Any], env_id: str, values: Values) -> None:
+    for name, value in values.items():
+        owner, attribute = find_attribute(env, name)
+        if not np.array_equal(getattr(owner, attribute), value):
+            raise ValueError(
+                f"tasks.vary.{name}: {env_id} overwrites this attribute at reset; "
+                "use apply: kwargs or set_task"
+            )

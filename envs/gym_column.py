@@ -1,0 +1,206 @@
+"""One gymnasium environment behind the checks of the contract: what it returns is finite, has the
+shape it promised, and an error says where it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from hashlib import blake2b
+from typing import Any, Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+from dmrl_ray.types import EnvironmentFault
+
+Apply = Literal["attributes", "kwargs", "set_task"]
+Values = Mapping[str, bool | int | float]
+
+
+class EnvNotDeterministic(ValueError):
+    """An environment did not repeat itself, so that an open episode cannot be restored."""
+
+
+class GymColumn:
+    """An environment on one task, with the memory of how its episode came about."""
+
+    def __init__(
+        self,
+        make: Callable[..., gym.Env[Any, Any]],
+        apply: Apply,
+        max_episode_steps: int,
+        column: int,
+    ):
+        self.env = make()
+        self.max_episode_steps = max_episode_steps
+        self.column = column
+        self.seed = -1  # no episode yet
+        self.actions: list[Any] = []
+        self._make = make
+        self._apply = apply
+        self._space = observation_space(self.env.observation_space)
+        self._action = action_map(self.env.action_space)
+
+    def start(self, values: Values, seed: int, *, changed: bool) -> np.ndarray:
+        """Become the task, if it is another one, and reset with the seed."""
+        self.seed, self.actions = seed, []
+        try:
+            if changed:
+                self.become(values)
+            answer = self.env.reset(seed=seed)
+        except Exception as error:  # a foreign environment may raise anything
+            self._fail("reset", f"raised {type(error).__name__}: {error}", error)
+        if not (isinstance(answer, tuple) and len(answer) == 2):
+            self._fail("reset", "did not return (observation, info)")
+        return self._observation(answer[0])
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, Mapping[str, Any]]:
+        """One step; truncated at the latest after `max_episode_steps`."""
+        self.actions.append(action)
+        try:
+            answer = self.env.step(self._action(action))
+        except Exception as error:  # a foreign environment may raise anything
+            self._fail("step", f"raised {type(error).__name__}: {error}", error)
+        if not (isinstance(answer, tuple) and len(answer) == 5):
+            self._fail("step", "did not return (observation, reward, terminated, truncated, info)")
+        raw, reward, terminated, truncated, info = answer
+        for field, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, bool | np.bool_):
+                self._fail(field, f"is {flag!r}, not a bool")
+        late = len(self.actions) >= self.max_episode_steps
+        obs = self._observation(raw)
+        return obs, self._reward(reward), bool(terminated), bool(truncated or late), info
+
+    def replay(self, values: Values, seed: int, actions: np.ndarray, digest: int) -> np.ndarray:
+        """Live through an episode again, up to an observation that must have this digest."""
+        obs = self.start(values, seed, changed=True)
+        for action in actions:
+            obs = self.step(action)[0]
+        if obs_digest(obs) != digest:
+            raise EnvNotDeterministic(
+                f"{self._name()}: column {self.column}: repeating the {len(actions)} actions since "
+                f"the reset with seed {seed} led to another observation; "
+                "its randomness must come from self.np_random for a run to be resumed"
+            )
+        return obs
+
+    def become(self, values: Values) -> None:
+        """Take the values of a task over."""
+        if self._apply == "kwargs":
+            close(self.env)
+            self.env = self._make(**values)
+        elif self._apply == "set_task":
+            find_set_task(self.env)(dict(values))
+        else:
+            for name, value in values.items():
+                owner, attribute = find_attribute(self.env, name)
+                setattr(owner, attribute, value)
+
+    def _observation(self, raw: Any) -> np.ndarray:
+        space = self.env.observation_space
+        if isinstance(space, Discrete):
+            if not (np.ndim(raw) == 0 and np.asarray(raw) in space):
+                self._fail("observation", f"is {raw!r}, not in {space}")
+            one_hot = np.zeros(self._space.shape, np.float32)
+            one_hot[int(raw) - int(space.start)] = 1.0
+            return one_hot
+        array = np.asarray(raw)
+        if array.dtype.kind not in "fiub":
+            self._fail("observation", f"is {raw!r}, not an array of numbers")
+        if array.shape != self._space.shape:
+            self._fail("observation", f"has shape {array.shape}, its space has {self._space.shape}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+            self._fail("observation", f"is {array[index]} at {list(index)}")
+        return array.astype(self._space.dtype)
+
+    def _reward(self, reward: Any) -> float:
+        value = np.asarray(reward)
+        if value.size != 1 or value.dtype.kind not in "fiub" or not np.isfinite(value).all():
+            self._fail("reward", f"is {reward!r}, not a finite number")
+        return float(value.item())
+
+    def _fail(self, field: str, found: str, cause: Exception | None = None) -> NoReturn:
+        raise EnvironmentFault(
+            f"{self._name()}: column {self.column}, episode seed {self.seed}, "
+            f"step {len(self.actions)}: {field} {found}"
+        ) from cause
+
+    def _name(self) -> str:
+        spec = self.env.unwrapped.spec
+        return spec.id if spec else type(self.env.unwrapped).__name__
+
+
+def observation_space(space: gym.Space[Any]) -> Box:
+    """What the policy sees: bytes as they are, other boxes in float32, integers one-hot."""
+    if isinstance(space, Discrete):
+        return Box(0.0, 1.0, (int(space.n),), np.float32)
+    if isinstance(space, Box) and space.dtype == np.uint8:
+        return space
+    if isinstance(space, Box):
+        low, high = (_to_float32(bound) for bound in (space.low, space.high))
+        return Box(low, high, dtype=np.float32)
+    raise ValueError(f"observations are a {type(space).__name__}; a Box or Discrete is needed")
+
+
+def _to_float32(bound: np.ndarray) -> np.ndarray:
+    fits = np.abs(bound) <= np.finfo(np.float32).max
+    return np.where(fits, bound, np.sign(bound) * np.inf).astype(np.float32)
+
+
+def action_space(space: gym.Space[Any]) -> gym.Space[Any]:
+    """What the policy chooses from: Discrete from 0, or a Box [-1, 1]."""
+    if isinstance(space, Discrete):
+        return Discrete(int(space.n))
+    if not isinstance(space, Box):
+        raise ValueError(f"actions are a {type(space).__name__}; a Box or Discrete is needed")
+    if not space.is_bounded():
+        raise ValueError(f"actions are unbounded, {space}; a Box with finite bounds is needed")
+    return Box(-1.0, 1.0, space.shape, np.float32)
+
+
+def action_map(space: gym.Space[Any]) -> Callable[[Any], Any]:
+    """From `action_space` to the environment's own."""
+    if isinstance(space, Discrete):
+        start = int(space.start)
+        return lambda action: int(action) + start
+    assert isinstance(space, Box)
+    middle, half = (space.high + space.low) / 2.0, (space.high - space.low) / 2.0
+    dtype = space.dtype
+    return lambda action: (middle + half * np.clip(action, -1.0, 1.0)).astype(dtype)
+
+
+def find_attribute(env: gym.Env[Any, Any], name: str) -> tuple[Any, str]:
+    """The object that holds a dotted attribute of the unwrapped environment, and its last part.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    *path, last = name.split(".")
+    owner = reduce(getattr, path, env.unwrapped)
+    getattr(owner, last)
+    return owner, last
+
+
+def find_set_task(env: gym.Env[Any, Any]) -> Callable[[dict[str, bool | int | float]], None]:
+    """The outermost `set_task` of an environment and its wrappers.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    layer = env
+    while isinstance(layer, gym.Wrapper) and "set_task" not in dir(type(layer)):
+        layer = layer.env
+    return layer.set_task  # type: ignore[attr-defined, no-any-return]
+
+
+def close(env: gym.Env[Any, Any]) -> None:
+    """Close an environment."""
+    env.close()  # type: ignore[no-untyped-call]
+
+
+def obs_digest(obs: np.ndarray) -> int:
+    """64 bits that tell observations apart."""
+    return int.from_bytes(blake2b(obs.tobytes(), digest_size=8).digest(), "little")

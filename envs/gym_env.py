@@ -1,0 +1,243 @@
+"""Any gymnasium environment as a task family: what varies is named in the config.
+
+tasks:
+  type: gym
+  id: CartPole-v1
+  vary: {gravity: [5, 15], length: {choices: [0.25, 0.5, 1.0]}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from pydantic import Field
+
+from dmrl_ray.config import Settings
+from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.types import Array, Arrays, Reference, Split, Task
+
+from .gym_check import check_behaviour, check_vary, find_max_episode_steps, first_make
+from .gym_column import Apply, GymColumn, Values, action_space, close, obs_digest, observation_space
+
+
+class GymVectorEnv(TaskVectorEnv):
+    """Columns of ordinary environments, stepped one after the other.
+
+    * Observation: the environment's; integers one-hot, other numbers than bytes in float32.
+    * Action: integers from 0, or [-1, 1] rescaled to the environment's bounds.
+    * Reward: the environment's.
+    * End: the environment's; truncated at the latest after `max_episode_steps`.
+    """
+
+    def __init__(self, family: GymEnv, num_envs: int):
+        super().__init__(num_envs, family.observation_space, family.action_space)
+        self.family = family
+        self.columns = [family.make_column(b) for b in range(num_envs)]
+        self.next_params = np.zeros((num_envs, len(family.config.vary)))
+        self.params = np.full_like(self.next_params, np.nan)  # equal to no task's
+        self.obs = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """One task per column, played from that column's next reset on."""
+        names = self.family.config.vary
+        self.next_params[:] = [[task.params[name] for name in names] for task in tasks]
+
+    def begin(self, columns: np.ndarray) -> None:
+        """Reset these columns, each with a seed of its own."""
+        seeds = self.np_random.integers(2**31, size=len(columns))
+        for b, seed in zip(columns.tolist(), seeds.tolist(), strict=True):
+            changed = not np.array_equal(self.params[b], self.next_params[b])
+            self.params[b] = self.next_params[b]
+            values = self.family.values(self.params[b])
+            self.obs[b] = self.columns[b].start(values, seed, changed=changed)
+
+    def observe(self) -> np.ndarray:
+        """(B, *obs_shape)."""
+        return self.obs.copy()
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One step in every column."""
+        reward = np.zeros(self.num_envs, np.float32)
+        terminated, truncated, success = np.zeros((3, self.num_envs), np.bool_)
+        knows_success = False
+        for b, column in enumerate(self.columns):
+            self.obs[b], reward[b], terminated[b], truncated[b], info = column.step(actions[b])
+            for key in ("success", "is_success"):
+                if key in info:
+                    success[b], knows_success = bool(info[key]), True
+        obs, infos = self.auto_reset(self.observe(), terminated | truncated)
+        if knows_success:
+            infos["success"] = success
+        return obs, reward, terminated, truncated, infos
+
+    def get_state(self) -> Arrays:
+        """Seeds and actions of the open episodes; they are lived through again by `set_state`."""
+        t = np.array([len(column.actions) for column in self.columns])
+        shape = self.single_action_space.shape or ()
+        actions = np.zeros((self.num_envs, t.max(), *shape), self.single_action_space.dtype)
+        for b, column in enumerate(self.columns):
+            actions[b, : t[b]] = column.actions
+        return {
+            "seed": np.array([column.seed for column in self.columns]),
+            "t": t,
+            "actions": actions,
+            "params": self.params.copy(),
+            "next_params": self.next_params.copy(),
+            "digest": np.array([obs_digest(obs) for obs in self.obs], np.uint64),
+        }
+
+    def set_state(self, state: Arrays) -> None:
+        """Continue from `get_state`'s answer.
+
+        Raises:
+            EnvNotDeterministic: an environment did not come to the observation it came to before.
+        """
+        self.params = np.array(state["params"])
+        self.next_params = np.array(state["next_params"])
+        for b, column in enumerate(self.columns):
+            seed, t = int(state["seed"][b]), int(state["t"][b])
+            if seed < 0:
+                continue
+            values, actions = self.family.values(self.params[b]), state["actions"][b, :t]
+            self.obs[b] = column.replay(values, seed, actions, int(state["digest"][b]))
+
+    def render(self) -> Array:
+        """The observation of column 0: a picture as it is, numbers as bars around the middle."""
+        obs = self.obs[0]
+        if obs.ndim == 3 and obs.dtype == np.uint8 and obs.shape[-1] == 3:
+            return obs.copy()
+        bars = np.rint(16 * np.tanh(obs.ravel()[:64].astype(np.float64))).repeat(4)
+        rows = np.arange(16, -17, -1)[:, None]
+        drawn = (np.minimum(bars, 0) <= rows) & (rows <= np.maximum(bars, 0))
+        return np.where(drawn[..., None], [70, 130, 180], 255).astype(np.uint8)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close every environment."""
+        for column in self.columns:
+            close(column.env)
+
+
+class Choices(Settings):
+    """A finite set of values."""
+
+    choices: list[bool | int | float] = Field(min_length=1)
+    """The values, all equally probable."""
+
+
+class Ends(Settings):
+    """Both ends of the score."""
+
+    random: float
+    """Expected return of uniformly random actions."""
+
+    oracle: float
+    """Expected return of the best policy known."""
+
+
+class GymEnv(TaskDistribution):
+    """Tasks of an ordinary environment; every split has its own draws of what varies.
+
+    Splits of finite sets of values can share them: `choices` says which values there are, and
+    nothing is held out.
+    """
+
+    class Config(Settings):
+        """The environment and what varies."""
+
+        id: str
+        """Id for `gymnasium.make`; ``module:Name-v0`` imports the module first."""
+
+        kwargs: dict[str, Any] = Field(default_factory=dict)
+        """Further arguments for `gymnasium.make`."""
+
+        vary: dict[str, tuple[float, float] | Choices] = Field(default_factory=dict)
+        """What tasks differ in: ``name: [low, high]`` or ``name: {choices: [...]}``."""
+
+        apply: Apply = "attributes"
+        """How a task is made: attributes sets them on the unwrapped environment (dotted names
+        reach inside; what the environment derives from them when it is built stays), kwargs builds
+        the environment anew with these arguments, set_task calls its method of that name with a
+        dict."""
+
+        max_episode_steps: int | None = Field(default=None, ge=1)
+        """Steps after which an episode is truncated; by default the registered number."""
+
+        episodes: int = Field(default=1, ge=1)
+        """Episodes in a trial."""
+
+        reference: Ends | None = None
+        """Random and oracle return, for scores."""
+
+    family = "gym"
+    fixed_length = False
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.episodes_per_trial = config.episodes
+        ends = (v.choices[0] if isinstance(v, Choices) else v[0] for v in config.vary.values())
+        first = dict(zip(config.vary, ends, strict=True))
+        self._kwargs = {**config.kwargs, **(first if config.apply == "kwargs" else {})}
+        env = first_make(self._make, config.id)
+        self.max_episode_steps = find_max_episode_steps(env, config.id, config.max_episode_steps)
+        try:
+            self.observation_space = observation_space(env.observation_space)
+            self.action_space = action_space(env.action_space)
+        except ValueError as error:
+            raise ValueError(f"tasks.id: {config.id}: {error}, so wrap the environment") from None
+        check_vary(env, config.id, config.apply, first)
+        close(env)
+        column = self.make_column(0)
+        check_behaviour(column, config.id, config.apply, first)
+        close(column.env)
+
+    def make_vec(self, num_envs: int) -> GymVectorEnv:
+        """A vector environment that steps `num_envs` environments in a loop."""
+        return GymVectorEnv(self, num_envs)
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
+        """n tasks of a split; all the same one if nothing varies."""
+        stream = split_stream(rng, split)
+        if not self.config.vary:
+            return [Task(f"{split}-{self.config.id}", self.family, split, {})] * n
+        params = {
+            name: (
+                stream.choice(np.array(over.choices, np.float64), n)
+                if isinstance(over, Choices)
+                else stream.uniform(*over, n)
+            )
+            for name, over in self.config.vary.items()
+        }
+        return make_tasks(self.family, split, params)
+
+    def reference(self, task: Task) -> Reference | None:
+        """What the config says."""
+        ends, episodes = self.config.reference, self.episodes_per_trial
+        if ends is None:
+            return None
+        return Reference(np.full(episodes, ends.random), np.full(episodes, ends.oracle))
+
+    def make_column(self, column: int) -> GymColumn:
+        """One environment."""
+        return GymColumn(self._make, self.config.apply, self.max_episode_steps, column)
+
+    def values(self, params: np.ndarray) -> Values:
+        """A task's parameters by name; choices in the type in which the config has them."""
+        values: dict[str, bool | int | float] = {}
+        for (name, over), value in zip(self.config.vary.items(), params.tolist(), strict=True):
+            given = over.choices if isinstance(over, Choices) else ()
+            values[name] = next((choice for choice in given if choice == value), value)
+        return values
+
+    def _make(self, **values: Any) -> gym.Env[Any, Any]:
+        # Steps are counted by the column: the limit in the config may exceed the registered one.
+        return gym.make(
+            self.config.id,
+            max_episode_steps=-1,
+            disable_env_checker=True,
+            **{**self._kwargs, **values},
+        )
