@@ -86,7 +86,7 @@ def test_building_the_command_line_imports_nothing_heavy():
     assert heavy.isdisjoint(modules_after("import dmrl_ray.__main__"))
 
 
-def test_a_mistake_outside_the_components_is_told_before_anything_heavy_is_imported():
+def test_a_missing_config_is_told_before_anything_heavy_is_imported():
     code = "from dmrl_ray.__main__ import app\ntry: app(['config', 'none.yaml'])\n"
     exit_code, *modules = modules_after(code + "except SystemExit as end: print(end.code)")
     assert exit_code == "2"

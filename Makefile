@@ -1,0 +1,37 @@
+# make train    install into .venv and run the quickstart
+# make test     install into .venv and run the tests; ARGS="-k losses" chooses
+# make lint     format, lint and type checks
+#
+# On Linux, pip fetches torch with CUDA (gigabytes). Where there is no GPU:
+#   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: train test lint
+.DELETE_ON_ERROR:
+
+train: $(READY)
+	$(BIN)/python -m dmrl_ray run $(CONFIG) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; name one with PYTHON=..." \
+		if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		-c constraints.txt -e '.[dev]'
+	@touch $@
