@@ -73,19 +73,20 @@ class Sampler:
         self._episode = np.zeros(self.num_envs, np.int64)
         self._memory = policy.initial_memory(self.num_envs)
 
-    def begin_episodes(self) -> None:
-        """Reset every column, dropping open episodes; the policy's memory is reset with them."""
+    def begin_episodes(self, *, forget: bool = True) -> None:
+        """Reset every column, dropping open episodes; `forget` resets the memory with them."""
         shape = (self.num_envs, *self._action_shape)
         self._obs = np.asarray(self.env.reset()[0])
         self._task_of = self._pending_task_of.copy()
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, np.int64)
-        none = -1 if self._discrete else 0
-        self._previous_action = np.full(shape, none, self._action_dtype)
-        self._previous_reward = np.zeros(self.num_envs, np.float32)
         self._previous_done = np.ones(self.num_envs, np.bool_)
-        self._reset = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
+        if forget:
+            none = -1 if self._discrete else 0
+            self._previous_action = np.full(shape, none, self._action_dtype)
+            self._previous_reward = np.zeros(self.num_envs, np.float32)
+            self._reset = np.ones(self.num_envs, np.bool_)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Give every column a task that it plays from its next episode on."""

@@ -17,8 +17,16 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.algorithms.task_params import Parameters, by_task, per_task, task_actor, task_policy
-from dmrl_ray.losses import generalized_advantage, linear_baseline, ppo_clip_loss
+from dmrl_ray.algorithms.task_params import (
+    Parameters,
+    by_task,
+    fitted_advantage,
+    per_task,
+    task_actor,
+    task_gradients,
+    task_log_prob,
+)
+from dmrl_ray.losses import ppo_clip_loss
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
@@ -107,24 +115,13 @@ class MAML(Algorithm):
 
     def inner_step(self, params: Parameters, rollout: Rollout, *, create_graph: bool) -> Parameters:
         """One gradient step on every task at once; the same in workers and learners."""
-        log_prob = self.log_prob(params, rollout)
-        ratio = (log_prob - by_task(rollout.log_prob, params)).exp()
-        # Tasks do not share these parameters, so the gradient of the sum holds every task's own.
-        loss = -(ratio * by_task(rollout.advantage, params)).mean((0, 2)).sum()
         moving = [name for name in params if name.startswith(self.config.adapt)]
-        gradients = torch.autograd.grad(
-            loss, [params[name] for name in moving], create_graph=create_graph
-        )
+        gradients = task_gradients(self.policy, params, rollout, moving, create_graph=create_graph)
         moved = {
             name: params[name] - self.config.inner_lr * gradient
-            for name, gradient in zip(moving, gradients, strict=True)
+            for name, gradient in gradients.items()
         }
         return params | moved
-
-    def log_prob(self, params: Parameters, rollout: Rollout) -> Tensor:
-        """(T, N, E): N tasks with E columns each."""
-        pi = task_policy(self.policy, params, by_task(rollout.obs[:-1], params))
-        return self.policy.policy_head.log_prob(pi, by_task(rollout.action, params))
 
     def _adapt(self, sampler: Sampler, tasks: list[Task], steps: int) -> list[Rollout]:
         """Rollout, inner step, rollout, ...: the trial of algorithm 3, lines 5 to 8."""
@@ -140,7 +137,9 @@ class MAML(Algorithm):
                 with_value=False,
                 greedy=False,
             )
-            self.set_advantage(rollout, len(tasks))
+            rollout.advantage = fitted_advantage(
+                rollout, len(tasks), gamma=self.config.gamma, gae_lambda=self.config.gae_lambda
+            )
             rollouts.append(rollout)
             if shot < steps:
                 tensors = rollout.map(torch.from_numpy)
@@ -149,38 +148,11 @@ class MAML(Algorithm):
                 sampler.begin_episodes()
         return rollouts
 
-    def set_advantage(self, rollout: Rollout, num_tasks: int) -> None:
-        """Advantages over a linear baseline fitted per task, standardised per task."""
-        shape = (rollout.num_steps, num_tasks, rollout.num_columns // num_tasks)
-        obs = torch.from_numpy(rollout.obs[:-1]).reshape(*shape, -1)
-        reward = torch.from_numpy(rollout.reward)
-        terminated = torch.from_numpy(rollout.terminated)
-        truncated = torch.from_numpy(rollout.truncated)
-        done = terminated | truncated
-        gamma = self.config.gamma
-        value = linear_baseline(
-            obs, reward.reshape(shape), done.reshape(shape), gamma=gamma
-        ).flatten(1)
-        following = torch.cat([value[1:], torch.zeros_like(value[:1])])
-        advantage = generalized_advantage(
-            # Time limits end the return here: a fitted baseline knows nothing beyond them.
-            reward,
-            value,
-            following,
-            done,
-            torch.zeros_like(done),
-            gamma=gamma,
-            gae_lambda=self.config.gae_lambda,
-        ).reshape(shape)
-        mean = advantage.mean((0, 2), keepdim=True)
-        std = advantage.std((0, 2), keepdim=True)
-        rollout.advantage = ((advantage - mean) / (std + 1e-8)).flatten(1).numpy()
-
     def _outer_loss(self, params: Parameters, query: Rollout, num_tasks: int) -> Tensor:
         mine = slice(self.rank, num_tasks, self.world_size)
         share = len(range(num_tasks)[mine]) * self.world_size / num_tasks
         loss = ppo_clip_loss(
-            self.log_prob(params, query)[:, mine],
+            task_log_prob(self.policy, params, query)[:, mine],
             by_task(query.log_prob, params)[:, mine],
             by_task(query.advantage, params)[:, mine],
             clip=self.config.clip,
