@@ -54,8 +54,6 @@ def exit_code(error: BaseException) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
-    if any(kind.__name__ == "EnvironmentFault" for kind in type(error).__mro__):
-        return 5
     if isinstance(error, OSError):
         return StorageError.exit_code
     return ConfigError.exit_code if isinstance(error, ValueError) else DmrlError.exit_code

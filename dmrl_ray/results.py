@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmrl_ray.commits import Commit, hidden
+from dmrl_ray.errors import CorruptRun
 from dmrl_ray.tables import schema_of
 
-_HASH = re.compile(r"part-\d{8}-([0-9a-f]{16})\.parquet")
+_HASH = re.compile(r"_?part-\d{8}-([0-9a-f]{16})\.parquet")
 _READERS = 4
 _TRIES = 5
 
@@ -34,17 +37,32 @@ def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd
     """
     schema = schema_of(table)
     runs = find_runs(path)
-    for attempt in range(_TRIES):
-        parts = [part for run in runs for part in sorted((run / table).glob("part-*.parquet"))]
+    for _ in range(_TRIES):
         try:
-            with ThreadPoolExecutor(_READERS) as pool:
-                tables = list(pool.map(lambda part: _read_part(part, schema), parts))
+            tables = _read_parts([p for run in runs for p in committed_parts(run, table)], schema)
             break
-        except FileNotFoundError:  # Set aside or deleted since it was listed.
-            if attempt == _TRIES - 1:
-                raise
+        except FileNotFoundError as error:  # Renamed since it was listed, or lost.
+            missing = error.filename
+    else:
+        raise ValueError(f"{missing}: is missing, though a commit names it")
     merged = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
     return merged.to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get, ignore_metadata=True)
+
+
+def committed_parts(run: Path, table: str) -> list[Path]:
+    """The files of a table, those included whose commit was made but not yet followed by a rename.
+
+    So the tables of a run agree with each other at any moment, also after a kill.
+    """
+    parts = {part.name: part for part in (run / table).glob("part-*.parquet")}
+    records = sorted((run / "commits").glob("[0-9]*.json"))
+    if records:
+        with suppress(CorruptRun):
+            for part in map(hidden, Commit.read(records[-1]).parts):
+                path = run / part.path
+                if path.parent.name == table and path.name[1:] not in parts:
+                    parts[path.name[1:]] = path
+    return [parts[name] for name in sorted(parts)]
 
 
 def find_runs(path: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -72,6 +90,13 @@ def _suggestion(path: Path) -> str:
     names = [p.name for p in path.parent.glob("*") if _is_run(p)]
     close = difflib.get_close_matches(path.name, names, 1, 0.5)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _read_parts(paths: list[Path], schema: pa.Schema) -> list[pa.Table]:
+    if len(paths) < 4 * _READERS:
+        return [_read_part(path, schema) for path in paths]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda path: _read_part(path, schema), paths))
 
 
 def _read_part(path: Path, schema: pa.Schema) -> pa.Table:

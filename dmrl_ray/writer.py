@@ -224,8 +224,10 @@ class RunWriter:
 
     def _publish(self, parts: list[FileRecord]) -> None:
         for part in parts:
-            with storage_errors(self.folder / part.path):
-                os.rename(self.folder / hidden(part).path, self.folder / part.path)
+            path = self.folder / part.path
+            with storage_errors(path):
+                os.rename(self.folder / hidden(part).path, path)
+            sync_folder(path.parent)
 
     def _prune(self) -> None:
         self._kept = [{file.path for file in self.files.values()}, *self._kept][: self.keep]
