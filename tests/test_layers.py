@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     "types losses settings config errors yaml_text yaml_config",
     "tasks networks policy buffers rollout replay dataset "
-    "tables checkpoint commits recovery writer",
+    "tables checkpoint commits run_folder writer",
     "algorithms",
-    "worker learner",
+    "spec worker learner",
     "stages jobs cluster display",
     "controller",
     "__main__ results report rllib",
