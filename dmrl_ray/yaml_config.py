@@ -6,7 +6,6 @@ its own class's ``Config``. All errors of a config are shown at once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar, get_args
@@ -17,13 +16,10 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 from dmrl_ray.config import RunConfig
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.settings import Component, did_you_mean, import_class
+from dmrl_ray.yaml_messages import NAME_PATTERN, NAME_RULE, message_of
 from dmrl_ray.yaml_text import MAX_BYTES, Document, Path, dump, parse
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
-
-NAME_PATTERN = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
-
-NAME_RULE = "must be letters, digits, '.', '_' or '-', at most 64, the first a letter or digit"
 
 Overrides = Sequence[str]
 
@@ -208,93 +204,43 @@ def _report(
     document: Document, model: type[BaseModel], error: ErrorDetails, data: Any, parent: Path
 ) -> None:
     path, owner = _place(model, error, data)
-    message = _message(error, owner, str(error["loc"][-1]) if error["loc"] else "")
+    message = message_of(error, owner, str(error["loc"][-1]) if error["loc"] else "")
     if error["type"].startswith("union_tag_invalid"):
         path = (*path, "type")
     document.report(parent + path, message)
 
 
-def _message(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> str:
-    """One sentence: what was found, and what is allowed or was probably meant."""
-    kind, context, found = error["type"], error.get("ctx", {}), _shown(error["input"])
-    fields = owner.model_fields if owner else {}
-    if kind == "extra_forbidden":
-        hint = did_you_mean(key, fields)
-        return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"
-    if kind == "missing":
-        about = " ".join((fields[key].description or "").split()) if key in fields else ""
-        return f"this setting is required{': ' + about if about else ''}"
-    if kind == "union_tag_invalid":
-        tags = re.findall(r"'([^']+)'", context["expected_tags"])
-        hint = did_you_mean(context["tag"], tags) or f"; choose one of {', '.join(tags)}"
-        return f"unknown type '{context['tag']}'{hint}"
-    if kind == "union_tag_not_found":
-        return "'type' is required: one of pretrain, finetune, adapt, evaluate"
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']+)'", context["expected"])
-        hint = did_you_mean(str(error["input"]), allowed) or f"; allowed: {', '.join(allowed)}"
-        return f"found {found}{hint}"
-    if kind == "value_error":
-        cause = context["error"]
-        if isinstance(cause, ValidationError):
-            return "; ".join(e["msg"] for e in cause.errors())
-        return str(cause)
-    if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN.pattern:
-        return f"{NAME_RULE}, found {found}"
-    return f"{_expected(kind, error['msg'], context)}, found {found}"
-
-
-def _expected(kind: str, message: str, context: dict[str, Any]) -> str:
-    bounds = {
-        "greater_than_equal": ("at least", "ge"),
-        "greater_than": ("above", "gt"),
-        "less_than_equal": ("at most", "le"),
-        "less_than": ("below", "lt"),
-    }
-    types = {
-        "int": "must be a whole number",
-        "float": "must be a number",
-        "bool": "must be true or false",
-        "string": "must be a text (put it in quotes)",
-        "tuple": "must be a list",
-        "list": "must be a list",
-        "dict": "must be a section of settings",
-        "model": "must be a section of settings",
-    }
-    if kind in bounds:
-        words, key = bounds[kind]
-        return f"must be {words} {context[key]}"
-    if kind == "finite_number":
-        return "must be a finite number"
-    if kind.endswith(("_type", "_parsing", "_from_float")) and kind.split("_")[0] in types:
-        return types[kind.split("_")[0]]
-    return message[0].lower() + message[1:]
-
-
-def _shown(value: object) -> str:
-    text = {True: "'true'", False: "'false'"}.get(value) if isinstance(value, bool) else None
-    if value is None:
-        return "nothing"
-    text = text or ("a section" if isinstance(value, dict) else repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _check_stages(document: Document) -> None:
     """Names of stages, and the earlier stages they start from."""
     stages = document.data.get("stages")
-    earlier: list[str] = []
+    earlier: dict[str, Any] = {}
     for name, stage in stages.items() if isinstance(stages, dict) else ():
         if not NAME_PATTERN.match(name):
             document.report(("stages", name), f"a stage's name {NAME_RULE}")
         source = stage.get("init_from") if isinstance(stage, dict) else None
-        if isinstance(source, str) and source not in earlier:
-            if source in stages:
-                hint = " comes later; stages start from earlier ones"
-                hint = " is this stage itself" if source == name else hint
-                message = f"stage '{source}'{hint}"
-            else:
-                hint = did_you_mean(source, earlier)
-                known = f"; earlier stages: {', '.join(earlier) or 'none'}"
-                message = f"there is no earlier stage '{source}'{hint or known}"
-            document.report(("stages", name, "init_from"), message)
-        earlier.append(name)
+        if isinstance(source, str) and (wrong := _wrong_source(source, name, earlier, stages)):
+            document.report(("stages", name, "init_from"), wrong)
+        earlier[name] = stage
+
+
+def _wrong_source(
+    source: str, name: str, earlier: dict[str, Any], stages: dict[str, Any]
+) -> str | None:
+    """Why a stage cannot start from `source`, or None."""
+    if source in earlier:
+        kind = earlier[source].get("type") if isinstance(earlier[source], dict) else None
+        if kind not in ("finetune", "adapt", "evaluate"):
+            return None
+        trained = [key for key, s in earlier.items() if _is_pretrain(s)]
+        known = f"; trained stages: {', '.join(trained) or 'none'}"
+        return f"stage '{source}' is of type {kind}, which leaves no one policy{known}"
+    if source == name:
+        return f"stage '{source}' is this stage itself"
+    if source in stages:
+        return f"stage '{source}' comes later; stages start from earlier ones"
+    hint = did_you_mean(source, earlier) or f"; earlier stages: {', '.join(earlier) or 'none'}"
+    return f"there is no earlier stage '{source}'{hint}"
+
+
+def _is_pretrain(stage: object) -> bool:
+    return isinstance(stage, dict) and stage.get("type") == "pretrain"

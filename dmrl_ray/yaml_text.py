@@ -178,6 +178,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
+        flat = not any(isinstance(item, dict | list) for item in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flat)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
 
 _DIGITS = list("-+0123456789.")
 for _tag, _pattern, _first in (

@@ -1,8 +1,10 @@
 """Configs: what is accepted, and that every mistake is named with its place."""
 
 import textwrap
+from contextlib import suppress
 from typing import get_args
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -218,6 +220,11 @@ CORPUS = {
         ("init_from: meta", "init_from: tune"),
         "run.yaml:19:5: stages.tune.init_from: stage 'tune' is this stage itself",
     ),
+    "stage that starts from one without a policy": (
+        ("      steps: 2k", "      steps: 2k\n  more:\n    type: evaluate\n    init_from: tune"),
+        "run.yaml:26:5: stages.more.init_from: stage 'tune' is of type finetune, which leaves no "
+        "one policy; trained stages: meta",
+    ),
     "stage name that escapes the run folder": (
         ("  meta:\n", "  ../meta:\n"),
         "run.yaml:14:3: stages.../meta: a stage's name must be letters, digits, '.', '_' or '-', "
@@ -294,6 +301,35 @@ def test_hostile_text_is_one_sentence(text, expected):
     message = errors(text)
     assert expected in message
     assert len(message) < 1000
+
+
+def test_whatever_the_text_the_answer_is_settings_or_a_config_error():
+    rng = np.random.default_rng(0)
+    pieces = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ":",
+        "-",
+        "&a ",
+        "*a",
+        "!",
+        "\n",
+        "  ",
+        "\t",
+        "'",
+        "1e9",
+        "null",
+        "#",
+    ]
+    for _ in range(300):
+        text = GOOD
+        for _ in range(rng.integers(1, 4)):
+            at, skip = rng.integers(len(text)), rng.integers(0, 4)
+            text = text[:at] + pieces[rng.integers(len(pieces))] + text[at + skip :]
+        with suppress(ConfigError):
+            assert parse_config(text, "run.yaml").stages
 
 
 def test_a_file_that_is_missing_or_binary_is_one_sentence(tmp_path):

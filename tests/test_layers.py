@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    "types losses settings config errors yaml_text yaml_config",
+    "types losses settings config errors yaml_text yaml_messages yaml_config",
     "tasks networks policy buffers rollout replay dataset "
     "tables checkpoint commits run_folder writer",
     "algorithms",
