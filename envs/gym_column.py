@@ -18,6 +18,8 @@ from dmrl_ray.types import EnvironmentFault
 Apply = Literal["attributes", "kwargs", "set_task"]
 Values = Mapping[str, bool | int | float]
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 class EnvNotDeterministic(ValueError):
     """An environment did not repeat itself, so that an open episode cannot be restored."""
@@ -111,16 +113,23 @@ class GymColumn:
             self._fail("observation", f"is {raw!r}, not an array of numbers")
         if array.shape != self._space.shape:
             self._fail("observation", f"has shape {array.shape}, its space has {self._space.shape}")
+        if self._space.dtype == np.uint8 and array.dtype != np.uint8:
+            self._fail("observation", f"is {array.dtype}, its space is uint8")
+        with np.errstate(over="ignore"):  # becomes infinite and is found in the next line
+            array = array.astype(self._space.dtype)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-            self._fail("observation", f"is {array[index]} at {list(index)}")
-        return array.astype(self._space.dtype)
+            index = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+            self._fail("observation", f"is {np.asarray(raw)[index]} at {list(index)}")
+        return array
 
     def _reward(self, reward: Any) -> float:
         value = np.asarray(reward)
-        if value.size != 1 or value.dtype.kind not in "fiub" or not np.isfinite(value).all():
-            self._fail("reward", f"is {reward!r}, not a finite number")
-        return float(value.item())
+        if value.size != 1 or value.dtype.kind not in "fiub":
+            self._fail("reward", f"is {reward!r}, not a number")
+        number = float(value.item())
+        if not abs(number) <= LARGEST:
+            self._fail("reward", f"is {number}, not a finite number in float32")
+        return number
 
     def _fail(self, field: str, found: str, cause: Exception | None = None) -> NoReturn:
         raise EnvironmentFault(
@@ -146,8 +155,8 @@ def observation_space(space: gym.Space[Any]) -> Box:
 
 
 def _to_float32(bound: np.ndarray) -> np.ndarray:
-    fits = np.abs(bound) <= np.finfo(np.float32).max
-    return np.where(fits, bound, np.sign(bound) * np.inf).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, as it should
+        return bound.astype(np.float32)
 
 
 def action_space(space: gym.Space[Any]) -> gym.Space[Any]:

@@ -81,7 +81,8 @@ class GymVectorEnv(TaskVectorEnv):
         shape = self.single_action_space.shape or ()
         actions = np.zeros((self.num_envs, t.max(), *shape), self.single_action_space.dtype)
         for b, column in enumerate(self.columns):
-            actions[b, : t[b]] = column.actions
+            if column.actions:
+                actions[b, : t[b]] = column.actions
         return {
             "seed": np.array([column.seed for column in self.columns]),
             "t": t,

@@ -1,0 +1,208 @@
+"""What every task family promises, checked for each of them."""
+
+import warnings
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from dmrl_ray.envs.bandit import Bandit
+from dmrl_ray.envs.cartpole import CartPole
+from dmrl_ray.envs.grid_nav import GridNav
+from dmrl_ray.envs.gym_env import GymEnv
+from dmrl_ray.envs.point_goal import PointGoal
+from dmrl_ray.envs.registration import FAMILIES, SingleEnv, register
+from dmrl_ray.envs.tabular_mdp import TabularMDP
+from gymnasium.utils.env_checker import check_env
+
+from dmrl_ray.types import SPLITS
+
+RANGES = {"gravity": [5, 15], "length": [0.25, 1]}
+CASES = {
+    "bandit": (Bandit, {"arms": 3}),
+    "tabular_mdp": (TabularMDP, {}),
+    "grid_nav": (GridNav, {"held_out": 3}),
+    "point_goal": (PointGoal, {"horizon": 7}),
+    "cartpole": (CartPole, RANGES),
+    "gym_discrete": (GymEnv, {"id": "CartPole-v1", "vary": RANGES}),
+    "gym_box": (GymEnv, {"id": "Pendulum-v1", "vary": {"g": [5, 15]}, "max_episode_steps": 9}),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def family(request):
+    kind, settings = request.param
+    return kind(kind.Config.model_validate(settings))
+
+
+def stream(seed=0):
+    return np.random.default_rng(seed)
+
+
+def started(family, seed=0, num_envs=5):
+    """Columns on tasks of their own, reset, and their first observation."""
+    env = family.make_vec(num_envs)
+    env.np_random = stream(seed)
+    env.set_tasks(family.sample(stream(), num_envs, "train"))
+    return env, env.reset()[0]
+
+
+def random_actions(env, num_steps, seed=0):
+    env.action_space.seed(seed)
+    return [env.action_space.sample() for _ in range(num_steps)]
+
+
+def play(env, actions):
+    """Observations, rewards and both flags of every step, each (T, B, ...)."""
+    return [np.array(part) for part in zip(*(env.step(a)[:4] for a in actions), strict=True)]
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_column_passes_gymnasiums_own_check(family):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # unbounded velocities, and no spec outside gym.make
+        check_env(SingleEnv(family, render_mode="rgb_array"), skip_render_check=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_registered_family_can_be_made_both_ways(name):
+    register()
+    register()  # a second call changes nothing
+    single = gym.make(f"dmrl/{name}-v0", render_mode="rgb_array")
+    single.reset(seed=3)
+    columns = gym.make_vec(f"dmrl/{name}-v0", num_envs=2)
+    assert columns.reset(seed=3)[0].shape == (2, *single.observation_space.shape)
+    assert single.render().ndim == 3
+
+
+def test_the_same_stream_gives_the_same_episodes(family):
+    env, obs = started(family)
+    actions = random_actions(env, 40)
+    first = play(env, actions)
+    again, again_obs = started(family)
+    assert_same([obs, *first], [again_obs, *play(again, actions)])
+
+
+def test_a_task_takes_effect_at_reset_and_not_before(family):
+    env, _ = started(family)
+    other, _ = started(family)
+    actions = random_actions(env, 5)
+    other.set_tasks(family.sample(stream(9), 5, "test"))
+    assert_same(play(env, actions), play(other, actions))
+    for each in (env, other):
+        each.np_random = stream(1)
+        each.reset()
+    actions = random_actions(env, 9, seed=1)
+    pairs = zip(play(env, actions), play(other, actions), strict=True)
+    assert not all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_splits_share_no_task_even_from_streams_in_the_same_state(family):
+    samples = [family.sample(stream(), 50, split) for split in SPLITS]
+    ids = [{task.id for task in tasks} for tasks in samples]
+    params = [{str(task.to_json()["params"]) for task in tasks} for tasks in samples]
+    for sets in (ids, params):
+        assert not sets[0] & sets[1]
+        assert not sets[0] & sets[2]
+        assert not sets[1] & sets[2]
+
+
+def test_sampling_is_a_function_of_the_stream_and_ids_name_parameters(family):
+    one, same, other = (family.sample(stream(seed), 20, "train") for seed in (0, 0, 1))
+    assert [t.to_json() for t in one] == [t.to_json() for t in same]
+    assert {t.id for t in one} != {t.id for t in other}
+    by_params = {str(t.to_json()["params"]): t.id for t in one + other}
+    assert len(by_params) == len(set(by_params.values())) == len({t.id for t in one + other})
+
+
+def test_box_actions_lie_between_minus_one_and_one(family):
+    space = family.action_space
+    if isinstance(space, gym.spaces.Box):
+        assert (space.low == -1).all()
+        assert (space.high == 1).all()
+    else:
+        assert isinstance(space, gym.spaces.Discrete)
+        assert space.start == 0
+
+
+def test_an_end_returns_the_next_first_observation_and_keeps_the_last_one(family):
+    # The true successor is what a copy sees that stays where the episode ends.
+    env, _ = started(family)
+    ends = 0
+    for action in random_actions(env, 60):
+        state, random = env.get_state(), deepcopy(env.np_random)
+        obs, _, terminated, truncated, infos = env.step(action)
+        done = terminated | truncated
+        if not done.any():
+            assert "final_obs" not in infos
+            continue
+        ends += 1
+        fresh = family.make_vec(5)
+        fresh.np_random = random
+        fresh.set_state(state)
+        fresh.begin = lambda columns: None
+        last = fresh.step(action)[0]
+        np.testing.assert_array_equal(infos["final_obs"][done], last[done])
+        np.testing.assert_array_equal(obs[~done], last[~done])
+        for b in np.flatnonzero(done):
+            assert family.observation_space.contains(obs[b])
+    assert ends > 0
+
+
+def test_open_episodes_continue_from_their_state_in_another_process(family):
+    env, _ = started(family)
+    play(env, random_actions(env, 6))
+    env.set_tasks(family.sample(stream(5), 5, "train"))  # waiting ones travel along
+    state = {name: array.copy() for name, array in env.get_state().items()}
+    copy = family.make_vec(5)
+    copy.set_state(state)
+    actions = random_actions(env, 40, seed=2)
+    env.np_random, copy.np_random = stream(7), stream(7)
+    assert_same(play(env, actions), play(copy, actions))
+    assert all(len(array) == 5 for array in state.values())
+
+
+def test_a_state_is_a_copy(family):
+    env, _ = started(family)
+    before = env.get_state()
+    kept = {name: array.copy() for name, array in before.items()}
+    play(env, random_actions(env, 3))
+    assert_same(before.values(), kept.values())
+
+
+def test_no_episode_is_longer_than_promised(family):
+    env, _ = started(family)
+    length, lengths = np.zeros(5, int), []
+    for action in random_actions(env, 2 * min(family.max_episode_steps, 40) + 1):
+        _, _, terminated, truncated, _ = env.step(action)
+        length += 1
+        lengths += length[terminated | truncated].tolist()
+        length[terminated | truncated] = 0
+    assert lengths
+    assert max(lengths) <= family.max_episode_steps
+    assert not family.fixed_length or set(lengths) == {family.max_episode_steps}
+
+
+def test_arrays_already_returned_do_not_change(family):
+    env, obs = started(family)
+    kept = obs.copy()
+    reward = env.step(random_actions(env, 1)[0])[1]
+    kept_reward = reward.copy()
+    play(env, random_actions(env, 20, seed=4))
+    np.testing.assert_array_equal(obs, kept)
+    np.testing.assert_array_equal(reward, kept_reward)
+
+
+def test_types_are_those_of_the_contract(family):
+    env, obs = started(family)
+    _, reward, terminated, truncated, _ = env.step(random_actions(env, 1)[0])
+    assert obs.dtype == family.observation_space.dtype
+    assert (reward.dtype, terminated.dtype, truncated.dtype) == (np.float32, bool, bool)
+    picture = env.render()
+    assert picture.dtype == np.uint8
+    assert picture.shape[2] == 3
+    assert picture.size < 40_000

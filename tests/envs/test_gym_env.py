@@ -1,0 +1,268 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+from dmrl_ray.envs.cartpole import CartPole
+from dmrl_ray.envs.gym_column import EnvNotDeterministic
+from dmrl_ray.envs.gym_env import GymEnv
+
+from dmrl_ray.types import EnvironmentFault
+
+GOOD = np.array([0.5, 0.5], np.float32)
+
+
+class Toy(gym.Env):
+    """Counts its steps; every fault happens at step `when` (0 is the reset)."""
+
+    def __init__(self, when=0, fault=None, space=None, action_space=None, size=1.0):
+        self.when, self.fault, self.size = when, fault, size
+        self.observation_space = space or gym.spaces.Box(0, 1, (2,), np.float32)
+        self.action_space = action_space or gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.answer()[0], {}
+
+    def step(self, action):
+        self.t += 1
+        self.action = action
+        answer = self.answer()
+        return answer[:4] if self.misbehaves("old") else answer
+
+    def misbehaves(self, fault):
+        return self.fault == fault and self.t == self.when
+
+    def answer(self):
+        if self.misbehaves("raises"):
+            raise KeyError("door")
+        obs = self.observation()
+        reward = {"nan reward": np.nan, "inf reward": -np.inf, "text reward": "1.0"}
+        reward = reward[self.fault] if self.t == self.when and self.fault in reward else self.size
+        terminated = "no" if self.misbehaves("text flag") else False
+        return obs, reward, terminated, False, {}
+
+    def observation(self):
+        if isinstance(self.observation_space, gym.spaces.Discrete):
+            return 9 if self.misbehaves("out of space") else 2
+        wrong = {
+            "nan obs": GOOD * np.nan,
+            "huge obs": np.array([1e300, 0.5]),
+            "out of space": GOOD * 4,
+            "shape": np.zeros(3, np.float32),
+            "none": None,
+        }
+        if self.t == self.when and self.fault in wrong:
+            return wrong[self.fault]
+        return self.np_random.random(2).astype(np.float32) if self.fault == "random" else GOOD
+
+
+class Forgetful(Toy):
+    """Takes its randomness from a generator of its own."""
+
+    own = np.random.default_rng(0)
+
+    def observation(self):
+        return self.own.random(2).astype(np.float32)
+
+
+class Overwriting(Toy):
+    """Sets its size anew at reset."""
+
+    def reset(self, *, seed=None, options=None):
+        self.size = 2.0
+        return super().reset(seed=seed)
+
+
+class TaskToy(Toy):
+    """Has the method that Meta-World's environments have."""
+
+    def set_task(self, task):
+        self.size = 10 * task["size"]
+
+
+class Wrapped(gym.Wrapper):
+    """Knows nothing of tasks."""
+
+
+for kind in (Toy, Forgetful, Overwriting, TaskToy):
+    gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=20)
+gym.register("Endless-v0", entry_point=Toy)
+gym.register("WrappedTask-v0", entry_point=lambda **kwargs: Wrapped(TaskToy(**kwargs)))
+
+
+def family(env_id, **settings):
+    return GymEnv(GymEnv.Config.model_validate({"id": env_id, **settings}))
+
+
+def started(family, num_envs=2, seed=0):
+    env = family.make_vec(num_envs)
+    env.np_random = np.random.default_rng(seed)
+    env.set_tasks(family.sample(np.random.default_rng(1), num_envs, "train"))
+    env.reset()
+    return env
+
+
+def test_varied_attributes_are_the_physics():
+    # The native family plays the same physics: same start, same actions, same motion.
+    vary = {"gravity": [5, 15], "force_mag": [5, 15]}
+    adapted, native = family("CartPole-v1", vary=vary), CartPole(CartPole.Config())
+    env, column = started(adapted, 1), native.make_vec(1)
+    task = adapted.sample(np.random.default_rng(1), 1, "train")[0]
+    standard = native.sample(np.random.default_rng(0), 1, "train")[0]
+    column.set_tasks([type(task)("a", "b", "train", {**standard.params, **task.params})])
+    column.reset()
+    column.motion = env.columns[0].env.unwrapped.state[None]
+    for action in [1, 1, 0, 1, 0, 0]:
+        obs = env.step(np.array([action]))[0]
+        np.testing.assert_array_equal(obs, column.step(np.array([action]))[0])
+
+
+def test_tasks_can_be_arguments_of_the_constructor():
+    pendulum = family("Pendulum-v1", vary={"g": [5, 15]}, apply="kwargs")
+    env = started(pendulum)
+    tasks = pendulum.sample(np.random.default_rng(1), 2, "train")
+    assert [column.env.unwrapped.g for column in env.columns] == [t.params["g"] for t in tasks]
+
+
+@pytest.mark.parametrize("env_id", ["TaskToy-v0", "WrappedTask-v0"])
+def test_tasks_can_be_set_by_the_environments_own_method(env_id):
+    toy = family(env_id, vary={"size": [1, 2]}, apply="set_task", max_episode_steps=5)
+    reward = started(toy).step(np.array([0, 0]))[1]
+    sizes = [t.params["size"] for t in toy.sample(np.random.default_rng(1), 2, "train")]
+    np.testing.assert_allclose(reward, 10 * np.array(sizes), rtol=1e-6)
+
+
+def test_choices_keep_the_type_the_config_gave_them():
+    toy = family("Toy-v0", vary={"size": {"choices": [3, 4]}})
+    env = started(toy, num_envs=8)
+    sizes = [column.env.unwrapped.size for column in env.columns]
+    assert {type(size) for size in sizes} == {int}
+    assert set(sizes) == {3, 4}
+
+
+def test_box_actions_are_rescaled_to_the_bounds():
+    space = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 10]))
+    env = started(family("Toy-v0", kwargs={"action_space": space}), 1)
+    env.step(np.array([[1.0, -1.0]]))
+    np.testing.assert_allclose(env.columns[0].env.unwrapped.action, [2, 0])
+    env.step(np.array([[0.5, 0.0]]))
+    np.testing.assert_allclose(env.columns[0].env.unwrapped.action, [1, 5])
+
+
+def test_integer_observations_are_one_hot_and_spaces_may_start_anywhere():
+    kwargs = {
+        "space": gym.spaces.Discrete(4, start=1),
+        "action_space": gym.spaces.Discrete(3, start=-1),
+    }
+    env = started(family("Toy-v0", kwargs=kwargs), 1)
+    np.testing.assert_array_equal(env.step(np.array([2]))[0], [[0, 1, 0, 0]])
+    assert env.columns[0].env.unwrapped.action == 1
+
+
+def test_an_environment_that_never_ends_is_truncated():
+    env = started(family("Endless-v0", max_episode_steps=3), 1)
+    ends = [env.step(np.array([0]))[2:4] for _ in range(4)]
+    assert [bool(truncated[0]) for _, truncated in ends] == [False, False, True, False]
+    assert not any(terminated[0] for terminated, _ in ends)
+
+
+def test_splits_of_an_environment_that_does_not_vary_are_one_task_each():
+    toy = family("Toy-v0")
+    train, test = (toy.sample(np.random.default_rng(0), 3, split) for split in ("train", "test"))
+    assert len({task.id for task in train}) == 1
+    assert train[0].id != test[0].id
+
+
+def test_scores_come_from_the_config():
+    toy = family("Toy-v0", reference={"random": 5, "oracle": 25}, episodes=2)
+    reference = toy.reference(toy.sample(np.random.default_rng(0), 1, "test")[0])
+    np.testing.assert_allclose(reference.score(np.array([0, 1]), np.array([5, 15])), [0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"id": "Cartpole-v1"}, "Did you mean: `CartPole`"),
+        ({"id": "no_such_module:Env-v0"}, "cannot be imported"),
+        ({"id": "Toy-v0", "kwargs": {"sise": 1}}, "sise"),
+        ({"id": "CartPole-v1", "vary": {"gravty": [1, 2]}}, "vary.gravty.*mean 'gravity'"),
+        ({"id": "Toy-v0", "vary": {"size": [0, 1]}, "apply": "set_task"}, "no method set_task"),
+        ({"id": "Toy-v0", "vary": {"sise": [0, 1]}, "apply": "kwargs"}, "sise"),
+        ({"id": "Overwriting-v0", "vary": {"size": [0, 1]}}, "overwrites this attribute at reset"),
+        ({"id": "Endless-v0"}, "max_episode_steps: .*without a limit"),
+        (
+            {"id": "Toy-v0", "kwargs": {"space": gym.spaces.Dict(a=gym.spaces.Discrete(2))}},
+            "observations are a Dict",
+        ),
+        ({"id": "Toy-v0", "kwargs": {"action_space": gym.spaces.MultiBinary(2)}}, "actions are a"),
+        (
+            {"id": "Toy-v0", "kwargs": {"action_space": gym.spaces.Box(-np.inf, 1, (1,))}},
+            "actions are unbounded",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else value["id"],
+)
+def test_a_mistake_in_the_settings_is_one_sentence(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        family(settings.pop("id"), **settings)
+    assert "\n" not in str(error.value)
+
+
+FAULTS = {
+    "raises": "raised KeyError: 'door'",
+    "nan obs": "observation is nan at \\[0\\]",
+    "huge obs": "observation is 1e\\+300 at \\[0\\]",
+    "shape": "observation has shape \\(3,\\), its space has \\(2,\\)",
+    "none": "observation is None",
+    "nan reward": "reward is nan",
+    "inf reward": "reward is -inf",
+    "text reward": "reward is '1.0'",
+    "text flag": "terminated is 'no'",
+    "old": "step did not return",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_breaks_in_the_first_steps_is_found_before_the_run(fault):
+    with pytest.raises(ValueError, match=f"Toy-v0: .* step 3: .*{FAULTS[fault]}"):
+        family("Toy-v0", kwargs={"fault": fault, "when": 3})
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan obs", "shape", "none"])
+def test_what_breaks_at_reset_is_found_before_the_run(fault):
+    with pytest.raises(ValueError, match=f"Toy-v0: .* step 0: .*{FAULTS[fault]}"):
+        family("Toy-v0", kwargs={"fault": fault, "when": 0})
+
+
+@pytest.mark.parametrize("space", [None, gym.spaces.Discrete(4)])
+def test_observations_outside_their_space_are_found_before_the_run(space):
+    with pytest.raises(ValueError, match=r"observation is .*(outside its space|not in Discrete)"):
+        family("Toy-v0", kwargs={"fault": "out of space", "when": 4, "space": space})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_breaks_later_names_environment_column_seed_and_step(fault):
+    env = started(family("Toy-v0", kwargs={"fault": fault, "when": 15}))
+    seed = env.columns[0].seed
+    for _ in range(14):
+        env.step(np.array([0, 1]))
+    message = f"Toy-v0: column 0, episode seed {seed}, step 15: .*{FAULTS[fault]}"
+    with pytest.raises(EnvironmentFault, match=message):
+        env.step(np.array([0, 1]))
+
+
+def test_an_episode_that_does_not_repeat_itself_cannot_be_restored():
+    forgetful = family("Forgetful-v0")
+    env = started(forgetful)
+    env.step(np.array([0, 1]))
+    with pytest.raises(EnvNotDeterministic, match="Forgetful-v0: column 0: repeating the 1"):
+        forgetful.make_vec(2).set_state(env.get_state())
+
+
+def test_a_restored_episode_shows_the_same_observation():
+    toy = family("Toy-v0", kwargs={"fault": "random"})
+    env, copy = started(toy), toy.make_vec(2)
+    obs = env.step(np.array([0, 1]))[0]
+    copy.set_state(env.get_state())
+    np.testing.assert_array_equal(copy.observe(), obs)
+    assert not np.array_equal(obs[0], obs[1])

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+from dmrl_ray.envs.tabular_mdp import (
+    ACTIONS,
+    HORIZON,
+    STATES,
+    TabularMDP,
+    plan,
+    psrl_return,
+    random_return,
+)
+
+from dmrl_ray.types import Task
+
+
+def family():
+    return TabularMDP(TabularMDP.Config())
+
+
+def arrays(task):
+    return np.asarray(task.params["transition"], float), task.params["reward_mean"]
+
+
+def started(task, num_envs, seed=0):
+    env = family().make_vec(num_envs)
+    env.np_random = np.random.default_rng(seed)
+    env.set_tasks([task] * num_envs)
+    env.reset()
+    return env
+
+
+def returns_of(env, choose):
+    """(B,) returns of one episode in which `choose(t, states)` picks the actions."""
+    total = np.zeros(env.num_envs)
+    for t in range(HORIZON):
+        total += env.step(choose(t, env.cell.copy()))[1]
+    return total
+
+
+def test_a_plan_in_a_chain_by_hand():
+    # Action 0 moves to the next state, the others stay; only the last state pays, 1 a step.
+    # From state 0 the agent arrives after 9 steps and earns the reward of the tenth.
+    transition = np.zeros((STATES, ACTIONS, STATES))
+    for state in range(STATES):
+        transition[state, :, state] = 1
+        transition[state, 0] = np.eye(STATES)[min(state + 1, STATES - 1)]
+    reward = np.zeros((STATES, ACTIONS))
+    reward[-1] = 1
+    policy, value = plan(transition, reward)
+    assert value[0] == pytest.approx(1)
+    assert value[7] == pytest.approx(8)
+    assert (policy[:9, 0] == 0).sum() == 9
+
+
+def test_the_oracle_is_what_its_policy_earns():
+    task = family().sample(np.random.default_rng(3), 1, "test")[0]
+    policy, value = plan(*arrays(task))
+    total = returns_of(started(task, 20_000), lambda t, state: policy[t, state])
+    assert total.mean() == pytest.approx(value[0], abs=4 * total.std() / np.sqrt(20_000))
+    assert family().reference(task).oracle == pytest.approx(np.full(10, value[0]))
+
+
+def test_the_random_end_is_what_random_play_earns():
+    task = family().sample(np.random.default_rng(4), 1, "test")[0]
+    rng = np.random.default_rng(0)
+    total = returns_of(started(task, 20_000), lambda t, s: rng.integers(ACTIONS, size=len(s)))
+    expected = random_return(*arrays(task))
+    assert total.mean() == pytest.approx(expected, abs=4 * total.std() / np.sqrt(20_000))
+
+
+def test_mean_oracle_is_the_published_one():
+    # 21.84 per episode with the MDP known, 10.0 at random (RL^2's table 2: 100.1 in 10 episodes).
+    tasks = family().sample(np.random.default_rng(0), 1500, "test")
+    ends = [family().reference(task) for task in tasks]
+    assert np.mean([end.oracle for end in ends]) == pytest.approx(21.84, abs=0.3)
+    assert np.mean([end.random for end in ends]) == pytest.approx(10.0, abs=0.3)
+
+
+def test_posterior_sampling_earns_what_is_known():
+    # 133.3 +- 0.8 measured elsewhere with the same prior; RL^2's table 2 has 138.1.
+    total = psrl_return(10, 3000, np.random.default_rng(0))
+    assert total.mean() == pytest.approx(133.3, abs=2.4)
+
+
+def test_transitions_and_noise_have_their_distributions():
+    task = family().sample(np.random.default_rng(5), 1, "train")[0]
+    transition, reward_mean = arrays(task)
+    env = started(task, 50_000)
+    _, reward, *_ = env.step(np.full(50_000, 2))
+    frequency = np.bincount(env.cell, minlength=STATES) / 50_000
+    np.testing.assert_allclose(frequency, transition[0, 2], atol=0.01)
+    assert reward.mean() == pytest.approx(reward_mean[0, 2], abs=0.02)
+    assert reward.std() == pytest.approx(1, abs=0.02)
+
+
+def test_an_impossible_transition_never_happens():
+    transition = np.zeros((STATES, ACTIONS, STATES))
+    transition[:, :, [4, 9]] = 0.5
+    task = Task("a", "b", "train", {"transition": transition, "reward_mean": np.zeros((10, 5))})
+    env = started(task, 1000)
+    env.step(np.zeros(1000, int))
+    assert set(env.cell) == {4, 9}
