@@ -131,6 +131,9 @@ class Adapt(Settings):
     init_from: str
     """Name of the stage whose policy meets the stream."""
 
+    algorithm: Component | None = None
+    """Instead of that stage's own algorithm."""
+
     checkpoint: Literal["best", "last"] = "best"
     """Which of that stage's checkpoints."""
 
@@ -166,6 +169,9 @@ class Evaluate(Settings):
 
     init_from: str
     """Name of the stage whose policy is evaluated."""
+
+    algorithm: Component | None = None
+    """How the policy adapts; that stage's own algorithm if null."""
 
     checkpoint: Literal["best", "last"] = "best"
     """Which of that stage's checkpoints."""

@@ -43,10 +43,22 @@ class ClusterError(DmrlError):
     exit_code = 6
 
 
+class JobLost(ClusterError):
+    """A job's state went down with a process; it can go on from the newest commit."""
+
+
 class NumericalError(DmrlError, ArithmeticError):
     """Losses or weights stopped being finite."""
 
     exit_code = 7
+
+
+class Interrupted(DmrlError):
+    """The run was asked to stop by a signal, and has committed."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by signal {signal_number}")
+        self.exit_code = 128 + signal_number
 
 
 def exit_code(error: BaseException) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmrl_ray.errors import NumericalError
-from dmrl_ray.spec import JobSpec, build, get_weights, set_weights
+from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
 from dmrl_ray.types import Arrays, Rollout, Trial, random_stream
 
 MAX_POISONED_UPDATES = 3
@@ -26,7 +26,10 @@ class Learner:
 
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
-        self.device = torch.device(spec.device)
+        device = spec.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         program = build(spec)
         self.algorithm = program.algorithm
         self.policy = program.policy.to(self.device)
@@ -133,6 +136,10 @@ class LocalLearners:
     def weights(self) -> Arrays:
         """The policy's weights, as arrays."""
         return self._learner.weights()
+
+    def published(self) -> Weights:
+        """The policy's weights, as the workers take them."""
+        return Weights(self.version, self.weights())
 
     def load_weights(self, weights: Arrays) -> None:
         """Start from a policy trained elsewhere."""

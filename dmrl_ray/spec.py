@@ -42,6 +42,14 @@ class JobSpec:
         return self.algorithm.type.rpartition(":")[2].lower()
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A policy's weights and their version."""
+
+    version: int
+    arrays: Arrays
+
+
 @dataclass
 class Program:
     """The family, policy and algorithm of a job."""

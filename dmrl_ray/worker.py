@@ -14,21 +14,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from dmrl_ray.algorithms.online import live_through
+from dmrl_ray.config import Adapt
 from dmrl_ray.learner import Learner
 from dmrl_ray.rollout import Sampler
-from dmrl_ray.spec import JobSpec, Program, build, set_weights
+from dmrl_ray.spec import JobSpec, Program, Weights, build, set_weights
 from dmrl_ray.types import Arrays, Columns, Task, Trial, random_stream
 
-
 Key: TypeAlias = tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A policy's weights and their version."""
-
-    version: int
-    arrays: Arrays
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,16 @@ class EvaluateCall:
     chunk: int
     greedy: bool
     policy_version: int
+
+
+@dataclass(frozen=True)
+class AdaptCall:
+    """Streams of tasks that change without notice."""
+
+    spec: JobSpec
+    streams: tuple[tuple[Task, ...], ...]
+    settings: Adapt
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,41 @@ class RolloutWorker:
         episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)
         episodes["trial"] = np.full(len(rows["step"]), call.trial)
         return episodes
+
+    def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, np.ndarray, np.ndarray]:
+        """Meet streams of changing tasks.
+
+        Returns the rows of the episodes, with episodes since the change as their shot and the
+        stream as their trial; the rewards (K, U, N) of `online.live_through`; and the oracle's
+        reward per step (K, N), NaN where unknown.
+        """
+        torch.set_num_threads(1)
+        spec, settings = call.spec, call.settings
+        program = self._program(spec, weights)
+        algorithm, family = program.algorithm, program.distribution
+        parallel = settings.episodes_per_update if settings.optimizer != "none" else 1
+        sampler = Sampler(
+            family,
+            len(call.streams) * parallel,
+            memory_spans_trial=algorithm.memory_spans_trial,
+        )
+        stream = random_stream(spec.seed, *spec.key, "adapt", call.chunk)
+        sampler.start(stream, weights.version, greedy=settings.optimizer == "none")
+        rewards = live_through(algorithm, sampler, call.streams, settings)
+        rows = sampler.take_episodes()
+        episodes = episode_rows(rows, program, scored=True)
+        per_change = settings.episodes_per_task * family.max_episode_steps
+        since = (rows["step"].astype(np.int64) - 1) % per_change
+        episodes["shot"] = since // family.max_episode_steps
+        episodes["env_steps"] = rows["step"].astype(np.int64)
+        episodes["trial"] = rows["column"] // parallel
+        oracle = np.full((settings.tasks_per_stream, len(call.streams)), np.nan)
+        for n, tasks in enumerate(call.streams):
+            for k, task in enumerate(tasks):
+                reference = family.reference(task)
+                if reference is not None:
+                    oracle[k, n] = reference.oracle[-1] / family.max_episode_steps
+        return episodes, rewards, oracle
 
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> tuple[Columns, Arrays]:
         """A small job whole: a shard collected and learned from, `updates` times.

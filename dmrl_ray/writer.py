@@ -60,10 +60,13 @@ class RunWriter:
         self.files: dict[str, FileRecord] = {}
         self.recovery: list[str] = []
         self._lock = lock
+        # Unlike any other's, so that two writers' parts never have one name.
+        self._name = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(8).hex()}"
         self._epoch = 1
         self._config_sha256 = config_sha256
         self._previous_sha256: str | None = None
         self._buffers = {table: TableBuffer(table) for table in SCHEMAS}
+        self._unpublished: list[FileRecord] = []  # committed, but still hidden
         self._kept: list[set[str]] = []  # paths that the newest commits name, newest first
         self._saved: dict[str, int] = {}  # checkpoint files on disk: number of the commit to come
 
@@ -171,7 +174,8 @@ class RunWriter:
             files: every checkpoint file in use from here on, by name.
 
         Raises:
-            StorageError: nothing is committed; the rows are still buffered.
+            StorageError: nothing is committed and the rows are still buffered, or (if `number`
+                went up) all is committed and only the renames are left to the next commit.
             FolderInUse: another process has committed this number; stop.
         """
         number = self.number + 1
@@ -179,10 +183,31 @@ class RunWriter:
             assert (self.folder / file.path).is_file(), f"{file.path} is not on disk"
         state = json.loads(json.dumps(state))
         parts = self._write_parts(number)
-        record = Commit(
+        data = self._record(number, state, files, parts).to_bytes()
+        won = False
+        try:
+            won = put_if_absent(commit_path(self.folder, number), data)
+        finally:
+            if not won:
+                self._delete([hidden(part).path for part in parts])
+        if not won:
+            raise FolderInUse(f"{self.folder}: another process has written commit {number}")
+        self.number, self.state, self.files = number, state, dict(files)
+        self._previous_sha256 = hashlib.sha256(data).hexdigest()
+        for buffer in self._buffers.values():
+            buffer.clear()
+        self._unpublished += parts
+        self._publish()
+        self._prune()
+        return number
+
+    def _record(
+        self, number: int, state: Json, files: Mapping[str, FileRecord], parts: list[FileRecord]
+    ) -> Commit:
+        return Commit(
             number=number,
             epoch=self._epoch,
-            writer=f"{socket.gethostname()}:{os.getpid()}",
+            writer=self._name,
             config_sha256=self._config_sha256,
             previous_sha256=self._previous_sha256,
             keep=self.keep,
@@ -190,17 +215,6 @@ class RunWriter:
             files=dict(files),
             parts=parts,
         )
-        data = record.to_bytes()
-        if not put_if_absent(commit_path(self.folder, number), data):
-            self._delete([hidden(part).path for part in parts])
-            raise FolderInUse(f"{self.folder}: another process has written commit {number}")
-        self.number, self.state, self.files = number, state, dict(files)
-        self._previous_sha256 = hashlib.sha256(data).hexdigest()
-        for buffer in self._buffers.values():
-            buffer.clear()
-        self._publish(parts)
-        self._prune()
-        return number
 
     def _write_parts(self, number: int) -> list[FileRecord]:
         parts: list[FileRecord] = []
@@ -215,18 +229,20 @@ class RunWriter:
         return parts
 
     def _write_part(self, table: str, number: int, buffer: TableBuffer) -> FileRecord:
-        data = buffer.to_parquet()
+        data = buffer.to_parquet({"dmrl.writer": self._name})
         digest = hashlib.sha256(data).hexdigest()
         part = FileRecord(f"{table}/part-{number:08d}-{digest[:16]}.parquet", data.size, digest)
         with synced_file(self.folder / hidden(part).path) as file:
             file.write(data)
         return part
 
-    def _publish(self, parts: list[FileRecord]) -> None:
-        for part in parts:
+    def _publish(self) -> None:
+        while self._unpublished:
+            part = self._unpublished[0]
             path = self.folder / part.path
             with storage_errors(path):
                 os.rename(self.folder / hidden(part).path, path)
+            self._unpublished.pop(0)
             sync_folder(path.parent)
 
     def _prune(self) -> None:
@@ -241,6 +257,11 @@ class RunWriter:
         for path in paths:
             with suppress(OSError):  # What is left over is deleted when the run is opened next.
                 os.unlink(self.folder / path)
+
+    def discard(self) -> None:
+        """Drop the rows that were not committed."""
+        for buffer in self._buffers.values():
+            buffer.clear()
 
     def close(self) -> None:
         """Release the lock; rows that were not committed are dropped."""

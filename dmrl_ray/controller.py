@@ -1,0 +1,201 @@
+"""The meta-controller: takes a run through its stages, over whatever cluster it is given."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmrl_ray.config import Finetune, Pretrain, RunConfig
+from dmrl_ray.display import Display
+from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
+from dmrl_ray.jobs import evaluate as evaluate_policy
+from dmrl_ray.run import Run
+from dmrl_ray.spec import Weights, build
+from dmrl_ray.stages import job_spec, run_stage
+from dmrl_ray.types import EnvironmentFault, Split
+from dmrl_ray.writer import RunWriter
+from dmrl_ray.yaml_config import load_config, resolved
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_ROLLBACKS = 10
+"""Times one run goes back to its newest commit, in one process, after losing a job."""
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+    display: Display,
+) -> Path:
+    """Run all stages of a config into a new run folder, and return that folder.
+
+    Raises:
+        ConfigError: the folder exists, or the parts of the config do not fit together.
+        Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
+    """
+    check(config)
+    with RunWriter.create(
+        folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
+    ) as writer:
+        _execute(Run(config, writer, display, address))
+        return writer.folder
+
+
+def resume(folder: Path, *, address: str | None = None, display: Display) -> Path:
+    """Go on with a run from its newest complete commit, and return its folder.
+
+    Raises:
+        ConfigError: the folder is no run, or a newer version's.
+        CorruptRun: none of its commits is complete.
+        Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
+    """
+    with RunWriter.open(folder) as writer:
+        config = load_config(writer.folder / "config.yaml")
+        writer.keep = config.commit.keep
+        current = Run(config, writer, display, address)
+        for message in writer.recovery:
+            current.event("recovered", message=message)
+            display.message(message)
+        current.event("run_resumed", commit=writer.number)
+        _execute(current)
+        return writer.folder
+
+
+def evaluate(
+    folder: Path,
+    *,
+    stage: str | None,
+    split: Split,
+    tasks: int,
+    trials: int,
+    checkpoint: str,
+) -> pd.DataFrame:
+    """Play held-out tasks with a policy of a finished stage; writes nothing.
+
+    Raises:
+        ConfigError: the run has no such policy yet.
+    """
+    import pandas as pd
+
+    with RunWriter.open(folder) as writer:
+        config = load_config(writer.folder / "config.yaml", ["workers.num=0"])
+        current = Run(config, writer, Display(quiet=True), None)
+        trained = [n for n, s in config.stages.items() if isinstance(s, Pretrain)]
+        ready = [n for n in trained if f"{n}.{checkpoint}" in current.files]
+        name = stage or (ready[-1] if ready else "")
+        if name not in ready:
+            raise ConfigError(
+                f"{folder}: stage {name or 'any'!r} has no {checkpoint!r} policy yet; "
+                f"there are policies of: {', '.join(ready) or 'no stage'}"
+            )
+        weights = Weights(0, current.load(f"{name}.{checkpoint}"))
+        spec = job_spec(config, name)
+        rows = evaluate_policy(current, spec, weights, current.tasks(split, tasks), trials=trials)
+        return pd.DataFrame(rows).assign(stage=name, algorithm=spec.algorithm_name)
+
+
+def check(config: RunConfig) -> None:
+    """Find what does not fit together before anything starts.
+
+    Raises:
+        ConfigError: with the stage and the setting.
+    """
+    for name, stage in config.stages.items():
+        source = getattr(stage, "init_from", None)
+        if source is not None and not isinstance(config.stages.get(source), Pretrain):
+            raise ConfigError(
+                f"stages.{name}.init_from: {source!r} is not an earlier stage of type pretrain"
+            )
+        spec = job_spec(config, name)
+        try:
+            algorithm = build(spec).algorithm
+            if isinstance(stage, (Pretrain, Finetune)):
+                algorithm.prepare_training(spec.trainable)
+        except ValueError as error:
+            raise ConfigError(f"stages.{name}: {error}") from error
+
+
+def facts(config: RunConfig) -> dict[str, Any]:
+    """What run.json says of the software, the machine and the job it runs in."""
+    packages = ("dmrl-ray", "ray", "torch", "gymnasium", "numpy", "pandas", "pyarrow")
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "versions": {"python": platform.python_version()}
+        | {package: _version(package) for package in packages},
+        "git": _git(),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "ray_job_id": os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""),
+    }
+
+
+def _execute(run: Run) -> None:
+    """All stages that are not done yet; a lost job goes back to the newest commit."""
+    run.catch_signals()
+    rollbacks = 0
+    try:
+        while True:
+            try:
+                _run_stages(run)
+                return
+            except JobLost as error:
+                rollbacks += 1
+                if rollbacks > MAX_ROLLBACKS:
+                    raise
+                run.rollback()
+                run.restart_workers()
+                run.event("rollback", commit=run.writer.number, reason=str(error))
+                run.display.message(f"{error}; going on from commit {run.writer.number}")
+    except Interrupted:
+        run.display.message("interrupted")
+        raise
+    except (DmrlError, EnvironmentFault) as error:
+        run.rollback()
+        run.event("run_failed", reason=str(error))
+        with suppress(StorageError):
+            run.commit()
+        raise
+    finally:
+        run.close()
+
+
+def _run_stages(run: Run) -> None:
+    for name in run.config.stages:
+        if name in run.state["done"]:
+            continue
+        run.event("stage_started", name)
+        run_stage(run, name)
+        run.state["done"].append(name)
+        run.event("stage_finished", name)
+        run.commit()
+    run.event("run_finished")
+    run.commit()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """The commit of the source checkout, with a + if it was changed."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=40"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,221 @@
+"""The training loop.
+
+    workers      collect(weights v, shard state) --+-- report (small) --> driver --> tables
+    (1 call per       |                            |
+     shard and        +-- trial (large) -----------)---> learner: update --> weights v + 1
+     iteration)       +-- shard state -----------> next iteration's call
+
+The driver waits for reports and metrics only; trials, weights and shard states pass by it as
+references. With ``max_policy_lag: 0`` an iteration begins when the update before it has ended, and
+results are gathered by shard number, so that the run is the same whatever the number of workers.
+With a lag the next iteration is begun before the update, with weights one update old: never
+older, because no more than one iteration is ever in flight.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dmrl_ray.config import Pretrain
+from dmrl_ray.run import Run
+from dmrl_ray.spec import JobSpec, build
+from dmrl_ray.types import Arrays, Columns, Task
+from dmrl_ray.worker import CollectCall, CollectReport, EvaluateCall
+
+EVALUATION_COLUMNS = 1024
+"""Environment columns of one evaluation call; fixed, so that results do not depend on workers."""
+
+
+@dataclass
+class Progress:
+    """How far a job has come; part of its commits."""
+
+    updates: int = 0
+    env_steps: int = 0
+    best_score: float | None = None
+    best_version: int = 0
+    seconds: float = 0.0  # of training, over all processes that worked on it in turn
+
+
+def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) -> Progress:
+    """Train until the budget is spent, from the newest commit if it holds this job's state."""
+    with closing(run.learners(spec)) as learners:
+        progress, states = _begin(run, spec, learners, initial)
+        validation = run.tasks("validation", stage.validation_tasks)
+        clock = time.monotonic()
+        pending: Any = None
+
+        def snapshot() -> None:
+            _snapshot(run, spec, learners, progress, states)
+
+        while progress.env_steps < stage.env_steps:
+            if pending is None:
+                pending = _start(run, spec, learners, progress, states, progress.updates)
+            version, started = pending
+            with run.committing(snapshot):
+                collected = run.workers.finish_collect(started)
+            waited = time.monotonic() - clock
+            reports: list[CollectReport] = [c[0] for c in collected]
+            states = [c[2] for c in collected]
+            progress.env_steps += sum(report.env_steps for report in reports)
+            done = progress.env_steps >= stage.env_steps
+            pending = None
+            if stage.max_policy_lag and not done:
+                pending = _start(run, spec, learners, progress, states, progress.updates + 1)
+            metrics = learners.update(progress.env_steps, [c[1] for c in collected])
+            metrics["policy_lag"] = float(progress.updates - version)
+            progress.updates += 1
+            metrics["time/learner_wait_s"] = waited
+            elapsed, clock = time.monotonic() - clock, time.monotonic()
+            progress.seconds += elapsed
+            _record(run, spec, progress, version, reports, metrics, elapsed)
+            if done or progress.updates % stage.validate_every == 0:
+                _validate(run, spec, learners, progress, validation)
+            run.tick(snapshot)
+        _save_policy(run, spec, "last", learners)
+    return progress
+
+
+def evaluate(
+    run: Run,
+    spec: JobSpec,
+    weights: Any,
+    tasks: list[Task],
+    *,
+    trials: int = 1,
+    greedy: bool = True,
+    policy_version: int = 0,
+) -> Columns:
+    """Episode rows of a policy on some tasks, over all workers, in order of the tasks.
+
+    Args:
+        weights: of the policy, made ready by ``run.workers.put``.
+    """
+    per_task = build(spec).algorithm.columns_per_task
+    size = max(1, EVALUATION_COLUMNS // per_task)
+    chunks = [tuple(tasks[i : i + size]) for i in range(0, len(tasks), size)]
+    calls = [
+        (EvaluateCall(spec, chunk, trial, i, greedy, policy_version), weights)
+        for trial in range(trials)
+        for i, chunk in enumerate(chunks)
+    ]
+    results = dict(run.workers.map("evaluate", calls))
+    parts = [results[i] for i in range(len(calls))]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def selection_score(spec: JobSpec, rows: Columns) -> float:
+    """What models are chosen by: the mean over a trial if memory adapts, else after the last shot.
+
+    Scores where the family knows them, returns where not.
+    """
+    values = rows["return"] if np.isnan(rows["score"]).any() else rows["score"]
+    if not spec.algorithm.load().memory_spans_trial:
+        values = values[rows["shot"] == rows["shot"].max()]
+    return float(values.mean())
+
+
+def _begin(
+    run: Run, spec: JobSpec, learners: Any, initial: Arrays | None
+) -> tuple[Progress, list[Any]]:
+    """From the commit, or from the start."""
+    job = run.state["job"]
+    if job is None:
+        if initial is not None:
+            learners.load_weights(initial)
+        run.event("job_started", spec.stage, spec.name)
+        return Progress(), [{} for _ in range(spec.rollout.shards)]
+    progress = Progress(**job)
+    learners.set_state(run.load(f"{spec.stage}.learner"), progress.updates)
+    saved = run.load(f"{spec.stage}.shards") if f"{spec.stage}.shards" in run.files else {}
+    states: list[Arrays] = []
+    for shard in range(spec.rollout.shards):
+        prefix = f"{shard}/"
+        states.append({k[len(prefix) :]: v for k, v in saved.items() if k.startswith(prefix)})
+    run.event("job_resumed", spec.stage, spec.name, updates=progress.updates)
+    return progress, [run.workers.put(state) for state in states]
+
+
+def _start(
+    run: Run,
+    spec: JobSpec,
+    learners: Any,
+    progress: Progress,
+    states: list[Any],
+    iteration: int,
+) -> tuple[int, Any]:
+    """Begin one iteration of all shards; also returns the version that acts in it."""
+    calls = [
+        CollectCall(spec, shard, iteration, progress.env_steps)
+        for shard in range(spec.rollout.shards)
+    ]
+    return learners.version, run.workers.start_collect(calls, learners.published(), states)
+
+
+def _record(
+    run: Run,
+    spec: JobSpec,
+    progress: Progress,
+    version: int,
+    reports: list[CollectReport],
+    metrics: dict[str, float],
+    elapsed: float,
+) -> None:
+    for report in reports:
+        run.add_episodes(spec, version, report.episodes)
+    metrics["time/collect_s"] = max(report.seconds for report in reports)
+    steps = sum(report.env_steps for report in reports)
+    metrics["steps_per_s"] = steps / elapsed
+    returns = np.concatenate([report.episodes["return"] for report in reports])
+    if len(returns):
+        metrics["return"] = float(returns.mean())
+    if metrics.get("skipped_batches"):
+        run.event("batch_skipped", spec.stage, spec.name, update=progress.updates)
+    run.add_metrics(spec, progress.updates, progress.env_steps, metrics)
+    run.display.update(
+        spec.stage,
+        progress.env_steps,
+        sps=progress.env_steps / progress.seconds,
+        return_=metrics.get("return"),
+        workers_alive=(run.workers.alive, run.workers.total),
+    )
+
+
+def _validate(
+    run: Run, spec: JobSpec, learners: Any, progress: Progress, tasks: list[Task]
+) -> None:
+    """Evaluate on the validation tasks; the best policy so far is kept."""
+    rows = evaluate(run, spec, learners.published(), tasks, policy_version=progress.updates)
+    score = selection_score(spec, rows)
+    rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
+    run.add_episodes(spec, progress.updates, rows)
+    run.add_metrics(spec, progress.updates, progress.env_steps, {"validation_score": score})
+    run.display.update(spec.stage, progress.env_steps, score=score)
+    if progress.best_score is None or score > progress.best_score:
+        progress.best_score, progress.best_version = score, progress.updates
+        _save_policy(run, spec, "best", learners)
+        run.event("best_policy", spec.stage, spec.name, update=progress.updates, score=score)
+
+
+def _save_policy(run: Run, spec: JobSpec, name: str, learners: Any) -> None:
+    run.save(f"{spec.stage}.{name}", learners.weights())
+
+
+def _snapshot(
+    run: Run, spec: JobSpec, learners: Any, progress: Progress, states: list[Any]
+) -> None:
+    """Put the job's whole state where the next commit finds it."""
+    run.state["job"] = asdict(progress)
+    run.save(f"{spec.stage}.learner", learners.get_state())
+    shards = {
+        f"{shard}/{name}": array
+        for shard, state in enumerate(states)
+        for name, array in run.workers.fetch(state).items()
+    }
+    if shards:
+        run.save(f"{spec.stage}.shards", shards)

@@ -1,0 +1,238 @@
+"""A run while it is going: its tables, its commits, its workers, and when to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from dmrl_ray.checkpoint import FileRecord
+from dmrl_ray.config import RunConfig
+from dmrl_ray.display import Display
+from dmrl_ray.errors import Interrupted
+from dmrl_ray.learner import LocalLearners
+from dmrl_ray.spec import JobSpec
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
+from dmrl_ray.worker import LocalWorkers
+from dmrl_ray.writer import RunWriter
+
+logger = logging.getLogger(__name__)
+
+TASK_BLOCK = 64
+"""Tasks are drawn in blocks of this size, so that the first n are the same for every n."""
+
+
+class Run:
+    """What stages and jobs need of the run they belong to.
+
+    Attributes:
+        state: plain JSON values, part of every commit: the stages done, the job in progress.
+        files: checkpoint files in use, by name; part of every commit.
+    """
+
+    def __init__(
+        self, config: RunConfig, writer: RunWriter, display: Display, address: str | None
+    ) -> None:
+        self.config = config
+        self.writer = writer
+        self.display = display
+        self.distribution: TaskDistribution = config.tasks.load()(config.tasks.settings)
+        self.state: dict[str, Any] = {"done": [], "job": None}
+        self.files: dict[str, FileRecord] = {}
+        self.rollback()
+        self._address = address
+        self._workers: Any = None
+        self._committed_at = time.monotonic()
+        self._updates_since_commit = 0
+        self._signal: int | None = None
+        self._known_tasks: set[str] = {
+            task_id
+            for part in sorted((writer.folder / "tasks").glob("part-*.parquet"))
+            for task_id in pq.read_table(part, columns=["task_id"])["task_id"].to_pylist()
+        }
+
+    @property
+    def workers(self) -> Any:
+        """The rollout workers, started on first use: `LocalWorkers` or `cluster.RayWorkers`."""
+        if self._workers is None:
+            settings = self.config.workers
+            if settings.num == 0:
+                self._workers = LocalWorkers()
+            else:
+                from dmrl_ray import cluster
+
+                cluster.connect(self._address, self.config)
+                self._workers = cluster.RayWorkers(
+                    settings, on_event=self._worker_event, check=self.check
+                )
+        return self._workers
+
+    def learners(self, spec: JobSpec) -> Any:
+        """Learners for a job: `LocalLearners` or `cluster.RayLearners`."""
+        if self.config.workers.num == 0:
+            return LocalLearners(spec)
+        from dmrl_ray.ray_learners import RayLearners
+
+        _ = self.workers
+        return RayLearners(spec, self.config.learners, self.config.workers)
+
+    def restart_workers(self) -> None:
+        """After a loss that no single worker explains: begin again with new ones."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def tasks(self, split: Split, n: int) -> list[Task]:
+        """The first n evaluation tasks of a split: the same in every stage and every run's seed."""
+        tasks: list[Task] = []
+        for block in range((n + TASK_BLOCK - 1) // TASK_BLOCK):
+            stream = random_stream(self.config.seed, "evaluation tasks", split, block)
+            tasks += self.distribution.sample(stream, TASK_BLOCK, split)
+        self.add_tasks(tasks[:n])
+        return tasks[:n]
+
+    def add_tasks(self, tasks: Iterable[Task]) -> None:
+        """Rows of the tasks table, for those not in it yet."""
+        fresh = {task.id: task for task in tasks if task.id not in self._known_tasks}
+        if not fresh:
+            return
+        self._known_tasks |= fresh.keys()
+        records = [task.to_json() for task in fresh.values()]
+        self.writer.add(
+            "tasks",
+            {
+                "task_id": [r["id"] for r in records],
+                "family": [r["family"] for r in records],
+                "split": [r["split"] for r in records],
+                "params": [json.dumps(r["params"]) for r in records],
+            },
+        )
+
+    def add_episodes(self, spec: JobSpec, policy_version: int, rows: Columns) -> None:
+        """Rows of the episodes table."""
+        if len(rows["return"]) == 0:
+            return
+        known = ~np.isnan(rows["success"])
+        success = rows["success"] > 0 if known.all() else None
+        score = None if np.isnan(rows["score"]).all() else rows["score"]
+        self.writer.add(
+            "episodes",
+            {
+                **rows,
+                "success": success,
+                "score": score,
+                "stage": spec.stage,
+                "job": spec.name,
+                "algorithm": spec.algorithm_name,
+                "seed": spec.seed,
+                "policy_version": policy_version,
+            },
+        )
+
+    def add_metrics(
+        self, spec: JobSpec, policy_version: int, env_steps: int, metrics: dict[str, float]
+    ) -> None:
+        """Rows of the metrics table."""
+        self.writer.add(
+            "metrics",
+            {
+                "stage": spec.stage,
+                "job": spec.name,
+                "policy_version": policy_version,
+                "env_steps": env_steps,
+                "name": list(metrics),
+                "value": np.array(list(metrics.values()), np.float64),
+            },
+        )
+
+    def event(self, event: str, stage: str = "", job: str = "", **detail: object) -> None:
+        """A row of the events table, and a line in the log."""
+        logger.info("%s %s %s %s", event, stage, job, detail)
+        self.writer.add(
+            "events", {"stage": stage, "job": job, "event": event, "detail": json.dumps(detail)}
+        )
+
+    def save(self, name: str, arrays: Arrays) -> None:
+        """Write a checkpoint file, in use from the next commit on."""
+        self.files[name] = self.writer.save(name, arrays)
+
+    def drop(self, prefix: str) -> None:
+        """Stop using the checkpoint files whose names begin so."""
+        self.files = {k: v for k, v in self.files.items() if not k.startswith(prefix)}
+
+    def load(self, name: str) -> Arrays:
+        """A checkpoint file of the newest commit."""
+        return self.writer.load(name)
+
+    def commit(self) -> None:
+        """Make everything up to here durable."""
+        self.writer.commit(self.state, self.files)
+        self._committed_at = time.monotonic()
+        self._updates_since_commit = 0
+
+    def rollback(self) -> None:
+        """Back to the newest commit; rows added since are dropped."""
+        self.writer.discard()
+        if self.writer.state is not None:
+            self.state = json.loads(json.dumps(self.writer.state))
+            self.files = dict(self.writer.files)
+
+    def tick(self, snapshot: Callable[[], None]) -> None:
+        """Called after every update: commit if it is time, stop if it was asked for.
+
+        Raises:
+            Interrupted: after a clean commit.
+        """
+        self._updates_since_commit += 1
+        commit = self.config.commit
+        if commit.every_updates is not None:
+            due = self._updates_since_commit >= commit.every_updates
+        else:
+            due = time.monotonic() - self._committed_at >= commit.every_s
+        if due or self._signal is not None:
+            snapshot()
+            self.commit()
+        self.check()
+
+    @contextmanager
+    def committing(self, snapshot: Callable[[], None]) -> Iterator[None]:
+        """While waiting inside: if asked to stop, commit what `snapshot` puts together first."""
+        try:
+            yield
+        except Interrupted:
+            snapshot()
+            self.commit()
+            raise
+
+    def check(self) -> None:
+        """Raise Interrupted if the run was asked to stop."""
+        if self._signal is not None:
+            raise Interrupted(self._signal)
+
+    def catch_signals(self) -> None:
+        """Ctrl+C and SIGTERM ask the run to stop after a commit; a second one stops it at once."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signal = number
+
+    def _worker_event(self, event: str, detail: dict[str, object]) -> None:
+        self.event(event, "", "", **detail)
+        self.display.message(f"{event}: {detail}")
+
+    def close(self) -> None:
+        """End the workers."""
+        self.restart_workers()

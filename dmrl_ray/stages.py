@@ -1,0 +1,179 @@
+"""The four stages: pretrain, fine-tune per task, adapt online, evaluate on held-out tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from dmrl_ray.config import Adapt, Component, Evaluate, Finetune, Pretrain, RunConfig
+from dmrl_ray.jobs import EVALUATION_COLUMNS, run_job
+from dmrl_ray.jobs import evaluate as evaluate_policy
+from dmrl_ray.run import Run
+from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.types import Arrays, Task
+from dmrl_ray.worker import AdaptCall
+
+
+def run_stage(run: Run, name: str) -> None:
+    """Run one stage to its end, from the newest commit if that is inside it."""
+    stage = run.config.stages[name]
+    total = stage.env_steps if isinstance(stage, Pretrain) else None
+    run.display.stage(name, total)
+    if isinstance(stage, Pretrain):
+        pretrain(run, name, stage)
+    elif isinstance(stage, Finetune):
+        finetune(run, name, stage)
+    elif isinstance(stage, Adapt):
+        adapt(run, name, stage)
+    else:
+        evaluate(run, name, stage)
+    run.display.finish(name)
+
+
+def job_spec(config: RunConfig, name: str) -> JobSpec:
+    """The job of a stage, with what the stage leaves open taken from its source or the run."""
+    stage = config.stages[name]
+    source = getattr(stage, "init_from", None)
+    trains = isinstance(stage, (Pretrain, Finetune))
+    algorithm: Component | None = getattr(stage, "algorithm", None)
+    network: Component | None = getattr(stage, "network", None)
+    if source is not None:
+        parent = job_spec(config, source)
+        network = network or parent.network
+        algorithm = algorithm or (None if trains else parent.algorithm)
+    return JobSpec(
+        stage=name,
+        name=name,
+        seed=config.seed,
+        tasks=config.tasks,
+        network=network or config.network,
+        algorithm=algorithm or config.algorithm,
+        rollout=getattr(stage, "rollout", None) or config.rollout,
+        env_steps=getattr(stage, "env_steps", 0),
+        trainable=getattr(stage, "trainable", ("",)),
+        learner_threads=config.learners.threads,
+        device=config.learners.device,
+    )
+
+
+def pretrain(run: Run, name: str, stage: Pretrain) -> None:
+    """One job on the training tasks; leaves the policies `best` and `last`."""
+    initial = None if stage.init_from is None else _policy(run, stage.init_from, "best")
+    progress = run_job(run, job_spec(run.config, name), stage, initial)
+    run.drop(f"{name}.learner")
+    run.drop(f"{name}.shards")
+    run.state["job"] = None
+    run.event(
+        "job_finished",
+        name,
+        name,
+        updates=progress.updates,
+        env_steps=progress.env_steps,
+        seconds=progress.seconds,
+        best_score=progress.best_score,
+        best_update=progress.best_version,
+    )
+
+
+def finetune(run: Run, name: str, stage: Finetune) -> None:
+    """One job for each held-out task, all of them side by side over the workers."""
+    weights = run.workers.put(_policy(run, stage.init_from, stage.checkpoint))
+    spec = job_spec(run.config, name)
+    specs = [task_spec(spec, task) for task in run.tasks(stage.split, stage.tasks)]
+    finished: list[str] = list(run.state["job"] or [])
+    open_specs = [s for s in specs if s.name not in finished]
+    steps = 0
+
+    def snapshot() -> None:
+        run.state["job"] = list(finished)
+
+    calls = [(s, weights, stage.updates) for s in open_specs]
+    with run.committing(snapshot):
+        for i, (rows, trained) in run.workers.map("train", calls):
+            job = open_specs[i]
+            run.add_episodes(job, stage.updates, rows)
+            run.save(job.name, trained)
+            run.event("job_finished", name, job.name, updates=stage.updates)
+            finished.append(job.name)
+            steps += int(rows["length"].sum())
+            run.display.update(
+                name,
+                steps,
+                return_=float(rows["return"][rows["shot"] == stage.updates].mean()),
+                extra={"jobs": f"{len(finished)}/{len(specs)}"},
+                workers_alive=(run.workers.alive, run.workers.total),
+            )
+            run.tick(snapshot)
+    run.state["job"] = None
+
+
+def task_spec(spec: JobSpec, task: Task) -> JobSpec:
+    """The job that specialises to one task, on one thread, in one shard."""
+    return replace(
+        spec,
+        name=f"{spec.stage}.{task.id}",
+        fixed_tasks=(task,),
+        split=task.split,
+        rollout=spec.rollout.model_copy(update={"shards": 1}),
+        learner_threads=1,
+        device="cpu",
+    )
+
+
+def adapt(run: Run, name: str, stage: Adapt) -> None:
+    """Streams of tasks that change without notice, all of them at once over the workers."""
+    spec = job_spec(run.config, name)
+    weights = run.workers.put(Weights(0, _policy(run, stage.init_from, stage.checkpoint)))
+    tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
+    streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
+    size = max(1, EVALUATION_COLUMNS // stage.episodes_per_update)
+    chunks = [tuple(streams[i : i + size]) for i in range(0, len(streams), size)]
+    calls = [(AdaptCall(spec, chunk, stage, i), weights) for i, chunk in enumerate(chunks)]
+    results = dict(run.workers.map("adapt", calls))
+    for i in range(len(calls)):
+        run.add_episodes(spec, 0, results[i][0])
+    rewards = np.concatenate([results[i][1] for i in range(len(calls))], axis=2)
+    oracle = np.concatenate([results[i][2] for i in range(len(calls))], axis=1)
+    _report_regret(run, spec, rewards, oracle)
+    run.display.update(name, int(rewards.size), return_=float(rewards.sum((0, 1)).mean()))
+
+
+def _report_regret(run: Run, spec: JobSpec, rewards: np.ndarray, oracle: np.ndarray) -> None:
+    """Reward and regret per step since a change, as metrics whose `env_steps` is that step.
+
+    The oracle knows the changes; its reward per step is its episode return over the episode's
+    length. The first task of a stream is met without a change before it and does not count, unless
+    it is the only one.
+    """
+    after = slice(1 if len(rewards) > 1 else 0, None)
+    reward = rewards[after].mean((0, 2))
+    regret = (oracle[after, None, :] - rewards[after]).mean((0, 2))
+    for u in range(len(reward)):
+        metrics = {"reward_since_change": float(reward[u])}
+        if np.isfinite(regret[u]):
+            metrics["regret"] = float(regret[u])
+        run.add_metrics(spec, 0, u + 1, metrics)
+
+
+def evaluate(run: Run, name: str, stage: Evaluate) -> None:
+    """Trials on held-out tasks, without learning across them."""
+    spec = job_spec(run.config, name)
+    weights = run.workers.put(Weights(0, _policy(run, stage.init_from, stage.checkpoint)))
+    rows = evaluate_policy(
+        run,
+        spec,
+        weights,
+        run.tasks(stage.split, stage.tasks),
+        trials=stage.trials,
+        greedy=stage.greedy,
+    )
+    run.add_episodes(spec, 0, rows)
+    score = None if np.isnan(rows["score"]).any() else float(rows["score"].mean())
+    run.display.update(
+        name, int(rows["length"].sum()), return_=float(rows["return"].mean()), score=score
+    )
+
+
+def _policy(run: Run, stage: str, checkpoint: str) -> Arrays:
+    return run.load(f"{stage}.{checkpoint}")
