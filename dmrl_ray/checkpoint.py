@@ -7,6 +7,7 @@ disk is a pickle.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -132,16 +133,24 @@ def put_if_absent(path: Path, data: bytes) -> bool:
     temporary = _temporary(path)
     with synced_file(temporary) as file:
         file.write(data)
-    with storage_errors(path):
-        try:
+    try:
+        with storage_errors(path):
             os.link(temporary, path)
-        except FileExistsError:
-            # A network file system may do the link, lose its answer, and be asked again.
-            if not os.path.samefile(temporary, path):
-                os.unlink(temporary)
+    except StorageError as error:
+        # A network file system may do the link, lose its answer, and be asked again.
+        if not (error.errno == errno.EEXIST and os.path.samefile(temporary, path)):
+            os.unlink(temporary)
+            if error.errno == errno.EEXIST:
                 return False
+            raise
+    try:
         sync_folder(path.parent)
-        os.unlink(temporary)
+    except BaseException:
+        os.unlink(path)  # it may not be durable, so it must not be there
+        raise
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
     return True
 
 

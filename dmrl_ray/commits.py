@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeAlias
 
@@ -36,7 +36,7 @@ class Commit:
 
     number: int  # 1, 2, 3, ...
     epoch: int  # how often the run was opened for writing
-    writer: str  # host:pid of the process that wrote it
+    writer: str  # host:pid:random of the process that wrote it
     config_sha256: str
     previous_sha256: str | None  # of the file of commit number - 1
     keep: int  # the files of this many commits, this one included, are on disk
@@ -46,8 +46,10 @@ class Commit:
     sha256: str = ""  # of this commit's own file; not stored in it
 
     def to_bytes(self) -> bytes:
-        record = asdict(self)
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
         del record["sha256"]
+        record["files"] = {name: asdict(file) for name, file in self.files.items()}
+        record["parts"] = [asdict(part) for part in self.parts]
         return seal({"format_version": FORMAT_VERSION, **record})
 
     @classmethod
@@ -65,13 +67,13 @@ class Commit:
         return cls(**record, files=files, parts=parts, sha256=sha256)  # type: ignore[arg-type]
 
 
-def seal(record: Mapping[str, object]) -> bytes:
+def seal(record: Mapping[str, object], indent: int | None = None) -> bytes:
     """A record as JSON that carries its own checksum."""
-    sha256 = hashlib.sha256(json.dumps(record, indent=1).encode()).hexdigest()
-    return json.dumps({**record, "sha256": sha256}, indent=1).encode()
+    sha256 = hashlib.sha256(json.dumps(record, indent=indent).encode()).hexdigest()
+    return json.dumps({**record, "sha256": sha256}, indent=indent).encode()
 
 
-def read_sealed(path: Path) -> tuple[Json, str]:
+def read_sealed(path: Path, indent: int | None = None) -> tuple[Json, str]:
     """The record in a file written with `seal`, and the checksum of the whole file."""
     try:
         data = path.read_bytes()
@@ -79,7 +81,7 @@ def read_sealed(path: Path) -> tuple[Json, str]:
         if not isinstance(record, dict) or record.pop("sha256", None) is None:
             raise ValueError("it has no checksum")
         # Compared byte for byte: JSON has several spellings of the same value.
-        if seal(record) != data:
+        if seal(record, indent) != data:
             raise ValueError("its checksum does not agree")
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptRun(f"{path}: is damaged: {error}") from error
@@ -135,12 +137,13 @@ class History:
         """
         if not self.problems:
             return 0
-        sound = next((n - 1 for n, found in self.problems.items() if found), len(self.problems))
-        for candidates in (range(sound, 0, -1), reversed(self.commits)):
+        last = len(self.problems)
+        keep = self.commits[max(self.commits)].keep if self.commits else 0
+        sound = next((n - 1 for n, found in self.problems.items() if found), last)
+        for candidates in (range(sound, max(0, last - keep), -1), reversed(self.commits)):
             for number in candidates:
                 if not self.problems[number] and not self.file_problems(number):
                     return number
-        last = len(self.problems)
         why = "; ".join([*self.problems[last], *self.file_problems(last)])
         raise CorruptRun(f"{self.folder}: none of its {last} commits is complete: {why}")
 
@@ -179,7 +182,7 @@ def run_facts(folder: Path) -> Json:
     """
     if not (folder / "run.json").is_file():
         raise ConfigError(f"{folder}: is not a run folder (it has no run.json)")
-    facts, _ = read_sealed(folder / "run.json")
+    facts, _ = read_sealed(folder / "run.json", indent=1)
     try:
         config = (folder / "config.yaml").read_bytes()
     except OSError as error:
@@ -193,14 +196,20 @@ def run_facts(folder: Path) -> Json:
 
 
 def verify(folder: Path) -> list[str]:
-    """Every problem found in a run's records, table parts and checkpoint files."""
+    """Every problem found in a run's records, table parts and checkpoint files.
+
+    Raises:
+        ConfigError: `folder` is not a run, or of a newer version.
+    """
     return list(_all_problems(Path(folder)))
 
 
 def _all_problems(folder: Path) -> Iterator[str]:
     try:
         run_facts(folder)
-    except CorruptRun as error:
+    except (CorruptRun, ConfigError) as error:
+        if not (folder / "run.json").is_file():
+            raise
         yield str(error)
     history = History.read(folder)
     for found in history.problems.values():

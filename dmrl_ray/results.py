@@ -69,13 +69,14 @@ def find_runs(path: str | Path | Iterable[str | Path]) -> list[Path]:
     """Run folders by path, folder of runs, pattern, or a list of these; each once, in order."""
     given = [path] if isinstance(path, str | Path) else list(path)
     runs: dict[Path, None] = {}
-    for item in given:
-        found = [Path(p) for p in sorted(glob.glob(str(item)))] or [Path(item)]
+    for item in map(Path, given):
+        item = item.expanduser()
+        found = [Path(p) for p in sorted(glob.glob(str(item)))] or [item]
         if len(found) == 1 and not _is_run(found[0]) and found[0].is_dir():
             found = sorted(found[0].iterdir())
         here = [p for p in found if _is_run(p)]
         if not here:
-            raise ValueError(f"{item}: no run found there{_suggestion(Path(item))}")
+            raise ValueError(f"{item}: no run found there{_suggestion(item)}")
         runs.update(dict.fromkeys(here))
     if not runs:
         raise ValueError("no run was named")

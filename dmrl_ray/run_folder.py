@@ -32,7 +32,7 @@ from dmrl_ray.tables import SCHEMAS
 _RUN_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _FOLDERS = ("commits", "checkpoints", *SCHEMAS)
 _OWN_NAMES = {"run.json", "config.yaml", "lock", *_FOLDERS}
-_PART = re.compile(r"part-(\d{8})-([0-9a-f]{16})\.parquet")
+_PART = re.compile(r"(_?)part-(\d{8})-([0-9a-f]{16})\.parquet")
 _SET_ASIDE = "_rejected-"
 
 
@@ -72,7 +72,7 @@ def make_run(
             "facts": dict(facts),
         }
         with atomic_file(folder / "run.json") as file:  # last: it makes the folder a run
-            file.write(seal(record))
+            file.write(seal(record, indent=1))
     except BaseException:
         lock.release()
         raise
@@ -208,38 +208,32 @@ def _set_aside(path: Path) -> None:
 
 def _tidy_table(folder: Path, history: History, number: int) -> None:
     named = {
-        part.path: part.sha256
+        part.path
         for n in range(1, number + 1)
         if n in history.commits
         for part in history.commits[n].parts
     }
     damaged = any(history.problems[n] for n in range(1, number + 1))
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(_SET_ASIDE):
+        match = _PART.fullmatch(path.name)
+        if not match:
             continue
-        if path.name.startswith("_"):
-            if f"{folder.name}/{path.name[1:]}" in named:
-                os.rename(path, path.with_name(path.name[1:]))
-            else:
-                os.unlink(path)
-            continue
-        if f"{folder.name}/{path.name}" in named and not damaged:
-            continue
-        if not _may_stay(path, number, damaged):
+        is_hidden, visible = bool(match[1]), path.with_name(path.name.removeprefix("_"))
+        # A damaged record cannot vouch for its parts; the checksum in their names does.
+        stays = f"{folder.name}/{visible.name}" in named
+        stays |= damaged and not is_hidden and int(match[2]) <= number
+        if stays and (not damaged or sha256_of(path).startswith(match[3])):
+            if is_hidden:
+                os.rename(path, visible)
+        elif is_hidden:
+            os.unlink(path)
+        else:
             _set_aside(path)
     sync_folder(folder)
-
-
-def _may_stay(path: Path, number: int, damaged: bool) -> bool:
-    """Whether a part that no readable record vouches for is one that a damaged record named."""
-    match = _PART.fullmatch(path.name)
-    if not damaged or not match or int(match[1]) > number:
-        return False
-    return sha256_of(path).startswith(match[2])
 
 
 def _tidy_checkpoints(folder: Path, kept: list[Commit]) -> None:
     named = {file.path for commit in kept for file in commit.files.values()}
     for path in (folder / "checkpoints").iterdir():
-        if f"checkpoints/{path.name}" not in named:
+        if path.is_file() and f"checkpoints/{path.name}" not in named:
             os.unlink(path)

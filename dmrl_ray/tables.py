@@ -134,16 +134,12 @@ class TableBuffer:
         self._chunks.clear()
         self.num_rows = 0
 
-    def to_parquet(self) -> pa.Buffer:
+    def to_parquet(self, metadata: Mapping[str, str]) -> pa.Buffer:
         """The rows as a Parquet file."""
-        arrays = [self._column(field) for field in self.schema]
+        schema = self.schema.with_metadata({**self.schema.metadata, **metadata})
+        table = pa.Table.from_arrays([self._column(field) for field in schema], schema=schema)
         out = pa.BufferOutputStream()
-        pq.write_table(
-            pa.Table.from_arrays(arrays, schema=self.schema),
-            out,
-            compression="zstd",
-            write_page_checksum=True,
-        )
+        pq.write_table(table, out, compression="zstd", write_page_checksum=True)
         return out.getvalue()
 
     def _column(self, field: pa.Field) -> pa.Array:
