@@ -11,13 +11,15 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
 if TYPE_CHECKING:
     from dmrl_ray.config import RunConfig
+    from dmrl_ray.types import Split
 
 app = typer.Typer(
     help="Train policies that adapt: run a config, resume it, look at what came out.",
@@ -41,7 +43,6 @@ Address = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Ray cluster to use; without it, this machine."),
 ]
-INTERRUPTED = (130, 143)
 
 
 @app.callback()
@@ -64,7 +65,10 @@ def run(
     ),
     address: Address = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run of this name.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Use OUT/NAME, without the time, and replace what is there."
+        ),
     ] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -76,10 +80,9 @@ def run(
         from dmrl_ray import controller
         from dmrl_ray.display import Display
 
-        with Display() as display:
-            folder = controller.run(
-                settings, out.absolute(), address=address, overwrite=overwrite, display=display
-            )
+        folder = out.absolute() / _run_id(settings.name, overwrite)
+        with _resumable(folder), Display() as display:
+            controller.run(settings, folder, address=address, overwrite=overwrite, display=display)
         _show_end(folder)
 
 
@@ -87,12 +90,12 @@ def run(
 def resume(run: RunName, address: Address = None, verbose: Verbose = False) -> None:
     """Go on with a run from its last commit."""
     with errors_told(verbose):
-        folder = find_run(run)
+        folder = _find_run(run)
         from dmrl_ray import controller
         from dmrl_ray.display import Display
 
-        with Display() as display:
-            folder = controller.resume(folder, address=address, display=display)
+        with _resumable(folder), Display() as display:
+            controller.resume(folder, address=address, display=display)
         _show_end(folder)
 
 
@@ -114,11 +117,16 @@ def evaluate(
     with errors_told(verbose):
         _choose("--split", split, ("train", "validation", "test"))
         _choose("--checkpoint", checkpoint, ("best", "last"))
-        folder = find_run(run)
+        folder = _find_run(run)
         from dmrl_ray import controller, report
 
         frame = controller.evaluate(
-            folder, stage=stage, split=split, tasks=tasks, trials=trials, checkpoint=checkpoint
+            folder,
+            stage=stage,
+            split=cast("Split", split),
+            tasks=tasks,
+            trials=trials,
+            checkpoint=checkpoint,
         )
         if json:
             typer.echo(frame.to_json(orient="records", date_format="iso"))
@@ -130,7 +138,7 @@ def evaluate(
 def report(run: RunName, verbose: Verbose = False) -> None:
     """Show what a run achieved."""
     with errors_told(verbose):
-        folder = find_run(run)
+        folder = _find_run(run)
         from dmrl_ray.report import text_report
 
         typer.echo(text_report(folder))
@@ -168,7 +176,7 @@ def config(
 def verify(run: RunName, verbose: Verbose = False) -> None:
     """Check every file of a run against its commits."""
     with errors_told(verbose):
-        folder = find_run(run)
+        folder = _find_run(run)
         from dmrl_ray.commits import verify as problems_of
         from dmrl_ray.errors import CorruptRun
 
@@ -197,10 +205,23 @@ def errors_told(verbose: bool) -> Iterator[None]:
         raise typer.Exit(_exit_code(error)) from error
 
 
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """An interruption after a clean commit says how to go on."""
+    from dmrl_ray.errors import Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        command = f"python -m dmrl_ray resume {_shown(folder)}"
+        typer.echo(f"interrupted; resume with: {command}", err=True)
+        raise typer.Exit(error.exit_code) from error
+
+
 def _exit_code(error: BaseException) -> int:
     from dmrl_ray.errors import exit_code
 
-    if isinstance(error, KeyboardInterrupt) and not hasattr(error, "exit_code"):
+    if isinstance(error, KeyboardInterrupt):
         return 130
     return 2 if isinstance(error, ModuleNotFoundError) else exit_code(error)
 
@@ -209,9 +230,6 @@ def _sentence(error: BaseException) -> str | None:
     """What to tell the user; None for an error that only we can mend."""
     from dmrl_ray.errors import ConfigError, DmrlError
 
-    if getattr(error, "exit_code", None) in INTERRUPTED:
-        folder = getattr(error, "folder", None) or str(error)
-        return f"interrupted; resume with: python -m dmrl_ray resume {folder}"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dmrl_ray"):
@@ -223,53 +241,27 @@ def _sentence(error: BaseException) -> str | None:
     return None
 
 
-def find_config(name: str) -> Path:
-    """The file of that path, or the packaged config of that name.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    import dmrl_ray
-    from dmrl_ray.errors import ConfigError
-    from dmrl_ray.settings import did_you_mean
-
-    if Path(name).is_file():
-        return Path(name)
-    found = {
-        file.stem: file
-        for root in reversed(list(dmrl_ray.__path__))
-        for file in (Path(root) / "configs").glob("*.yaml")
-    }
-    if name in found:
-        return found[name]
-    known = f"; packaged configs: {', '.join(sorted(found)) or 'none'}"
-    raise ConfigError(f"{name}: there is no such file{did_you_mean(name, found) or known}")
+def _run_id(name: str, overwrite: bool) -> str:
+    return name if overwrite else f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def find_run(name: str) -> Path:
-    """The run folder of that path, or the run in ``runs/`` whose name starts so.
-
-    Raises:
-        ConfigError: there is none, or more than one.
-    """
-    from dmrl_ray.errors import ConfigError
-    from dmrl_ray.settings import did_you_mean
-
-    if (Path(name) / "run.json").is_file():
-        return Path(name).absolute()
-    runs = {file.parent.name: file.parent for file in Path("runs").glob("*/run.json")}
-    found = [run for run in sorted(runs) if run.startswith(name)]
-    if name in runs or len(found) == 1:
-        return runs[name if name in runs else found[0]].absolute()
-    if found:
-        raise ConfigError(f"{name}: more than one run starts so: {', '.join(found)}")
-    raise ConfigError(f"{name}: there is no such run{did_you_mean(name, runs)}")
+def _shown(folder: Path) -> Path:
+    """The folder as the user would type it."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _load(name: str, overrides: Sequence[str]) -> RunConfig:
+    from dmrl_ray.places import find_config
     from dmrl_ray.yaml_config import load_config
 
     return load_config(find_config(name), overrides)
+
+
+def _find_run(name: str) -> Path:
+    from dmrl_ray.places import find_run
+
+    return find_run(name)
 
 
 def _choose(option: str, value: str, allowed: Sequence[str]) -> None:
@@ -289,7 +281,7 @@ def _show_end(folder: Path) -> None:
     from dmrl_ray.report import next_steps, text_report
 
     typer.echo(text_report(folder))
-    typer.echo(next_steps(folder))
+    typer.echo(f"\n{next_steps(_shown(folder))}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from dmrl_ray.settings import SHORT_NAMES, import_class
 from dmrl_ray.yaml_text import parse
 
 MAX_COLUMNS = 6
+TRAINING = ("pretrain", "finetune")
 WORTH_KNOWING = (
     "lost",
     "replace",
@@ -56,9 +57,10 @@ def text_report(run_folder: Path | str) -> str:
         parts += ["Adaptation on held-out tasks", _adaptation_table(held_out)]
     regret = tables["metrics"][tables["metrics"]["name"] == "regret"]
     if len(regret):
-        parts += ["Regret per episode, by steps since the change of task", _regret_table(regret)]
-    trained = [n for n, stage in stages.items() if stage.get("type") in ("pretrain", "finetune")]
-    trained = [name for name in trained if (tables["metrics"]["stage"] == name).any()]
+        parts += ["Regret per step, by steps since the change of task", _regret_table(regret)]
+    rows = [table["stage"] for table in (tables["episodes"], tables["metrics"])]
+    begun = {stage for column in rows for stage in column.unique()}
+    trained = [n for n, s in stages.items() if n in begun and s.get("type") in TRAINING]
     if trained:
         parts += ["Training", _training_table(trained, tables)]
     parts += _events(tables["events"])
@@ -187,13 +189,15 @@ def _spread(values: Sequence[int]) -> list[int]:
 
 
 def _regret_table(regret: pd.DataFrame) -> Table:
-    steps = _spread(sorted(regret["env_steps"].unique()))
-    mean = regret.groupby(["stage", "env_steps"], sort=False)["value"].mean()
-    rows = [
-        (stage, *(f"{mean[stage, s]:.4g}" if (stage, s) in mean.index else "" for s in steps))
-        for stage in regret["stage"].unique()
-    ]
-    return _table(("stage", *(f"{short(step)} steps" for step in steps)), rows)
+    """Means over windows of steps."""
+    steps = np.sort(regret["env_steps"].unique())
+    windows = np.array_split(steps, min(MAX_COLUMNS, len(steps)))
+    titles = [f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in windows]
+    rows = []
+    for stage, group in regret.groupby("stage", sort=False):
+        parts = (group.loc[group["env_steps"].isin(window), "value"] for window in windows)
+        rows.append((stage, *(f"{part.mean():.4g}" if len(part) else "" for part in parts)))
+    return _table(("stage", *titles), rows)
 
 
 def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table:
@@ -201,13 +205,21 @@ def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table
     rows = []
     for stage in stages:
         here = {name: table[table["stage"] == stage] for name, table in tables.items()}
-        metrics = here["metrics"]
-        last = metrics.groupby("job")[["env_steps", "policy_version"]].max().sum()
-        wall_s = _duration_s(here.values())
-        speed = short(last["env_steps"] / wall_s) if wall_s else ""
-        cells = (short(last["env_steps"]), int(last["policy_version"]), speed, _seconds(wall_s))
-        rows.append((stage, *cells, _best_validation(metrics)))
+        metrics, episodes = here["metrics"], here["episodes"]
+        steps = int(metrics.groupby("job")["env_steps"].max().sum() or episodes["length"].sum())
+        versions = pd.concat([table[["job", "policy_version"]] for table in (metrics, episodes)])
+        updates = int(versions.groupby("job")["policy_version"].max().sum())
+        wall_s = _training_s(here["events"]) or _duration_s(here.values())
+        speed = short(steps / wall_s) if wall_s else ""
+        cells = (short(steps), updates, speed, _seconds(wall_s), _best_validation(metrics))
+        rows.append((stage, *cells))
     return _table(titles, rows)
+
+
+def _training_s(events: pd.DataFrame) -> float:
+    """Seconds that the jobs report themselves, which leave out pauses between kill and resume."""
+    details = map(json.loads, events.loc[events["event"] == "job_finished", "detail"])
+    return float(sum(detail.get("seconds", 0.0) for detail in details))
 
 
 def _best_validation(metrics: pd.DataFrame) -> str:
@@ -280,4 +292,4 @@ def _rendered(parts: Sequence[RenderableType]) -> str:
             console.print()
         console.print(part)
     text = "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    return re.sub(r"\n{3,}", "\n\n", text).replace("\n\n|", "\n|").strip()

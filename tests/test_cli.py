@@ -1,6 +1,8 @@
 """The command line: what a user meets, in particular when something is wrong."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from dmrl_ray import __main__ as cli
 from dmrl_ray.config import Component, Settings
-from dmrl_ray.errors import ClusterError, FolderInUse, NumericalError, StorageError
+from dmrl_ray.errors import ClusterError, FolderInUse, Interrupted, NumericalError, StorageError
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import parse_config
 
@@ -34,14 +36,6 @@ algorithm: {__name__}:Tasks
 stages:
   meta: {{type: pretrain, env_steps: 10}}
 """
-
-
-class Interrupted(KeyboardInterrupt):
-    exit_code = 143
-
-    def __init__(self, folder: Path):
-        super().__init__(str(folder))
-        self.folder = folder
 
 
 @pytest.fixture
@@ -143,16 +137,22 @@ def test_packaged_configs_are_found_by_name(here, monkeypatch):
 
 
 def test_run_hands_the_settings_to_the_controller_and_ends_with_the_report(here, controller):
-    def run(config, out, **more):
-        controller.calls.append((config.seed, out, more["address"], more["overwrite"]))
-        return here / "runs" / "fine-1"
+    def run(config, folder, **more):
+        controller.calls.append((config.seed, folder, more["address"], more["overwrite"]))
+        RunWriter.create(folder, CONFIG, {}).close()
 
     controller.run = run
-    answer = call("run", "run.yaml", "seed=3", "--out", "elsewhere", "--overwrite")
+    answer = call("run", "run.yaml", "seed=3", "name=new", "--out", "elsewhere", "--overwrite")
     assert answer.exit_code == 0, answer.output
-    assert controller.calls == [(3, here / "elsewhere", None, True)]
-    assert "fine-1" in answer.stdout
-    assert "python -m dmrl_ray report" in answer.stdout
+    assert controller.calls == [(3, here / "elsewhere" / "new", None, True)]
+    assert "python -m dmrl_ray report elsewhere/new" in answer.stdout
+
+
+def test_the_folder_of_a_run_is_its_name_and_the_time(here, controller):
+    controller.run = lambda config, folder, **more: RunWriter.create(folder, CONFIG, {}).close()
+    assert call("run", "run.yaml", "name=new").exit_code == 0
+    (folder,) = (here / "runs").glob("new*")
+    assert re.fullmatch(r"new-\d{8}-\d{6}", folder.name)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,11 @@ def test_what_goes_wrong_is_one_sentence_and_an_exit_code(here, controller, erro
     assert answer.stderr == f"error: {error}\n"
 
 
-def test_an_interrupted_run_says_how_to_go_on(here, controller):
-    controller.run = raises(Interrupted(Path("runs/fine-1")))
-    answer = call("run", "run.yaml")
-    assert answer.exit_code == 143
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(here, controller, number, code):
+    controller.resume = raises(Interrupted(number))
+    answer = call("resume", "fine-1")
+    assert answer.exit_code == code
     assert answer.stderr == "interrupted; resume with: python -m dmrl_ray resume runs/fine-1\n"
 
 

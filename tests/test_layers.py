@@ -8,12 +8,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    "types losses settings config errors yaml_text yaml_messages yaml_config",
+    "types losses settings config errors places yaml_text yaml_messages yaml_config",
     "tasks networks policy buffers rollout replay dataset "
     "tables checkpoint commits run_folder writer",
     "algorithms",
     "spec worker learner",
-    "stages jobs cluster display",
+    "stages jobs run cluster ray_learners display",
     "controller",
     "__main__ results report rllib",
 ]

@@ -51,10 +51,14 @@ def run_of(folder, **tables: list[dict]):
     return folder / "hand"
 
 
-def cells(report: str, first: str) -> list[str]:
-    """The cells of the row that begins with a word."""
-    (row,) = [line for line in report.splitlines() if re.match(rf"\| {first} ", line)]
-    return [cell.strip() for cell in row.strip("|").split("|")]
+def cells(report: str, first: str, under: str = "") -> list[str]:
+    """The cells of the row that begins with a word, in the table under a heading."""
+    for block in report.split("\n\n"):
+        if block.startswith(under):
+            for line in block.splitlines():
+                if re.match(rf"\| {first} ", line):
+                    return [cell.strip() for cell in line.strip("|").split("|")]
+    raise AssertionError(f"no row of {first!r} under {under!r} in\n{report}")
 
 
 def test_each_shot_of_a_stage_is_a_column_of_its_mean_score(tmp_path):
@@ -83,8 +87,9 @@ def test_training_and_validation_episodes_are_not_results(tmp_path):
     ]
     rows += [episode("meta", "train", 0, 0, 0.1), episode("meta", "test", 0, 0, 0.1)]
     report = text_report(run_of(tmp_path, episodes=rows))
-    assert cells(report, "tune")[4] == "1.00"
-    assert not re.search(r"\| meta ", report)
+    assert cells(report, "tune", "Adaptation")[4] == "1.00"
+    with pytest.raises(AssertionError):
+        cells(report, "meta", "Adaptation")
 
 
 def test_many_shots_keep_the_first_and_the_last(tmp_path):
@@ -93,12 +98,13 @@ def test_many_shots_keep_the_first_and_the_last(tmp_path):
     assert header[4:-1] == ["shot 0", "shot 10", "shot 20", "shot 29", "shot 39", "shot 49"]
 
 
-def test_regret_is_averaged_by_steps_since_the_change(tmp_path):
-    rows = [metric("stream", "regret", value, 20, 0, 0) for value in (4.0, 6.0)]
-    rows += [metric("stream", "regret", value, 40, 0, 0) for value in (1.0, 2.0)]
+def test_regret_is_averaged_over_streams_and_windows_of_steps(tmp_path):
+    # 12 steps in 6 windows of two; regret of step u is 13 - u, twice with +-1.
+    steps = range(1, 13)
+    rows = [metric("stream", "regret", 13 - u + e, u, 0, 0) for u in steps for e in (-1, 1)]
     report = text_report(run_of(tmp_path, metrics=rows))
-    assert "| 20 steps | 40 steps |" in report
-    assert cells(report, "stream") == ["stream", "5", "1.5"]
+    assert "| 1-2  | 3-4 " in report
+    assert cells(report, "stream") == ["stream", "11.5", "9.5", "7.5", "5.5", "3.5", "1.5"]
 
 
 def test_training_counts_steps_updates_speed_and_the_best_validation(tmp_path):
@@ -115,6 +121,21 @@ def test_training_counts_steps_updates_speed_and_the_best_validation(tmp_path):
 def test_jobs_of_a_stage_are_added_up(tmp_path):
     rows = [metric("tune", "policy_loss", 1.0, 100, 3, 0.0) | {"job": job} for job in "abc"]
     assert cells(text_report(run_of(tmp_path, metrics=rows)), "tune")[1:3] == ["300", "9"]
+
+
+def test_jobs_without_metrics_count_the_steps_of_their_episodes(tmp_path):
+    rows = [episode("tune", "test", task, shot, 0.5) for task in (0, 1) for shot in (0, 1)]
+    assert cells(text_report(run_of(tmp_path, episodes=rows)), "tune", "Training")[1:3] == [
+        "20",
+        "3",
+    ]
+
+
+def test_time_between_kill_and_resume_is_not_training_time(tmp_path):
+    rows = [metric("meta", "policy_loss", 1.0, steps, 3, 100.0 * steps) for steps in (1, 1000)]
+    done = event("job_finished", '{"seconds": 50.0}')
+    report = text_report(run_of(tmp_path, metrics=rows, events=[done]))
+    assert cells(report, "meta")[3:5] == ["20", "50.0 s"]
 
 
 def test_events_that_cost_something_are_counted(tmp_path):

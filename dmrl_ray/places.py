@@ -1,0 +1,45 @@
+"""Where configs and runs lie that a user names in short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dmrl_ray
+from dmrl_ray.errors import ConfigError
+from dmrl_ray.settings import did_you_mean
+
+
+def find_config(name: str) -> Path:
+    """The file of that path, or the packaged config of that name.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    found = {
+        file.stem: file
+        for root in reversed(list(dmrl_ray.__path__))
+        for file in (Path(root) / "configs").glob("*.yaml")
+    }
+    if name in found:
+        return found[name]
+    known = f"; packaged configs: {', '.join(sorted(found)) or 'none'}"
+    raise ConfigError(f"{name}: there is no such file{did_you_mean(name, found) or known}")
+
+
+def find_run(name: str) -> Path:
+    """The run folder of that path, or the run in ``runs/`` whose name starts so.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    if (Path(name) / "run.json").is_file():
+        return Path(name).absolute()
+    runs = {file.parent.name: file.parent for file in Path("runs").glob("*/run.json")}
+    found = [run for run in sorted(runs) if run.startswith(name)]
+    if name in runs or len(found) == 1:
+        return runs[name if name in runs else found[0]].absolute()
+    if found:
+        raise ConfigError(f"{name}: more than one run starts so: {', '.join(found)}")
+    raise ConfigError(f"{name}: there is no such run{did_you_mean(name, runs)}")
