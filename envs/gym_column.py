@@ -202,7 +202,7 @@ def find_set_task(env: gym.Env[Any, Any]) -> Callable[[dict[str, bool | int | fl
     layer = env
     while isinstance(layer, gym.Wrapper) and "set_task" not in dir(type(layer)):
         layer = layer.env
-    return layer.set_task  # type: ignore[attr-defined, no-any-return]
+    return layer.set_task  # type: ignore[attr-defined]
 
 
 def close(env: gym.Env[Any, Any]) -> None:

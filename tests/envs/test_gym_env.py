@@ -140,6 +140,11 @@ def test_choices_keep_the_type_the_config_gave_them():
     assert set(sizes) == {3, 4}
 
 
+def test_a_first_task_of_zeros_is_set_like_any_other():
+    env = started(family("Toy-v0", vary={"size": {"choices": [0]}}))
+    np.testing.assert_array_equal(env.step(np.array([0, 1]))[1], [0, 0])
+
+
 def test_box_actions_are_rescaled_to_the_bounds():
     space = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 10]))
     env = started(family("Toy-v0", kwargs={"action_space": space}), 1)
