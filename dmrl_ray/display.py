@@ -184,7 +184,7 @@ class Display:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(self._rows))
         for title in ("stage", "state", "", "steps", "steps/s", "return", "score", "workers", ""):
             figures = title in ("steps", "steps/s", "return", "score", "workers")
             table.add_column(title, justify="right" if figures else "left", no_wrap=True)

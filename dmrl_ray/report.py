@@ -86,16 +86,14 @@ def families_report() -> str:
 
 def next_steps(run_folder: Path) -> str:
     """Commands that go on from a run."""
-    command = f"python -m dmrl_ray {{}} {run_folder}"
-    return "\n".join(
-        (
-            "Next:",
-            f"  {command.format('report'):<50}  # this report again",
-            f"  {command.format('evaluate'):<50}  # more held-out tasks",
-            f"  {command.format('resume'):<50}  # go on from the last commit",
-            f"  python -c \"import dmrl_ray; print(dmrl_ray.load('{run_folder}'))\"  # in pandas",
-        )
-    )
+    rows = {
+        f"python -m dmrl_ray report {run_folder}": "this report again",
+        f"python -m dmrl_ray evaluate {run_folder}": "more held-out tasks",
+        f"python -m dmrl_ray resume {run_folder}": "go on from the last commit",
+        f"dmrl_ray.load('{run_folder}')": "in Python: every episode, as a pandas frame",
+    }
+    width = max(map(len, rows))
+    return "\n".join(["Next:", *(f"  {code:<{width}}  # {why}" for code, why in rows.items())])
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -110,8 +108,7 @@ def _facts(folder: Path, config: dict[str, Any], tables: Iterable[pd.DataFrame])
     grid = Table.grid(padding=(0, 2))
     grid.add_row("run", folder.name)
     for key in ("tasks", "network", "algorithm"):
-        component = config.get(key, {})
-        grid.add_row(key, str(component.get("type") if isinstance(component, dict) else component))
+        grid.add_row(key, _types(config.get(key)))
     grid.add_row("seed", str(config.get("seed", "?")))
     grid.add_row("config", str(folder / "config.yaml"))
     for key, value in facts.items() if isinstance(facts, dict) else ():
@@ -120,6 +117,14 @@ def _facts(folder: Path, config: dict[str, Any], tables: Iterable[pd.DataFrame])
     if wall_s := _duration_s(tables):
         grid.add_row("duration", _seconds(wall_s))
     return grid
+
+
+def _types(component: object) -> str:
+    """``actor_critic (gru)``: the type of a component, and of those in it."""
+    if not isinstance(component, dict):
+        return str(component or "")
+    inner = [_types(item) for item in component.values() if isinstance(item, dict)]
+    return str(component.get("type", "")) + (f" ({', '.join(inner)})" if inner else "")
 
 
 def _flat(value: object) -> str:
