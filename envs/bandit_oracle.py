@@ -26,7 +26,7 @@ KNOWN: dict[tuple[int, int], float] = {
     (50, 500): 465.15,
     (50, 1000): 948.3,
 }
-"""Values by (k, n) that are not worth computing at every start; tests compute them again."""
+"""Values by (k, n), not worth computing at every start; tests do it again up to 100 pulls."""
 
 Choose = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 """Wins and losses (N, k) and the pulls done so far -> arms (N,)."""
@@ -97,7 +97,7 @@ def gittins_table(pulls: int, levels: int = 1000) -> np.ndarray:
         W(s, f, r) = max(0, p - x + p W(s + 1, f, r - 1) + (1 - p) W(s, f + 1, r - 1))
 
     with p = (s + 1) / (s + f + 2); the index is the smallest charge x per pull at which W is 0.
-    Source: Kaufmann, "On Bayesian index policies for sequential resource allocation", 2018, sec. 2.
+    Source: Kaufmann, "On Bayesian index policies for sequential resource allocation", 2018.
     """
     table = np.zeros((pulls + 1, pulls, pulls), np.uint16)
     wins, losses = np.meshgrid(np.arange(pulls), np.arange(pulls), indexing="ij")
@@ -138,7 +138,7 @@ def ucb1_return(
 ) -> float:
     """Return of UCB1 on Beta(1, 1) counts: mean + c sqrt(2 ln t / n).
 
-    0.2 beats the textbook's 1 and RL^2's grid at every size tried here.
+    At 5 arms and 100 pulls 0.2 earns 78.3, 0.5 earns 74.4, the textbook's 1 earns 66.7.
     """
 
     def choose(wins: np.ndarray, losses: np.ndarray, done: int) -> np.ndarray:
