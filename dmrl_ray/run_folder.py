@@ -133,6 +133,7 @@ class FolderLock:
         """Let others write."""
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         _close(self)
 
 

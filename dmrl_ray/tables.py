@@ -173,6 +173,8 @@ def _cells(value: Cells, kind: pa.DataType) -> object:
             return pa.array(value, kind, from_pandas=True)
         return pa.scalar(value.item() if isinstance(value, np.generic) else value, kind).as_py()
     array = np.array(value)
+    if array.dtype == object and kind == _FLOAT:
+        array = array.astype(np.float64)  # None becomes NaN
     if kind == _TIME:
         array = np.rint(array * 1e6).astype(np.int64)
     array = array.astype(

@@ -1,0 +1,240 @@
+"""A run folder has one writer, and what is damaged in it is found, told and repaired."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dmrl_ray.commits import Commit, seal, verify
+from dmrl_ray.errors import ConfigError, CorruptRun, FolderInUse
+from dmrl_ray.results import load
+from dmrl_ray.writer import RunWriter
+
+
+def create(folder, **options):
+    return RunWriter.create(folder, "seed: 0\n", {"seed": 0}, **options)
+
+
+def add(writer, first, rows=4):
+    """Metrics rows whose values count up from `first`."""
+    same = {"stage": "s", "job": "j", "policy_version": first, "env_steps": 0}
+    writer.add("metrics", {**same, "name": "loss", "value": np.arange(first, first + rows)})
+
+
+def step(writer, number):
+    """One iteration of a small run, committed: four rows, one new checkpoint."""
+    add(writer, 4 * number)
+    record = writer.save("last", {"w": np.full(3, number)})
+    return writer.commit({"step": number + 1}, {"last": record})
+
+
+def make_run(folder, steps, **options):
+    with create(folder, **options) as writer:
+        for number in range(steps):
+            step(writer, number)
+    return folder
+
+
+def continue_run(folder, steps):
+    """Open a run and bring it to `steps` commits; returns its messages."""
+    with RunWriter.open(folder) as writer:
+        for number in range(writer.state["step"], steps):
+            step(writer, number)
+        return writer.recovery
+
+
+def values(folder):
+    return load(folder, "metrics")["value"].tolist()
+
+
+def damage(path, bit=None):
+    """Flip a bit, or cut the file in half."""
+    data = bytearray(path.read_bytes())
+    if bit is None:
+        data = data[: len(data) // 2]
+    else:
+        data[bit // 8 % len(data)] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_an_existing_run_is_refused_and_left_alone(tmp_path):
+    folder = make_run(tmp_path / "run", 1)
+    with pytest.raises(ConfigError, match=r"with `resume`, or delete it .* `--overwrite`"):
+        create(folder)
+    assert values(folder) == [0, 1, 2, 3]
+
+
+def test_overwrite_starts_from_nothing(tmp_path):
+    folder = make_run(tmp_path / "run", 2)
+    with create(folder, overwrite=True) as writer:
+        add(writer, 50, rows=1)
+        writer.commit({}, {})
+    assert values(folder) == [50]
+    assert verify(folder) == []
+
+
+def test_a_folder_that_is_not_a_run_is_never_cleared(tmp_path):
+    (tmp_path / "run" / "tasks").mkdir(parents=True)
+    (tmp_path / "run" / "tasks" / "precious").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    for name in ("run", "other"):
+        with pytest.raises(ConfigError, match="is not a run folder"):
+            create(tmp_path / name, overwrite=True)
+        with pytest.raises(ConfigError, match="is not a run folder"):
+            RunWriter.open(tmp_path / name)
+    assert (tmp_path / "run" / "tasks" / "precious").exists()
+    assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["-x", ".x", "a b", "ä", "x" * 65, "a\n", "a\0"])
+def test_names_that_cannot_be_a_run_id_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot name a run"):
+        create(tmp_path / "sub" / name)
+    assert not (tmp_path / "sub").exists()
+
+
+def test_an_object_store_is_refused_in_one_sentence():
+    with pytest.raises(ConfigError, match="local or shared file systems"):
+        create("s3://bucket/run")
+
+
+def test_a_changed_config_is_refused(tmp_path):
+    folder = make_run(tmp_path / "run", 1)
+    (folder / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: is not the config"):
+        RunWriter.open(folder)
+
+
+def test_a_newer_format_is_refused_not_repaired(tmp_path):
+    folder = make_run(tmp_path / "run", 2)
+    record = folder / "commits" / "00000002.json"
+    newer = {**json.loads(record.read_bytes()), "format_version": 99}
+    del newer["sha256"]
+    record.write_bytes(seal(newer))
+    with pytest.raises(ConfigError, match="has format version 99"):
+        RunWriter.open(folder)
+    assert record.exists()
+
+
+HOLDER = """
+import os, signal, sys
+from dmrl_ray.writer import RunWriter
+writer = RunWriter.open(sys.argv[1])
+if os.fork():
+    signal.pause()
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_is_killed(tmp_path):
+    folder = make_run(tmp_path / "run", 1)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert holder.stdout.readline() == b"open\n"
+    for intrude in (RunWriter.open, lambda f: create(f, overwrite=True)):
+        with pytest.raises(FolderInUse, match=f"process {holder.pid} on .*, started 20"):
+            intrude(folder)
+    holder.kill()
+    holder.wait()
+    assert continue_run(folder, 2) == [], "a forked child lives on, without the lock"
+    holder.communicate()
+
+
+@pytest.mark.parametrize("zombie_is_first", [True, False])
+def test_of_two_writers_that_escaped_the_lock_one_commits(tmp_path, zombie_is_first):
+    folder = make_run(tmp_path / "run", 2)
+    zombie = RunWriter.open(folder)
+    zombie.close()  # the lock is gone, the object lives on
+    with RunWriter.open(folder) as heir:
+        first, second = (zombie, heir) if zombie_is_first else (heir, zombie)
+        for writer in (first, second):
+            task = {"task_id": "t", "family": "f", "split": "train", "params": "{}"}
+            writer.add("tasks", task)
+            add(writer, 100 if writer is first else 200)
+        first.commit({"step": 3}, first.files)
+        with pytest.raises(FolderInUse, match="has written commit 3"):
+            second.commit({"step": 3}, second.files)
+    assert continue_run(folder, 3) == []
+    assert values(folder) == [*range(8), 100, 101, 102, 103]
+    assert len(load(folder, "tasks")) == 1
+    assert verify(folder) == []
+
+
+def test_a_flipped_bit_of_a_commit_record_is_found(tmp_path):
+    path = make_run(tmp_path / "run", 1) / "commits" / "00000001.json"
+    data = path.read_bytes()
+    for bit in range(0, 8 * len(data), 5):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(CorruptRun, match=r"00000001\.json: is damaged"):
+            Commit.read(path)
+
+
+def test_damage_to_the_newest_commit_is_found_told_and_repaired(tmp_path):
+    whole = make_run(tmp_path / "whole", 4)
+    rng = np.random.default_rng(0)
+    newest = [path for path in whole.rglob("*00000004*") if path.is_file()]
+    assert len(newest) == 3, "a record, a part, a checkpoint"
+    for path in newest:
+        for bit in [None, *rng.integers(2**20, size=7).tolist()]:
+            folder = tmp_path / "run"
+            shutil.copytree(whole, folder)
+            damage(folder / path.relative_to(whole), bit)
+            assert path.name in verify(folder)[0]
+            set_aside, going_on = continue_run(folder, 4)
+            assert set_aside.startswith("commit 4 is set aside: ")
+            assert path.name in set_aside
+            assert going_on == "continuing from commit 3"
+            assert values(folder) == list(range(16))
+            assert verify(folder) == []
+            shutil.rmtree(folder)
+
+
+def test_damage_two_commits_back_goes_back_two(tmp_path):
+    folder = make_run(tmp_path / "run", 4)
+    damage(next((folder / "metrics").glob("part-00000003*")), bit=99)
+    messages = continue_run(folder, 4)
+    assert messages[0] == "commit 4 is set aside: an earlier commit is not complete"
+    assert messages[2] == "continuing from commit 2"
+    assert values(folder) == list(range(16))
+
+
+@pytest.mark.parametrize("what", ["commits/00000001.json", "metrics/part-00000001-*.parquet"])
+def test_damage_further_back_than_the_checkpoints_is_told_and_the_run_goes_on(tmp_path, what):
+    folder = make_run(tmp_path / "run", 6)
+    (path,) = folder.glob(what)
+    damage(path, bit=1000)
+    (message,) = continue_run(folder, 7)
+    assert message.startswith("lost for good, in commit 1: ")
+    # The rows of a damaged record are known by the checksum in their part's name.
+    lost = 4 if path.suffix == ".parquet" else 0
+    assert values(folder) == list(range(lost, 28))
+
+
+def test_a_run_of_which_no_commit_is_complete_is_never_started_anew(tmp_path):
+    folder = make_run(tmp_path / "run", 3)
+    for path in (folder / "checkpoints").iterdir():
+        damage(path, bit=5)
+    with pytest.raises(CorruptRun, match=r"none of its 3 commits is complete: .*last-00000003"):
+        RunWriter.open(folder)
+    assert values(folder) == list(range(12))
+
+
+def test_files_of_others_in_a_run_folder_are_left_alone(tmp_path):
+    folder = make_run(tmp_path / "run", 1)
+    (folder / "metrics" / "notes.txt").touch()
+    (folder / "figures").mkdir()
+    RunWriter.open(folder).close()
+    assert (folder / "metrics" / "notes.txt").exists()
+    assert (folder / "figures").exists()

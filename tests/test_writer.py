@@ -1,0 +1,147 @@
+"""Rows and checkpoint files of a run: committed whole, kept, and given back."""
+
+import errno
+import os
+import re
+
+import numpy as np
+import pytest
+
+from dmrl_ray.commits import verify
+from dmrl_ray.errors import StorageError
+from dmrl_ray.results import load
+from dmrl_ray.writer import RunWriter
+
+
+def create(folder, **options):
+    return RunWriter.create(folder, "seed: 0\n", {"seed": 0}, **options)
+
+
+def add(writer, first, rows=4):
+    """Metrics rows whose values count up from `first`."""
+    same = {"stage": "s", "job": "j", "policy_version": first, "env_steps": 0}
+    writer.add("metrics", {**same, "name": "loss", "value": np.arange(first, first + rows)})
+
+
+def step(writer, number):
+    """One iteration of a small run, committed: four rows, one new checkpoint."""
+    add(writer, 4 * number)
+    record = writer.save("last", {"w": np.full(3, number)})
+    return writer.commit({"step": number + 1}, {"last": record})
+
+
+def make_run(folder, steps, **options):
+    with create(folder, **options) as writer:
+        for number in range(steps):
+            step(writer, number)
+    return folder
+
+
+def values(folder):
+    return load(folder, "metrics")["value"].tolist()
+
+
+def test_an_opened_run_has_the_state_and_files_of_its_last_commit(tmp_path):
+    folder = make_run(tmp_path / "run", 5)
+    with RunWriter.open(folder) as writer:
+        assert (writer.number, writer.state, writer.recovery) == (5, {"step": 5}, [])
+        np.testing.assert_array_equal(writer.load("last")["w"], np.full(3, 4))
+        with pytest.raises(ValueError, match="no checkpoint 'best' in use; there are: last"):
+            writer.load("best")
+
+
+def test_rows_that_were_not_committed_are_gone(tmp_path):
+    folder = make_run(tmp_path / "run", 2)
+    with RunWriter.open(folder) as writer:
+        add(writer, 100)
+    assert values(folder) == list(range(8))
+
+
+def test_a_run_without_a_commit_starts_without_a_state(tmp_path):
+    create(tmp_path / "run").close()
+    with RunWriter.open(tmp_path / "run") as writer:
+        assert (writer.number, writer.state, writer.files) == (0, None, {})
+
+
+def test_the_files_of_the_newest_commits_are_kept_and_others_deleted(tmp_path):
+    folder = make_run(tmp_path / "run", 6, keep=2)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["last-00000005.safetensors", "last-00000006.safetensors"]
+
+
+def test_a_file_saved_twice_before_a_commit_is_two_files(tmp_path):
+    with create(tmp_path / "run") as writer:
+        first, second = (writer.save("a/b", {"w": np.full(1, n)}) for n in range(2))
+        writer.commit({}, {"first": first, "second": second})
+        assert [writer.load(name)["w"][0] for name in ("first", "second")] == [0, 1]
+
+
+def test_a_file_may_be_named_by_the_commit_after_the_next(tmp_path):
+    with create(tmp_path / "run", keep=2) as writer:
+        early = writer.save("early", {"w": np.ones(1)})
+        writer.commit({}, {})
+        writer.commit({}, {"early": early})
+        assert writer.load("early")["w"] == 1
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "link", "unlink", "open"])
+def test_a_commit_that_fails_anywhere_can_be_repeated(tmp_path, monkeypatch, call):
+    real, countdown = getattr(os, call), [0]
+
+    def failing(*args, **options):
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **options)
+
+    failures = 0
+    with create(tmp_path / "run", keep=2) as writer:
+        monkeypatch.setattr(os, call, failing)
+        for number in range(12):
+            add(writer, 4 * number)
+            countdown[0] = number + 1
+            try:
+                files = {"last": writer.save("last", {"w": np.ones(1)})}
+                writer.commit({}, files)
+            except StorageError:
+                failures += 1
+        countdown[0] = 0
+        writer.commit({}, {})
+    monkeypatch.undo()
+    assert values(tmp_path / "run") == list(range(48))
+    RunWriter.open(tmp_path / "run").close()
+    assert verify(tmp_path / "run") == []
+    assert values(tmp_path / "run") == list(range(48))
+    assert failures >= 1 or call == "unlink"
+
+
+BAD_ROWS = {
+    "'valu' is not a column": {"valu": 1.0},
+    "metrics.value: has 3 rows instead of 2": {"name": ["a", "b"], "value": np.ones(3)},
+    "metrics.policy_version: Cannot cast": {"policy_version": 1.5},
+    "metrics.name: ": {"name": 3},
+    "metrics.job: is None": {"job": None},
+    "metrics.value: Cannot cast": {"value": "much"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ROWS)
+def test_a_bad_row_is_refused_when_it_is_added(tmp_path, message):
+    good = {"stage": "s", "job": "j", "policy_version": 1, "env_steps": 1, "name": "n", "value": 1}
+    with create(tmp_path / "run") as writer:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            writer.add("metrics", {**good, **BAD_ROWS[message]})
+        with pytest.raises(ValueError, match="lacks the columns name"):
+            writer.add("metrics", {k: v for k, v in good.items() if k != "name"})
+        with pytest.raises(ValueError, match="did you mean 'metrics'"):
+            writer.add("metric", good)
+
+
+def test_rows_are_copied_when_they_are_added(tmp_path):
+    value = np.zeros(2)
+    same = {"stage": "s", "job": "j", "policy_version": 0, "env_steps": 0, "name": "n"}
+    with create(tmp_path / "run") as writer:
+        writer.add("metrics", {**same, "value": value})
+        value += 1
+        writer.commit({}, {})
+    assert values(tmp_path / "run") == [0, 0]
