@@ -59,15 +59,6 @@ class Task:
         return cls(record["id"], record["family"], record["split"], params)  # type: ignore[arg-type]
 
 
-def task_id(split: Split, params: Mapping[str, float | np.ndarray]) -> str:
-    """A stable name for a task, made of its split and a checksum of its parameters."""
-    low, high = 0, 1
-    for key, value in params.items():
-        data = key.encode() + np.asarray(value).tobytes()
-        low, high = zlib.crc32(data, low), zlib.crc32(data, high ^ 0x9E3779B9)
-    return f"{split}-{high:08x}{low:08x}"
-
-
 def tasks_to_array(tasks: list[Task]) -> np.ndarray:
     """Tasks as one string array, so that they can stand among the arrays of a checkpoint."""
     return np.array(json.dumps([task.to_json() for task in tasks]))

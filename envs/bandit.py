@@ -22,7 +22,9 @@ from .bandit_oracle import bayes_optimal_return
 class BanditVectorEnv(TaskVectorEnv):
     """Columns of bandits with hidden chances of a reward.
 
-    * Observation: (1,) zero; all information is in the previous action and reward.
+    * Observation: (1,) share of the pulls done, as Wang et al. 2016 (arXiv:1611.05763) show the
+      trial's number; what the arms pay is told by previous actions and rewards alone. Without it
+      the memory must count, and values of 100 pulls are learned too late to explore by.
     * Action: the arm to pull.
     * Reward: 1 with the arm's chance, else 0.
     * End: terminated after `pulls` pulls; the number of pulls is part of the problem.
@@ -48,8 +50,8 @@ class BanditVectorEnv(TaskVectorEnv):
         self.t[columns] = 0
 
     def observe(self) -> np.ndarray:
-        """(B, 1) zeros."""
-        return np.zeros((self.num_envs, 1), np.float32)
+        """(B, 1) share of the pulls done."""
+        return (self.t / self.pulls).astype(np.float32)[:, None]
 
     def step(
         self, actions: np.ndarray

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.bandit_oracle import (
     KNOWN,
@@ -10,7 +11,6 @@ from dmrl_ray.envs.bandit_oracle import (
     thompson_return,
     ucb1_return,
 )
-
 from dmrl_ray.types import Task
 
 

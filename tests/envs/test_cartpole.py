@@ -1,8 +1,8 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from dmrl_ray.envs.cartpole import RANDOM_RETURN, STANDARD, CartPole
 
+from dmrl_ray.envs.cartpole import RANDOM_RETURN, STANDARD, CartPole
 from dmrl_ray.types import Task
 
 

@@ -6,6 +6,8 @@ from copy import deepcopy
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
+
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.cartpole import CartPole
 from dmrl_ray.envs.grid_nav import GridNav
@@ -13,8 +15,6 @@ from dmrl_ray.envs.gym_env import GymEnv
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.envs.registration import FAMILIES, SingleEnv, register
 from dmrl_ray.envs.tabular_mdp import TabularMDP
-from gymnasium.utils.env_checker import check_env
-
 from dmrl_ray.types import SPLITS
 
 RANGES = {"gravity": [5, 15], "length": [0.25, 1]}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from dmrl_ray.envs.grid_nav import CELLS, GOALS, HORIZON, NEXT_CELL, GridNav
 
+from dmrl_ray.envs.grid_nav import CELLS, GOALS, HORIZON, NEXT_CELL, GridNav
 from dmrl_ray.types import SPLITS, Task
 
 # A sweep over 14 goals, one at each of the steps 2 to 15, and the shortest path along the bottom

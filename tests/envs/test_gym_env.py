@@ -1,10 +1,10 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+
 from dmrl_ray.envs.cartpole import CartPole
 from dmrl_ray.envs.gym_column import EnvNotDeterministic
 from dmrl_ray.envs.gym_env import GymEnv
-
 from dmrl_ray.types import EnvironmentFault
 
 GOOD = np.array([0.5, 0.5], np.float32)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from dmrl_ray.envs.point_goal import PointGoal, known_goal_return, random_return
 
+from dmrl_ray.envs.point_goal import PointGoal, known_goal_return, random_return
 from dmrl_ray.types import Task
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from dmrl_ray.envs.tabular_mdp import (
     ACTIONS,
     HORIZON,
@@ -9,7 +10,6 @@ from dmrl_ray.envs.tabular_mdp import (
     psrl_return,
     random_return,
 )
-
 from dmrl_ray.types import Task
 
 
