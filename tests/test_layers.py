@@ -13,7 +13,7 @@ LAYERS = [
     "tables checkpoint commits run_folder writer",
     "algorithms",
     "spec worker learner",
-    "stages jobs run cluster ray_learners display",
+    "stages jobs run cluster connection pool ray_learners display",
     "controller",
     "__main__ results report rllib",
 ]
