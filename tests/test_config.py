@@ -275,9 +275,10 @@ def test_the_offending_line_stands_under_the_message():
 
 def test_all_mistakes_of_a_file_are_shown_in_its_order():
     text = GOOD.replace("inner_lr: 1e-3", "iner_lr: 1").replace("goals: 5", "goals: x")
-    text = text.replace("hidden: [32]", "hiden: [32]").replace("init_from: meta", "init_from: m")
+    text = text.replace("hidden: [32]", "hiden: [32]").replace("env_steps: 1e4", "env_steps: x")
+    text = text.replace("init_from: meta", "init_from: m")
     places = [line.split(": ")[0] for line in errors(text).splitlines() if "run.yaml" in line]
-    assert places == ["run.yaml:4:3", "run.yaml:9:5", "run.yaml:12:3", "run.yaml:19:5"]
+    assert places == [f"run.yaml:{place}" for place in ("4:3", "9:5", "12:3", "16:5", "19:5")]
 
 
 @pytest.mark.parametrize(
@@ -387,6 +388,10 @@ def test_a_component_may_be_written_as_its_type_alone():
     text = GOOD.replace("algorithm:\n  type: ", "algorithm: ").replace("  inner_lr: 1e-3\n", "")
     config = parse_config(text, "run.yaml", ["algorithm.inner_lr=0.5"])
     assert config.algorithm.settings == Algorithm.Config(inner_lr=0.5)
+
+
+def test_a_component_made_in_python_may_be_its_type_alone():
+    assert Network.Config(encoder="gru").encoder == Component(type="gru")
 
 
 def test_a_component_with_a_default_needs_no_type():

@@ -88,6 +88,7 @@ def test_training_and_validation_episodes_are_not_results(tmp_path):
     rows += [episode("meta", "train", 0, 0, 0.1), episode("meta", "test", 0, 0, 0.1)]
     report = text_report(run_of(tmp_path, episodes=rows))
     assert cells(report, "tune", "Adaptation")[4] == "1.00"
+    assert report.count("| tune ") == 2  # Under adaptation and under training.
     with pytest.raises(AssertionError):
         cells(report, "meta", "Adaptation")
 
