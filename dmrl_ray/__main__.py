@@ -242,7 +242,7 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _run_id(name: str, overwrite: bool) -> str:
-    return name if overwrite else f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return name if overwrite else f"{name[:48]}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _shown(folder: Path) -> Path:

@@ -173,6 +173,11 @@ def test_what_goes_wrong_is_one_sentence_and_an_exit_code(here, controller, erro
     assert answer.stderr == f"error: {error}\n"
 
 
+def test_a_long_name_leaves_room_for_the_time(here, controller):
+    controller.run = lambda config, folder, **more: RunWriter.create(folder, CONFIG, {}).close()
+    assert call("run", "run.yaml", f"name={'n' * 64}").exit_code == 0
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_how_to_go_on(here, controller, number, code):
     controller.resume = raises(Interrupted(number))
