@@ -68,12 +68,11 @@ class Run:
             if settings.num == 0:
                 self._workers = LocalWorkers()
             else:
-                from dmrl_ray import cluster
+                from dmrl_ray.cluster import RayWorkers
+                from dmrl_ray.connection import connect
 
-                cluster.connect(self._address, self.config)
-                self._workers = cluster.RayWorkers(
-                    settings, on_event=self._worker_event, check=self.check
-                )
+                connect(self._address, self.config)
+                self._workers = RayWorkers(settings, on_event=self._worker_event, check=self.check)
         return self._workers
 
     def learners(self, spec: JobSpec) -> Any:
