@@ -306,18 +306,28 @@ class Sampler:
         return policy.value(features, obs)[0]
 
     def _check_finite(self, rollout: Rollout) -> None:
-        for name in ("obs", "reward"):
+        ends = np.stack([rollout.final_step, rollout.final_column], 1)
+        for name in ("obs", "reward", "final_obs"):
             array = getattr(rollout, name)
             if np.isfinite(array.sum()):
                 continue
             where = np.argwhere(~np.isfinite(array))
             if len(where):
-                t, column = int(where[0][0]), int(where[0][1])
+                t, column = ends[where[0][0]] if name == "final_obs" else where[0][:2]
                 raise EnvironmentFault(
                     f"task family {self.distribution.family!r}: {name} of column {column} at step "
                     f"{t} of the rollout is {array[tuple(where[0])]}, on task "
-                    f"{self._task_of[column].id}; environments must return finite numbers"
+                    f"{self._task_at(t, column).id}; environments must return finite numbers"
                 )
+
+    def _task_at(self, t: int, column: int) -> Task:
+        """What a column played at step t of the rollout that is being filled."""
+        for rows in self._finished:
+            if column in rows["column"] and rows["step"][0] > self._steps + t:
+                task: Task = rows["task"][rows["column"].tolist().index(column)]
+                return task
+        now: Task = self._task_of[column]
+        return now
 
 
 _STATE = (
