@@ -1,0 +1,1 @@
+"""Speed and learning, measured; each benchmark prints one line of figures."""
