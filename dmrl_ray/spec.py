@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +69,7 @@ def build(spec: JobSpec) -> Program:
     """
     distribution = spec.tasks.load()(spec.tasks.settings)
     kind = spec.algorithm.load()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(int(random_stream(spec.seed, *spec.key, "init").integers(2**63)))
         policy = spec.network.load()(
             spec.network.settings,
@@ -83,6 +85,17 @@ def build(spec: JobSpec) -> Program:
             f"{columns} columns each (stage {spec.stage!r}); use a multiple of {columns}"
         )
     return Program(distribution, policy, algorithm)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Orthogonal weights differ in their last bits by the number of threads that made them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def get_weights(policy: ActorCritic) -> Arrays:
