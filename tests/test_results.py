@@ -134,14 +134,18 @@ def test_every_flipped_bit_of_a_part_is_found(tmp_path):
 
 
 def test_page_checksums_are_written_for_readers_that_know_no_names(tmp_path):
-    path = part(make_run(tmp_path / "run", {"trial": np.arange(50)}))
-    column = pq.ParquetFile(path).metadata.row_group(0).column(7)
-    data = bytearray(path.read_bytes())
-    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path = part(make_run(tmp_path / "run", {"return": np.random.default_rng(0).random(50)}))
     (tmp_path / "run" / "commits" / "00000001.json").unlink()
-    path.rename(path.with_name("part-x.parquet")).write_bytes(data)
-    with pytest.raises(ValueError, match=r"part-x\.parquet: is damaged"):
-        load(tmp_path / "run")
+    data = path.read_bytes()
+    unnamed = path.rename(path.with_name("part-x.parquet"))
+    column = pq.ParquetFile(unnamed).metadata.row_group(0).column(12)
+    end = column.dictionary_page_offset + column.total_compressed_size
+    for bit in range(8 * (end - 16), 8 * end):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        unnamed.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"part-x\.parquet: is damaged"):
+            load(tmp_path / "run")
 
 
 HOSTILE = {

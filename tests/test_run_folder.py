@@ -164,6 +164,7 @@ def test_of_two_writers_that_escaped_the_lock_one_commits(tmp_path, zombie_is_fi
         first.commit({"step": 3}, first.files)
         with pytest.raises(FolderInUse, match="has written commit 3"):
             second.commit({"step": 3}, second.files)
+    assert list(folder.rglob("_*")) == []
     assert continue_run(folder, 3) == []
     assert values(folder) == [*range(8), 100, 101, 102, 103]
     assert len(load(folder, "tasks")) == 1
@@ -220,6 +221,35 @@ def test_damage_further_back_than_the_checkpoints_is_told_and_the_run_goes_on(tm
     # The rows of a damaged record are known by the checksum in their part's name.
     lost = 4 if path.suffix == ".parquet" else 0
     assert values(folder) == list(range(lost, 28))
+
+
+def test_going_back_never_costs_more_than_the_commits_that_are_kept(tmp_path):
+    # Commits that name no files would be complete for ever.
+    with create(tmp_path / "run") as writer:
+        for number in range(8):
+            add(writer, 4 * number)
+            writer.commit({"step": number + 1}, {})
+    damage(next((tmp_path / "run" / "metrics").glob("part-00000003*")), bit=99)
+    (message,) = continue_run(tmp_path / "run", 8)
+    assert message.startswith("lost for good, in commit 3: ")
+
+
+def test_a_record_of_another_history_is_no_past(tmp_path):
+    folder = make_run(tmp_path / "run", 3)
+    record = folder / "commits" / "00000002.json"
+    other = {**json.loads(record.read_bytes()), "state": {"step": 100}}
+    del other["sha256"]
+    record.write_bytes(seal(other))
+    assert verify(folder) == [f"{folder}/commits/00000003.json: does not follow commit 2"]
+
+
+def test_a_part_of_no_commit_is_told_and_set_aside(tmp_path):
+    folder = make_run(tmp_path / "run", 2)
+    stray = folder / "metrics" / "part-00000002-0123456789abcdef.parquet"
+    shutil.copy(next((folder / "metrics").iterdir()), stray)
+    assert verify(folder) == [f"{stray}: belongs to no commit"]
+    RunWriter.open(folder).close()
+    assert values(folder) == list(range(8))
 
 
 def test_a_run_of_which_no_commit_is_complete_is_never_started_anew(tmp_path):

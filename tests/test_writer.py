@@ -84,6 +84,15 @@ def test_a_file_may_be_named_by_the_commit_after_the_next(tmp_path):
         assert writer.load("early")["w"] == 1
 
 
+def test_two_writers_never_give_one_name_to_their_parts(tmp_path):
+    task = {"run_id": "same", "task_id": "t", "family": "f", "split": "train", "params": "{}"}
+    for name in ("a", "b"):
+        with create(tmp_path / name) as writer:
+            writer.add("tasks", task)
+            writer.commit({}, {})
+    assert len({path.name for path in tmp_path.glob("*/tasks/*")}) == 2
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename", "link", "unlink", "open"])
 def test_a_commit_that_fails_anywhere_can_be_repeated(tmp_path, monkeypatch, call):
     real, countdown = getattr(os, call), [0]
