@@ -69,8 +69,8 @@ class Sampler:
     def begin_trial(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
         """Put every column at the start of a trial; column b plays task ``b * n // B`` of n."""
         self.set_tasks(tasks)
-        self.begin_episodes()
         self._episode = np.zeros(self.num_envs, np.int64)
+        self.begin_episodes()
         self._memory = policy.initial_memory(self.num_envs)
 
     def begin_episodes(self, *, forget: bool = True) -> None:
@@ -80,6 +80,7 @@ class Sampler:
         self._task_of = self._pending_task_of.copy()
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, np.int64)
+        self._begun_at = self._episode.copy()
         self._previous_done = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
         if forget:
@@ -144,7 +145,8 @@ class Sampler:
     def take_episodes(self) -> Columns:
         """Rows of the episodes that ended since the last call, in the order they ended."""
         rows, self._finished = self._finished, []
-        names = ("task", "column", "episode", "shot", "return", "length", "success", "step")
+        names = ("task", "column", "episode", "since_begun", "shot", "return", "length")
+        names += ("success", "step")
         return {k: np.concatenate([r[k] for r in rows]) if rows else np.empty(0) for k in names}
 
     def get_state(self) -> Arrays:
@@ -239,6 +241,7 @@ class Sampler:
                 "task": self._task_of[ended],
                 "column": ended,
                 "episode": episode,
+                "since_begun": episode - self._begun_at[ended],
                 "shot": episode if self.memory_spans_trial else np.full(len(ended), shot),
                 "return": self._return[ended],
                 "length": self._length[ended],
@@ -335,6 +338,7 @@ _STATE = (
     "return",
     "length",
     "episode",
+    "begun_at",
     "previous_action",
     "previous_reward",
     "previous_done",

@@ -118,7 +118,7 @@ class RolloutWorker:
         with torch.enable_grad():
             algorithm.evaluate(sampler, list(call.tasks))
         rows = sampler.take_episodes()
-        within = rows["episode"] < algorithm.evaluation_episodes
+        within = rows["since_begun"] < algorithm.evaluation_episodes
         rows = {name: column[within] for name, column in rows.items()}
         episodes = episode_rows(rows, program, scored=True)
         episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)

@@ -70,7 +70,7 @@ class Algorithm(ABC):
 
     @property
     def evaluation_episodes(self) -> int:
-        """Episodes of a column that count in an evaluation."""
+        """Episodes of a column that count in an evaluation, after each `begin_episodes`."""
         return self.distribution.episodes_per_trial
 
     @abstractmethod

@@ -84,7 +84,7 @@ class MAML(Algorithm):
 
     @property
     def evaluation_episodes(self) -> int:
-        return self.config.evaluation_steps + 1
+        return 1
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         return self._adapt(sampler, tasks, self.config.inner_steps)
