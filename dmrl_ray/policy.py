@@ -28,6 +28,10 @@ Previous: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Previous action, reward and done, each (T, B, ...)."""
 
 
+LOG_STD_BOUNDS = (-3.0, 1.0)
+"""Below e^-3 exploration is lost and the gradient explodes; above e^1 all actions clip."""
+
+
 class CategoricalHead(nn.Module):
     """Discrete actions; distribution parameters are the logits (..., A)."""
 
@@ -86,8 +90,7 @@ class GaussianHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         mean = self.layer(features)
-        # Below e^-3 exploration is lost and the gradient explodes; above e^1 all actions clip.
-        log_std = self.log_std.clamp(-3.0, 1.0)
+        log_std = self.log_std.clamp(*LOG_STD_BOUNDS)
         return torch.cat([mean, log_std.expand_as(mean)], -1)
 
     def noise(self, rng: np.random.Generator, steps: int, columns: int) -> Tensor:
@@ -126,19 +129,19 @@ class RunningNorm(nn.Module):
     """
 
     mean: Tensor
-    square: Tensor
+    variance: Tensor
     batches: Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("square", torch.ones(shape))
+        self.register_buffer("variance", torch.ones(shape))
         self.register_buffer("batches", torch.zeros(()))
 
     @property
     def std(self) -> Tensor:
         """Never below 1e-4: a constant input becomes 0, not noise."""
-        return (self.square - self.mean**2).clamp_min(1e-8).sqrt()
+        return self.variance.clamp_min(1e-8).sqrt()
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -146,9 +149,11 @@ class RunningNorm(nn.Module):
         self.batches += 1
         weight = float(max(1.0 / self.batches.item(), 0.01))
         x = x.double()
-        mean, square = x.mean(0), (x * x).mean(0)
+        mean, variance = x.mean(0), x.var(0, correction=0)
+        # Of the mixture of both; a running mean of squares would lose what is small beside it.
+        variance += (1 - weight) * (mean - self.mean) ** 2
+        self.variance.lerp_(variance.to(self.variance.dtype), weight)
         self.mean.lerp_(mean.to(self.mean.dtype), weight)
-        self.square.lerp_(square.to(self.square.dtype), weight)
 
     def normalize(self, x: Tensor) -> Tensor:
         """To about unit scale, cut at 10 standard deviations."""
@@ -259,6 +264,12 @@ class ActorCritic(nn.Module):
     def normalize_value(self, value: Tensor) -> Tensor:
         """From returns to the critic's units."""
         return value if self.value_norm is None else self.value_norm.normalize(value)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put parameters that left their bounds back on them, where gradients still pass."""
+        if isinstance(self.policy_head, GaussianHead):
+            self.policy_head.log_std.clamp_(*LOG_STD_BOUNDS)
 
     def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
         """Take a rollout's statistics in; called by the learner after its gradient steps."""

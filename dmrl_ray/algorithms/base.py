@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
@@ -92,14 +92,7 @@ class Algorithm(ABC):
         Raises:
             ValueError: a prefix matches no parameter.
         """
-        names = [name for name, _ in self.policy.named_parameters()]
-        for prefix in trainable:
-            if not any(name.startswith(prefix) for name in names):
-                known = sorted({name.split(".")[0] for name in names})
-                raise ValueError(
-                    f"trainable: no parameter's name starts with {prefix!r}; parts of this policy "
-                    f"are {', '.join(known)}"
-                )
+        check_prefixes("trainable", trainable, [n for n, _ in self.policy.named_parameters()])
         for name, parameter in self.policy.named_parameters():
             parameter.requires_grad_(name.startswith(trainable))
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
@@ -132,4 +125,16 @@ class Algorithm(ABC):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * max(0.0, 1.0 - self.progress)
         self.optimizer.step()
+        self.policy.project()
         return norm
+
+
+def check_prefixes(setting: str, prefixes: tuple[str, ...], names: Iterable[str]) -> None:
+    """Raise ValueError if a prefix begins the name of no parameter."""
+    names = list(names)
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(
+                f"{setting}: no parameter's name starts with {prefix!r}; parts that can be chosen "
+                f"are {', '.join(sorted({name.split('.')[0] for name in names}))}"
+            )
