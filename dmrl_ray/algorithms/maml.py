@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.base import Algorithm, check_prefixes
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     by_task,
@@ -77,6 +77,7 @@ class MAML(Algorithm):
                 "network.encoder: gradient-based adaptation needs an encoder without memory, "
                 f"found {type(policy.encoder).__name__.lower()}; use an mlp or a cnn"
             )
+        check_prefixes("algorithm.adapt", config.adapt, per_task(policy, 1))
 
     @property
     def columns_per_task(self) -> int:
@@ -95,7 +96,7 @@ class MAML(Algorithm):
     def update(self, trial: Trial) -> dict[str, float]:
         *support, query = trial
         tasks = query.num_tasks
-        steps = []
+        steps, skipped = [], self.skipped_batches
         for _ in range(self.config.epochs):
             params = per_task(self.policy, tasks)
             for rollout in support:
@@ -103,7 +104,8 @@ class MAML(Algorithm):
             loss = self._outer_loss(params, query, tasks)
             norm = self.step_optimizer(loss)
             steps.append(torch.stack([loss.detach(), norm.detach()]))
-        self.policy.update_norms(query, None)
+        if self.skipped_batches == skipped:
+            self.policy.update_norms(query, None)
         outer_loss, grad_norm = torch.stack(steps).mean(0).tolist()
         before, after = (float(r.reward.sum(0).mean()) for r in (support[0], query))
         return {

@@ -20,12 +20,16 @@ Parameters: TypeAlias = dict[str, Tensor]
 
 
 def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:
-    """The actor's parameters, seen once per task: (N, ...) without a copy."""
-    return {
+    """The actor's parameters, seen once per task: (N, ...) without a copy.
+
+    A parameter that is frozen for the outer loop can still move within a task.
+    """
+    seen = {
         name: parameter.unsqueeze(0).expand(num_tasks, *parameter.shape)
         for name, parameter in policy.named_parameters()
         if name.startswith(("encoder.", "policy_head."))
     }
+    return {name: p if p.requires_grad else p.requires_grad_() for name, p in seen.items()}
 
 
 def task_policy(policy: ActorCritic, params: Parameters, obs: Tensor) -> Tensor:
