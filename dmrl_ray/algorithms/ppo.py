@@ -16,8 +16,9 @@ from torch import Tensor
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.losses import generalized_advantage, ppo_clip_loss
 from dmrl_ray.networks import Memory
-from dmrl_ray.policy import Previous, previous_inputs
+from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
 
@@ -56,6 +57,16 @@ class PPO(Algorithm):
     config: ClipConfig
     continues_episodes = True
 
+    def __init__(
+        self, config: ClipConfig, distribution: TaskDistribution, policy: ActorCritic
+    ) -> None:
+        super().__init__(config, distribution, policy)
+        if policy.recurrent and policy.value_encoder is not None and not self.memory_spans_trial:
+            raise ValueError(
+                "network.separate_value: a value function with a memory of its own needs whole "
+                "trials, which ppo does not collect; use false or null"
+            )
+
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         assert isinstance(self.config, PPO.Config)
         sampler.continue_episodes(tasks, self.policy)
@@ -76,7 +87,7 @@ class PPO(Algorithm):
         columns = batch["action"].shape[1]
         count = min(self.config.minibatches, columns)
         bounds = [columns * i // count for i in range(count + 1)]
-        steps = []
+        steps, skipped = [], self.skipped_batches
         for _ in range(self.config.epochs):
             order = torch.from_numpy(self.rng.permutation(columns)).to(rollout.reward.device)
             shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
@@ -86,7 +97,8 @@ class PPO(Algorithm):
                 share = len(range(mine.start, stop, self.world_size)) / (stop - start)
                 norm = self.step_optimizer(loss * share * self.world_size)
                 steps.append(torch.stack([*parts, norm.detach()]))
-        self.policy.update_norms(rollout, rollout.value_target)
+        if self.skipped_batches == skipped:  # else the targets may not be finite either
+            self.policy.update_norms(rollout, rollout.value_target)
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
         return dict(zip(names, torch.stack(steps).mean(0).tolist(), strict=True))
 
