@@ -145,9 +145,7 @@ class Sampler:
     def take_episodes(self) -> Columns:
         """Rows of the episodes that ended since the last call, in the order they ended."""
         rows, self._finished = self._finished, []
-        names = ("task", "column", "episode", "since_begun", "shot", "return", "length")
-        names += ("success", "step")
-        return {k: np.concatenate([r[k] for r in rows]) if rows else np.empty(0) for k in names}
+        return {k: np.concatenate([r[k] for r in rows]) if rows else np.empty(0) for k in _ROW}
 
     def get_state(self) -> Arrays:
         """Everything open episodes and memory depend on; empty before the first trial."""
@@ -333,6 +331,17 @@ class Sampler:
         return now
 
 
+_ROW = (
+    "task",
+    "column",
+    "episode",
+    "since_begun",
+    "shot",
+    "return",
+    "length",
+    "success",
+    "step",
+)
 _STATE = (
     "obs",
     "return",
