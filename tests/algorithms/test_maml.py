@@ -1,0 +1,346 @@
+"""Workers and learners adapt alike, and the outer gradient is the right one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dmrl_ray.algorithms.maml import MAML
+from dmrl_ray.algorithms.task_params import fitted_advantage, per_task, task_log_prob
+from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.envs.bandit import Bandit
+from dmrl_ray.envs.point_goal import PointGoal
+from dmrl_ray.learner import Learner
+from dmrl_ray.losses import likelihood_ratio_loss, ppo_clip_loss
+from dmrl_ray.policy import ActorCritic
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.types import Rollout
+from dmrl_ray.worker import CollectCall, RolloutWorker
+
+HORIZON, COLUMNS = 6, 4
+
+
+def make_maml(encoder=None, tasks="point_goal", **settings):
+    torch.manual_seed(0)
+    family = PointGoal(PointGoal.Config(horizon=HORIZON))
+    if tasks == "bandit":
+        family = Bandit(Bandit.Config(arms=3, pulls=HORIZON))
+    encoder = encoder or {"type": "mlp", "sizes": [8], "activation": "tanh"}
+    network = ActorCritic.Config.model_validate({"encoder": encoder})
+    spaces = family.observation_space, family.action_space
+    policy = ActorCritic(network, *spaces, sees_previous=False)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    maml = MAML(MAML.Config(episodes_per_task=COLUMNS, **settings), family, policy)
+    maml.prepare_training()
+    return maml
+
+
+def one_trial(maml, num_tasks=3, seed=0):
+    sampler = Sampler(maml.distribution, num_tasks * COLUMNS, memory_spans_trial=False)
+    sampler.start(np.random.default_rng(seed), 0)
+    tasks = maml.distribution.sample(np.random.default_rng(seed), num_tasks, "train")
+    return [rollout.map(torch.from_numpy) for rollout in maml.collect(sampler, tasks)]
+
+
+def adapted(maml, trial, create_graph=False):
+    *support, query = trial
+    params = per_task(maml.policy, query.num_tasks)
+    for rollout in support:
+        params = maml.inner_step(params, rollout, create_graph=create_graph)
+    return params
+
+
+def outer_gradient(maml, trial):
+    """The gradient of the outer loss at the parameters that acted, by name."""
+    maml.policy.zero_grad()
+    query = trial[-1]
+    params = adapted(maml, trial, create_graph=not maml.config.first_order)
+    maml._outer_loss(params, query, query.num_tasks).backward()
+    return {n: p.grad.clone() for n, p in maml.policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tasks", ["point_goal", "bandit"])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_the_learner_adapts_exactly_as_the_worker_did(inner_steps, tasks):
+    # So that the importance ratio on the post-adaptation rollout is one in the first epoch.
+    maml = make_maml(inner_steps=inner_steps, tasks=tasks)
+    trial = one_trial(maml)
+    assert len(trial) == inner_steps + 1
+    log_prob = task_log_prob(maml.policy, adapted(maml, trial, create_graph=True), trial[-1])
+    torch.testing.assert_close(log_prob.flatten(1), trial[-1].log_prob)
+
+
+def test_a_worker_and_a_learner_built_apart_adapt_alike():
+    tasks, network, algorithm = (
+        Component.model_validate(part)
+        for part in (
+            {"type": "point_goal", "horizon": 5},
+            {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [8]}},
+            {"type": "maml", "episodes_per_task": 2, "inner_steps": 2},
+        )
+    )
+    spec = JobSpec("s", "s", 0, tasks, network, algorithm, RolloutSettings(num_envs=6))
+    learner, workers = Learner(spec), (RolloutWorker(), RolloutWorker())
+    weights = Weights(0, learner.weights())
+    trials = [w.collect(CollectCall(spec, i, 0, 0), weights, {})[1] for i, w in enumerate(workers)]
+    trial = [Rollout.concatenate(list(r)).map(torch.from_numpy) for r in zip(*trials, strict=True)]
+    params = adapted(learner.algorithm, trial)
+    log_prob = task_log_prob(learner.policy, params, trial[-1])
+    torch.testing.assert_close(log_prob.flatten(1), trial[-1].log_prob)
+
+
+@pytest.mark.parametrize("tasks", ["point_goal", "bandit"])
+def test_the_batched_inner_step_equals_a_loop_over_tasks(tasks):
+    maml = make_maml(tasks=tasks)
+    support, _ = one_trial(maml)
+    params = maml.inner_step(per_task(maml.policy, 3), support, create_graph=False)
+    actor = {k: p for k, p in maml.policy.named_parameters() if k in params}
+    for i in range(3):
+        mine = support.task_index == i
+        pi, _, _ = maml.policy(support.obs[:-1, mine])
+        log_prob = maml.policy.policy_head.log_prob(pi, support.action[:, mine])
+        loss = likelihood_ratio_loss(
+            log_prob, support.log_prob[:, mine], support.advantage[:, mine]
+        )
+        gradients = torch.autograd.grad(loss, list(actor.values()))
+        for (name, parameter), gradient in zip(actor.items(), gradients, strict=True):
+            stepped = parameter - maml.config.inner_lr * gradient
+            torch.testing.assert_close(params[name][i], stepped, rtol=1e-4, atol=1e-6)
+
+
+def test_an_inner_step_makes_the_good_actions_likelier():
+    maml = make_maml(inner_lr=0.01)
+    support, _ = one_trial(maml)
+    before = task_log_prob(maml.policy, per_task(maml.policy, 3), support).flatten(1)
+    after = task_log_prob(maml.policy, adapted(maml, [support, support]), support).flatten(1)
+    gain = ((after - before) * support.advantage).reshape(HORIZON, 3, COLUMNS).mean((0, 2))
+    assert (gain > 0).all()
+
+
+def test_tasks_do_not_influence_each_others_adaptation():
+    maml = make_maml()
+    support, _ = one_trial(maml)
+    params = adapted(maml, [support, support])
+    support.advantage[:, support.task_index == 1] *= -3
+    other = adapted(maml, [support, support])
+    for name in params:
+        torch.testing.assert_close(params[name][[0, 2]], other[name][[0, 2]])
+        assert not torch.equal(params[name][1], other[name][1])
+
+
+def test_anil_moves_the_head_alone():
+    maml = make_maml(adapt=("policy_head",))
+    trial = one_trial(maml)
+    before, after = per_task(maml.policy, 3), adapted(maml, trial)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("policy_head.")}
+
+
+def test_anil_with_every_part_is_maml():
+    everything = make_maml(adapt=("encoder", "policy_head"))
+    trial = one_trial(make_maml())
+    for a, b in zip(
+        adapted(make_maml(), trial).values(), adapted(everything, trial).values(), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_part_to_adapt_that_no_parameter_has_is_refused():
+    with pytest.raises(ValueError, match=r"adapt.*'polcy_head'.*encoder, policy_head"):
+        make_maml(adapt=("encoder", "polcy_head"))
+
+
+def test_first_order_is_the_gradient_at_the_adapted_parameters():
+    # FOMAML: the outer gradient with respect to the adapted parameters, moved to the initial ones.
+    maml = make_maml(first_order=True)
+    trial = one_trial(maml)
+    gradient = outer_gradient(maml, trial)
+    params = {n: p.detach().requires_grad_() for n, p in adapted(maml, trial).items()}
+    maml._outer_loss(params, trial[-1], 3).backward()
+    for name in params:
+        torch.testing.assert_close(gradient[name], params[name].grad.sum(0), rtol=1e-4, atol=1e-6)
+
+
+def test_the_second_derivative_matters():
+    first, full = (make_maml(first_order=order) for order in (True, False))
+    trial = one_trial(full)
+    one, other = outer_gradient(first, trial), outer_gradient(full, trial)
+    name = "policy_head.layer.weight"
+    assert (one[name] - other[name]).norm() > 0.01 * other[name].norm()
+
+
+def test_without_an_inner_step_worth_the_name_maml_is_the_plain_policy_gradient():
+    maml = make_maml(inner_lr=1e-12)
+    trial = one_trial(maml)
+    query = trial[-1]
+    gradient = outer_gradient(maml, trial)
+    maml.policy.zero_grad()
+    log_prob = maml.policy.policy_head.log_prob(maml.policy(query.obs[:-1])[0], query.action)
+    likelihood_ratio_loss(log_prob, query.log_prob, query.advantage).backward()
+    for name, parameter in maml.policy.named_parameters():
+        if name in gradient:
+            torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_the_outer_gradient_equals_finite_differences(inner_steps):
+    maml = make_maml({"type": "mlp", "sizes": [3], "activation": "tanh"}, inner_steps=inner_steps)
+    trial = one_trial(maml)
+    maml.policy.double()
+    trial = [r.map(lambda x: x.double() if x.dtype == torch.float32 else x) for r in trial]
+    gradient = outer_gradient(maml, trial)
+
+    def loss():
+        return maml._outer_loss(adapted(maml, trial), trial[-1], 3).item()
+
+    for name, parameter in maml.policy.named_parameters():
+        if name not in gradient:
+            continue
+        flat = parameter.data.view(-1)
+        for i in range(len(flat)):
+            value = flat[i].item()
+            ends = []
+            for step in (1e-6, -1e-6):
+                flat[i] = value + step
+                ends.append(loss())
+            flat[i] = value
+            slope = (ends[0] - ends[1]) / 2e-6
+            assert gradient[name].view(-1)[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+def test_a_recurrent_encoder_is_refused():
+    with pytest.raises(ValueError, match=r"network\.encoder.*without memory, found lstm"):
+        make_maml({"type": "lstm", "size": 4})
+
+
+def test_the_shares_of_several_learners_average_to_the_whole_gradient():
+    maml = make_maml()
+    trial = one_trial(maml)
+    whole = outer_gradient(maml, trial)
+    parts = []
+    for rank in range(2):  # 3 tasks: one learner has two of them, the other one
+        maml.rank, maml.world_size = rank, 2
+        parts.append(outer_gradient(maml, trial))
+    for name in whole:
+        average = (parts[0][name] + parts[1][name]) / 2
+        torch.testing.assert_close(average, whole[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_learner_without_a_task_adds_nothing_to_the_gradient():
+    maml = make_maml()
+    trial = one_trial(maml, num_tasks=1)
+    maml.rank, maml.world_size = 1, 2
+    assert all((g == 0).all() for g in outer_gradient(maml, trial).values())
+
+
+def test_the_first_epoch_is_a_step_of_the_outer_loss_with_ratio_one():
+    # At ratio one the clipped loss is minus the mean advantage, which is standardised to zero.
+    maml = make_maml(epochs=1)
+    metrics = maml.update(one_trial(maml))
+    assert metrics["outer_loss"] == pytest.approx(0, abs=1e-5)
+    assert metrics["grad_norm"] > 1e-3
+
+
+def test_the_outer_loss_is_ppos_over_all_tasks():
+    maml = make_maml()
+    trial = one_trial(maml)
+    params, query = adapted(maml, trial), trial[-1]
+    with torch.no_grad():
+        params = {name: p + 0.05 * torch.randn_like(p) for name, p in params.items()}
+    log_prob = task_log_prob(maml.policy, params, query).flatten(1)
+    expected = ppo_clip_loss(log_prob, query.log_prob, query.advantage, clip=0.3)
+    torch.testing.assert_close(maml._outer_loss(params, query, 3), expected)
+
+
+def test_a_frozen_encoder_still_adapts_within_a_trial():
+    # `trainable` freezes what the outer loop moves; what the inner loop moves is `adapt`.
+    maml = make_maml()
+    trial = one_trial(maml)
+    maml.prepare_training(("policy_head",))
+    weights = {n: p.detach().clone() for n, p in maml.policy.named_parameters()}
+    maml.update(trial)
+    for name, parameter in maml.policy.named_parameters():
+        assert torch.equal(weights[name], parameter) != name.startswith("policy_head."), name
+
+
+def test_an_advantage_that_is_not_a_number_leaves_policy_and_norms_as_they_are():
+    maml = make_maml(epochs=2)
+    trial = one_trial(maml)
+    trial[-1].advantage[0, 0] = torch.nan
+    before = {name: array.clone() for name, array in maml.policy.state_dict().items()}
+    maml.update(trial)
+    assert maml.skipped_batches == 2
+    for name, array in maml.policy.state_dict().items():
+        torch.testing.assert_close(array, before[name], rtol=0, atol=0)
+
+
+def test_fitted_advantages_are_standardised_per_task():
+    maml = make_maml()
+    support, _ = one_trial(maml)
+    by_task = support.advantage.reshape(HORIZON, 3, COLUMNS)
+    torch.testing.assert_close(by_task.mean((0, 2)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(by_task.std((0, 2)), torch.ones(3))
+
+
+def test_the_scale_of_one_tasks_rewards_does_not_change_the_advantages():
+    maml = make_maml()
+    rollout = one_trial(maml)[0].map(lambda x: x.numpy())
+    before = fitted_advantage(rollout, 3, gamma=0.99, gae_lambda=1.0)
+    rollout.reward[:, rollout.task_index == 1] *= 8
+    after = fitted_advantage(rollout, 3, gamma=0.99, gae_lambda=1.0)
+    np.testing.assert_allclose(before, after, rtol=1e-3, atol=1e-4)
+
+
+class ShuffledMAML(MAML):
+    """Adapts to advantages that have nothing to do with the actions."""
+
+    def inner_step(self, params, rollout, *, create_graph):
+        order = torch.from_numpy(np.random.default_rng(0).permutation(rollout.advantage.numel()))
+        shuffled = rollout.advantage.flatten()[order].reshape(rollout.advantage.shape)
+        return super().inner_step(
+            params, replace(rollout, advantage=shuffled), create_graph=create_graph
+        )
+
+
+@pytest.fixture(scope="module")
+def trained_on_goals():
+    parts = (
+        {"type": "point_goal", "horizon": 20},
+        {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [64, 64]}},
+        {"type": "maml", "episodes_per_task": 20, "evaluation_steps": 1},
+    )
+    parts = (Component.model_validate(part) for part in parts)
+    spec = JobSpec("s", "s", 0, *parts, RolloutSettings(shards=1, num_envs=400))
+    learner, worker = Learner(spec), RolloutWorker()
+    for i in range(120):
+        weights = Weights(i, learner.weights())
+        _, trial, _ = worker.collect(CollectCall(spec, 0, i, 0), weights, {})
+        learner.update(i, 0, [trial])
+    return learner
+
+
+def returns_before_and_after(learner, kind):
+    """On 30 held-out goals, with one gradient step between."""
+    algorithm = learner.algorithm
+    maml = kind(algorithm.config, algorithm.distribution, learner.policy)
+    sampler = Sampler(maml.distribution, 600, memory_spans_trial=False)
+    sampler.start(np.random.default_rng(1), 0)
+    maml.evaluate(sampler, maml.distribution.sample(np.random.default_rng(5), 30, "test"))
+    rows = sampler.take_episodes()
+    return [rows["return"][rows["shot"] == shot].mean() for shot in range(2)]
+
+
+@pytest.mark.slow
+def test_maml_learns_to_adapt_to_held_out_goals(trained_on_goals):
+    before, after = returns_before_and_after(trained_on_goals, MAML)
+    assert after > before + 2
+
+
+@pytest.mark.slow
+def test_shuffled_advantages_do_not_help_to_adapt(trained_on_goals):
+    before, after = returns_before_and_after(trained_on_goals, ShuffledMAML)
+    assert after < before + 0.3
