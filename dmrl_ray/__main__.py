@@ -60,29 +60,34 @@ def main() -> None:
 def run(
     config: ConfigName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder of runs; the run makes one in it.")] = Path(
-        "runs"
-    ),
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The run folder; without it, runs/NAME-DATE-TIME."),
+    ] = None,
     address: Address = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Use OUT/NAME, without the time, and replace what is there."
-        ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with OUT if it is begun.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run all stages of a config."""
     with errors_told(verbose):
         settings = _load(config, overrides or ())
+        out = out or Path("runs") / f"{settings.name[:48]}-{datetime.now():%Y%m%d-%H%M%S}"
         if not out.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
             _warn("a Ray job's working directory is thrown away; give --out an absolute path")
         from dmrl_ray import controller
         from dmrl_ray.display import Display
 
-        folder = out.absolute() / _run_id(settings.name, overwrite)
+        folder = out.absolute()
         with _resumable(folder), Display() as display:
-            controller.run(settings, folder, address=address, overwrite=overwrite, display=display)
+            if resume and (folder / "run.json").exists():
+                controller.resume(folder, address=address, display=display)
+            else:
+                controller.run(
+                    settings, folder, address=address, overwrite=overwrite, display=display
+                )
         _show_end(folder)
 
 
@@ -239,10 +244,6 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, DmrlError | ValueError | OSError) or hasattr(error, "exit_code"):
         return f"error: {error}"
     return None
-
-
-def _run_id(name: str, overwrite: bool) -> str:
-    return name if overwrite else f"{name[:48]}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _shown(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.run import Run
-from dmrl_ray.spec import Weights, build
+from dmrl_ray.spec import Weights, build, get_weights, set_weights
 from dmrl_ray.stages import job_spec, run_stage
 from dmrl_ray.types import EnvironmentFault, Split
 from dmrl_ray.writer import RunWriter
@@ -111,15 +111,14 @@ def check(config: RunConfig) -> None:
     """
     for name, stage in config.stages.items():
         source = getattr(stage, "init_from", None)
-        if source is not None and not isinstance(config.stages.get(source), Pretrain):
-            raise ConfigError(
-                f"stages.{name}.init_from: {source!r} is not an earlier stage of type pretrain"
-            )
         spec = job_spec(config, name)
         try:
-            algorithm = build(spec).algorithm
+            program = build(spec)
             if isinstance(stage, (Pretrain, Finetune)):
-                algorithm.prepare_training(spec.trainable)
+                program.algorithm.prepare_training(spec.trainable)
+            if source is not None:
+                start = build(job_spec(config, source)).policy
+                set_weights(program.policy, get_weights(start))
         except ValueError as error:
             raise ConfigError(f"stages.{name}: {error}") from error
 
@@ -157,8 +156,7 @@ def _execute(run: Run) -> None:
                 run.restart_workers()
                 run.event("rollback", commit=run.writer.number, reason=str(error))
                 run.display.message(f"{error}; going on from commit {run.writer.number}")
-    except Interrupted:
-        run.display.message("interrupted")
+    except Interrupted:  # No failure: what was done is committed.
         raise
     except (DmrlError, EnvironmentFault) as error:
         run.rollback()
@@ -171,6 +169,9 @@ def _execute(run: Run) -> None:
 
 
 def _run_stages(run: Run) -> None:
+    if len(run.state["done"]) == len(run.config.stages):
+        run.display.message("all stages are done already")
+        return
     for name in run.config.stages:
         if name in run.state["done"]:
             continue

@@ -80,7 +80,8 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     """One job for each held-out task, all of them side by side over the workers."""
     weights = run.workers.put(_policy(run, stage.init_from, stage.checkpoint))
     spec = job_spec(run.config, name)
-    specs = [task_spec(spec, task) for task in run.tasks(stage.split, stage.tasks)]
+    tasks = run.tasks(stage.split, stage.tasks)
+    specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
     finished: list[str] = list(run.state["job"] or [])
     open_specs = [s for s in specs if s.name not in finished]
     steps = 0
@@ -108,11 +109,14 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     run.state["job"] = None
 
 
-def task_spec(spec: JobSpec, task: Task) -> JobSpec:
-    """The job that specialises to one task, on one thread, in one shard."""
+def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
+    """The job that specialises to one task, on one thread, in one shard.
+
+    It is named by its number too: small families draw the same task more than once.
+    """
     return replace(
         spec,
-        name=f"{spec.stage}.{task.id}",
+        name=f"{spec.stage}.{number:04d}.{task.id}",
         fixed_tasks=(task,),
         split=task.split,
         rollout=spec.rollout.model_copy(update={"shards": 1}),

@@ -142,7 +142,7 @@ def test_run_hands_the_settings_to_the_controller_and_ends_with_the_report(here,
         RunWriter.create(folder, CONFIG, {}).close()
 
     controller.run = run
-    answer = call("run", "run.yaml", "seed=3", "name=new", "--out", "elsewhere", "--overwrite")
+    answer = call("run", "run.yaml", "seed=3", "name=new", "--out", "elsewhere/new", "--overwrite")
     assert answer.exit_code == 0, answer.output
     assert controller.calls == [(3, here / "elsewhere" / "new", None, True)]
     assert "python -m dmrl_ray report elsewhere/new" in answer.stdout
