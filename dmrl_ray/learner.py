@@ -96,6 +96,7 @@ class Learner:
         set_weights(
             self.policy, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         )
+        self.algorithm.optimizer.state.clear()
         for name, array in state.items():
             if name.startswith("optimizer."):
                 _, i, key = name.split(".", 2)
