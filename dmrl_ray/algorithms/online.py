@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.base import Algorithm, check_prefixes
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     fitted_advantage,
@@ -26,6 +26,23 @@ from dmrl_ray.rollout import Sampler
 from dmrl_ray.types import Rollout, Task
 
 Moments: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def check_steps(algorithm: Algorithm, settings: Adapt) -> None:
+    """See that gradient steps can be taken on this policy.
+
+    Raises:
+        ValueError: it has memory or sees the previous step, or a part to move does not exist.
+    """
+    policy = algorithm.policy
+    if settings.optimizer == "none":
+        return
+    if policy.recurrent or policy.sees_previous:
+        raise ValueError(
+            f"optimizer: {settings.optimizer!r} needs a policy without memory that sees the "
+            "observation alone; one with memory adapts by itself, with optimizer none"
+        )
+    check_prefixes("trainable", settings.trainable, per_task(policy, 1))
 
 
 def live_through(
@@ -41,7 +58,11 @@ def live_through(
 
     Returns:
         (K, U, N) mean reward over a stream's parallel columns: at step u since change k, stream n.
+
+    Raises:
+        ValueError: as `check_steps`.
     """
+    check_steps(algorithm, settings)
     policy = algorithm.policy
     horizon = algorithm.distribution.max_episode_steps
     params = per_task(policy, len(streams))
