@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,8 +25,18 @@ START_TIMEOUT_S = 60.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Read when NumPy is imported. Learners set their own number of threads afterwards."""
 
-NOT_SHIPPED = ["runs", ".git", ".venv", "venv", "*.parquet", "__pycache__"]
-"""What no node of a cluster needs of the working directory."""
+NOT_SHIPPED = [
+    "runs",
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    "*.parquet",
+    ".env",
+    "*.pem",
+    "*.key",
+]
+"""What no node of a cluster needs, or must not see, of the working directory."""
 
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
 
@@ -106,7 +118,10 @@ def nodes_are_coming() -> bool:
 
 def _start_here(config: RunConfig) -> None:
     """Ray on this machine, with as many logical CPUs as the run has processes."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray's ports are open to the network. It asks for a token by itself, and given one here
+        # it leaves no token file behind.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     learners = config.learners.num * config.learners.threads
     cpus = max(os.cpu_count() or 1, config.workers.num + learners + 1)
     # Environment variables that Ray's daemons inherit cost nothing; a runtime_env would keep the
@@ -127,6 +142,7 @@ def _join(address: str, *, inside_job: bool) -> None:
             "env_vars": dict(ONE_THREAD),
         }
     try:
+        _knock(address)
         ray.init(address=address, runtime_env=runtime_env, **_QUIET)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
@@ -135,6 +151,15 @@ def _join(address: str, *, inside_job: bool) -> None:
             f"{sys.version_info.major}.{sys.version_info.minor}, and, as most clusters ask for a "
             "token, that RAY_AUTH_MODE=token is set here and ~/.ray/auth_token is the cluster's"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens; `ray.init` would try for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 _QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
