@@ -141,7 +141,11 @@ def ppo_clip_loss(
 
     Returns:
         Scalar, mean over T and B.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
     """
+    _same_shape(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
     ratio = (log_prob - behaviour_log_prob).exp()
     clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
     return -torch.minimum(ratio * advantage, clipped * advantage).mean()
@@ -166,7 +170,11 @@ def likelihood_ratio_loss(
 
     Returns:
         Scalar, mean over T and B.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
     """
+    _same_shape(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
     return -((log_prob - behaviour_log_prob).exp() * advantage).mean()
 
 
@@ -190,7 +198,11 @@ def linear_baseline(
 
     Returns:
         (T, N, E) values, without gradient.
+
+    Raises:
+        ValueError: the tensors do not fit together.
     """
+    _same_shape(reward=reward, done=done, **{"obs[..., 0]": obs[..., 0]})
     with torch.no_grad():
         steps, tasks, columns = reward.shape
         flat = (steps, tasks * columns)
