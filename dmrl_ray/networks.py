@@ -134,7 +134,7 @@ class CNN(Encoder):
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, obs_shape[2], height, width)).shape[1]
         self.layers = _stack(flat + extra, config.sizes, config.activation)
-        self.out_dim = config.sizes[-1]
+        self.out_dim = config.sizes[-1] if config.sizes else flat + extra
 
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
