@@ -8,13 +8,14 @@ the loop over steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmrl_ray.buffers import Buffers
+from dmrl_ray.buffers import Buffers, first_not_finite
+from dmrl_ray.episodes import Episodes
 from dmrl_ray.networks import Memory
 from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
 from dmrl_ray.tasks import TaskDistribution
@@ -55,6 +56,7 @@ class Sampler:
         self._discrete = space.dtype is not None and np.issubdtype(space.dtype, np.integer)
         self._action_shape = () if self._discrete else tuple(space.shape or ())
         self._action_dtype = np.int64 if self._discrete else np.float32
+        self._episodes = Episodes(num_envs)
         self._has_episodes = False
 
     def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
@@ -64,12 +66,12 @@ class Sampler:
         self._policy_version = policy_version
         self._greedy = greedy
         self._steps = 0
-        self._finished: list[dict[str, Any]] = []
+        self._episodes.clear()
 
     def begin_trial(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
         """Put every column at the start of a trial; column b plays task ``b * n // B`` of n."""
         self.set_tasks(tasks)
-        self._episode = np.zeros(self.num_envs, np.int64)
+        self._episodes.begin_trial()
         self.begin_episodes()
         self._memory = policy.initial_memory(self.num_envs)
 
@@ -77,10 +79,7 @@ class Sampler:
         """Reset every column, dropping open episodes; `forget` resets the memory with them."""
         shape = (self.num_envs, *self._action_shape)
         self._obs = np.asarray(self.env.reset()[0])
-        self._task_of = self._pending_task_of.copy()
-        self._return = np.zeros(self.num_envs)
-        self._length = np.zeros(self.num_envs, np.int64)
-        self._begun_at = self._episode.copy()
+        self._episodes.begin(self._pending_task_of)
         self._previous_done = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
         if forget:
@@ -144,8 +143,7 @@ class Sampler:
 
     def take_episodes(self) -> Columns:
         """Rows of the episodes that ended since the last call, in the order they ended."""
-        rows, self._finished = self._finished, []
-        return {k: np.concatenate([r[k] for r in rows]) if rows else np.empty(0) for k in _ROW}
+        return self._episodes.take()
 
     def get_state(self) -> Arrays:
         """Everything open episodes and memory depend on; empty before the first trial."""
@@ -154,7 +152,7 @@ class Sampler:
         state = {f"env.{name}": array for name, array in self.env.get_state().items()}
         state |= {f"memory.{i}": leaf.numpy() for i, leaf in enumerate(self._memory)}
         state |= {name: getattr(self, f"_{name}") for name in _STATE}
-        state["task_of"] = tasks_to_array(list(self._task_of))
+        state |= self._episodes.get_state()
         state["pending_task_of"] = tasks_to_array(list(self._pending_task_of))
         return {name: np.array(array) for name, array in state.items()}
 
@@ -164,8 +162,7 @@ class Sampler:
         if not state:
             return
         self.set_tasks(tasks_from_array(state["pending_task_of"]))
-        self._task_of = np.empty(self.num_envs, object)
-        self._task_of[:] = tasks_from_array(state["task_of"])
+        self._episodes.set_state(state)
         self.env.set_state({k[4:]: v for k, v in state.items() if k.startswith("env.")})
         leaves = sorted(k for k in state if k.startswith("memory."))
         self._memory = tuple(torch.from_numpy(np.array(state[k])) for k in leaves)
@@ -217,40 +214,23 @@ class Sampler:
         buffers.reward[t] = reward
         buffers.terminated[t] = terminated
         buffers.truncated[t] = truncated
-        self._return += reward
-        self._length += 1
+        self._episodes.add(reward)
         done = buffers.done[t]
         np.logical_or(terminated, truncated, out=done)
         if not done.any():
             return None
         ended = np.flatnonzero(done)
         buffers.end(t, ended, info["final_obs"])
-        self._end_episodes(ended, shot, t, info.get("success"))
+        self._episodes.end(
+            ended,
+            self._steps + t + 1,
+            None if self.memory_spans_trial else shot,
+            info.get("success"),
+            self._pending_task_of,
+        )
         if not self.memory_spans_trial:
             buffers.reset[t + 1] = done
         return ended
-
-    def _end_episodes(
-        self, ended: np.ndarray, shot: int, t: int, success: np.ndarray | None
-    ) -> None:
-        episode = self._episode[ended]
-        self._finished.append(
-            {
-                "task": self._task_of[ended],
-                "column": ended,
-                "episode": episode,
-                "since_begun": episode - self._begun_at[ended],
-                "shot": episode if self.memory_spans_trial else np.full(len(ended), shot),
-                "return": self._return[ended],
-                "length": self._length[ended],
-                "success": np.full(len(ended), np.nan) if success is None else success[ended] * 1.0,
-                "step": np.full(len(ended), self._steps + t + 1),
-            }
-        )
-        self._episode[ended] += 1
-        self._return[ended] = 0.0
-        self._length[ended] = 0
-        self._task_of[ended] = self._pending_task_of[ended]
 
     def _carry(self, buffers: Buffers) -> None:
         """What the next rollout starts from."""
@@ -307,49 +287,14 @@ class Sampler:
         return policy.value(features, obs)[0]
 
     def _check_finite(self, rollout: Rollout) -> None:
-        ends = np.stack([rollout.final_step, rollout.final_column], 1)
-        for name in ("obs", "reward", "final_obs"):
-            array = getattr(rollout, name)
-            if np.isfinite(array.sum()):
-                continue
-            where = np.argwhere(~np.isfinite(array))
-            if len(where):
-                t, column = ends[where[0][0]] if name == "final_obs" else where[0][:2]
-                raise EnvironmentFault(
-                    f"task family {self.distribution.family!r}: {name} of column {column} at step "
-                    f"{t} of the rollout is {array[tuple(where[0])]}, on task "
-                    f"{self._task_at(t, column).id}; environments must return finite numbers"
-                )
-
-    def _task_at(self, t: int, column: int) -> Task:
-        """What a column played at step t of the rollout that is being filled."""
-        for rows in self._finished:
-            if column in rows["column"] and rows["step"][0] > self._steps + t:
-                task: Task = rows["task"][rows["column"].tolist().index(column)]
-                return task
-        now: Task = self._task_of[column]
-        return now
+        found = first_not_finite(rollout)
+        if found is not None:
+            name, t, column, value = found
+            task = self._episodes.task_at(self._steps + t, column)
+            raise EnvironmentFault(
+                f"task family {self.distribution.family!r}: {name} of column {column} at step {t} "
+                f"is {value}, on task {task.id}; environments must return finite numbers"
+            )
 
 
-_ROW = (
-    "task",
-    "column",
-    "episode",
-    "since_begun",
-    "shot",
-    "return",
-    "length",
-    "success",
-    "step",
-)
-_STATE = (
-    "obs",
-    "return",
-    "length",
-    "episode",
-    "begun_at",
-    "previous_action",
-    "previous_reward",
-    "previous_done",
-    "reset",
-)
+_STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")

@@ -7,13 +7,8 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from dmrl_ray.policy import (
-    ActorCritic,
-    CategoricalHead,
-    GaussianHead,
-    RunningNorm,
-    mask_previous,
-)
+from dmrl_ray.heads import CategoricalHead, GaussianHead
+from dmrl_ray.policy import ActorCritic, RunningNorm, mask_previous
 
 VECTOR, IMAGE = Box(-1, 1, (3,), np.float32), Box(0, 255, (6, 5, 3), np.uint8)
 LSTM = {"type": "lstm", "size": 8}

@@ -1,0 +1,120 @@
+"""The books of a sampler: which episodes are open, and the rows of those that ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dmrl_ray.types import Arrays, Columns, Task, tasks_from_array, tasks_to_array
+
+
+class Episodes:
+    """The open episodes of B columns, and what is known of those that ended.
+
+    An episode's number counts from the start of its column's trial; `since_begun` counts from
+    the last time that all columns were reset together.
+    """
+
+    def __init__(self, num_envs: int) -> None:
+        self.num_envs = num_envs
+        self.number = np.zeros(num_envs, np.int64)
+        self._rows: list[dict[str, Any]] = []
+
+    def clear(self) -> None:
+        """Forget the rows that nobody took."""
+        self._rows = []
+
+    def begin_trial(self) -> None:
+        """Count from 0 again."""
+        self.number = np.zeros(self.num_envs, np.int64)
+
+    def begin(self, task_of: np.ndarray) -> None:
+        """Every column starts an episode on its task; what was open is dropped."""
+        self._task_of = task_of.copy()
+        self._return = np.zeros(self.num_envs)
+        self._length = np.zeros(self.num_envs, np.int64)
+        self._begun_at = self.number.copy()
+
+    def add(self, reward: np.ndarray) -> None:
+        """One step of every column."""
+        self._return += reward
+        self._length += 1
+
+    def end(
+        self,
+        ended: np.ndarray,
+        step: int,
+        shot: int | None,
+        success: np.ndarray | None,
+        task_of: np.ndarray,
+    ) -> None:
+        """Episodes ended in these columns with this step; the next are on `task_of`.
+
+        Args:
+            step: steps of a column since the collection began, this one included.
+            shot: None where it is the number of the episode.
+        """
+        number = self.number[ended]
+        self._rows.append(
+            {
+                "task": self._task_of[ended],
+                "column": ended,
+                "episode": number,
+                "since_begun": number - self._begun_at[ended],
+                "shot": number if shot is None else np.full(len(ended), shot),
+                "return": self._return[ended],
+                "length": self._length[ended],
+                "success": np.full(len(ended), np.nan) if success is None else success[ended] * 1.0,
+                "step": np.full(len(ended), step),
+            }
+        )
+        self.number[ended] += 1
+        self._return[ended] = 0.0
+        self._length[ended] = 0
+        self._task_of[ended] = task_of[ended]
+
+    def take(self) -> Columns:
+        """Rows of the episodes that ended since the last call, in the order they ended."""
+        rows, self._rows = self._rows, []
+        return {k: np.concatenate([r[k] for r in rows]) if rows else np.empty(0) for k in _ROW}
+
+    def task_at(self, step: int, column: int) -> Task:
+        """What a column played in this step of the collection."""
+        for rows in self._rows:
+            if column in rows["column"] and rows["step"][0] > step:
+                task: Task = rows["task"][rows["column"].tolist().index(column)]
+                return task
+        now: Task = self._task_of[column]
+        return now
+
+    def get_state(self) -> Arrays:
+        """Of the open episodes."""
+        return {
+            "episode": self.number,
+            "begun_at": self._begun_at,
+            "return": self._return,
+            "length": self._length,
+            "task_of": tasks_to_array(list(self._task_of)),
+        }
+
+    def set_state(self, state: Arrays) -> None:
+        """Continue from `get_state`'s answer."""
+        self.number, self._begun_at, self._return, self._length = (
+            np.array(state[name]) for name in ("episode", "begun_at", "return", "length")
+        )
+        self._task_of = np.empty(self.num_envs, object)
+        self._task_of[:] = tasks_from_array(state["task_of"])
+
+
+_ROW = (
+    "task",
+    "column",
+    "episode",
+    "since_begun",
+    "shot",
+    "return",
+    "length",
+    "success",
+    "step",
+)
