@@ -1,0 +1,63 @@
+"""The number of workers, and the order in which they answer, change nothing but the speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dmrl_ray import controller
+from dmrl_ray.display import Display
+from dmrl_ray.results import load
+from dmrl_ray.yaml_config import parse_config
+
+CONFIG = """
+name: delayed
+tasks: {type: "delayed_family:DelayedCartPole"}
+network: {encoder: {type: mlp, sizes: [16]}}
+algorithm: {type: ppo, num_steps: 16, epochs: 2}
+rollout: {shards: 3, num_envs: 8}
+learners: {threads: 1}
+stages:
+  train: {type: pretrain, env_steps: 2000, validate_every: 3, validation_tasks: 4}
+  special: {type: finetune, init_from: train, tasks: 3, updates: 1}
+  held_out: {type: evaluate, init_from: train, tasks: 4, trials: 2}
+"""
+
+
+def play(folder: Path, *settings: str) -> tuple[dict[str, str], pd.DataFrame]:
+    """Checksums of all policies, and the episodes, of a run."""
+    config = parse_config(CONFIG, "delayed.yaml", list(settings))
+    controller.run(config, folder, display=Display(quiet=True))
+    newest = max((folder / "commits").glob("*.json"))
+    files = json.loads(newest.read_text())["files"]
+    rows = load(folder).drop(columns=["time", "run_id"])
+    rows = rows.sort_values(list(rows.columns)).reset_index(drop=True)
+    return {name: file["sha256"] for name, file in files.items()}, rows
+
+
+@pytest.fixture(scope="module")
+def without_ray(tmp_path_factory):
+    return play(tmp_path_factory.mktemp("runs") / "0", "workers.num=0")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_under_random_delays_gives_the_same_run(
+    workers, without_ray, ray_instance, tmp_path
+):
+    policies, rows = play(tmp_path / "run", f"workers.num={workers}")
+    assert policies == without_ray[0]
+    pd.testing.assert_frame_equal(rows, without_ray[1])
+
+
+def test_another_seed_gives_another_run(without_ray, tmp_path):
+    policies, _ = play(tmp_path / "run", "workers.num=0", "seed=1")
+    assert policies["train.last"] != without_ray[0]["train.last"]
+
+
+def test_with_a_lag_data_is_one_update_old_and_never_older(tmp_path):
+    play(tmp_path / "run", "workers.num=0", "stages.train.max_policy_lag=1")
+    metrics = load(tmp_path / "run", table="metrics").query("name == 'policy_lag'")
+    assert metrics["value"].tolist() == [0.0] + [1.0] * (len(metrics) - 1)
