@@ -82,15 +82,15 @@ def cause_of(error: RayError) -> Exception:
     """What an actor raised; or `JobLost` where it is data that is gone, or the actor itself."""
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayError):
-        cause = JobLost(f"data or a process of the job was lost: {first_line(cause)}")
+        cause = JobLost(f"data or a process of the job was lost: {first_sentence(cause)}")
     cause.__cause__ = error
     return cause
 
 
-def first_line(error: Exception) -> str:
-    """An error's name and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+def first_sentence(error: Exception) -> str:
+    """An error's name and the first sentence of what it says."""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0].split('. ')[0]}"
 
 
 def no_room(what: str, cpus: int, gpus: int = 0) -> ClusterError:
@@ -146,7 +146,7 @@ def _join(address: str, *, inside_job: bool) -> None:
         ray.init(address=address, runtime_env=runtime_env, **_QUIET)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
-            f"no connection to the Ray cluster at {address!r} ({first_line(error)}); check that it "
+            f"no connection to the Ray cluster at {address!r} ({first_sentence(error)}); check that it "
             f"is up, that it runs Ray {ray.__version__} and Python "
             f"{sys.version_info.major}.{sys.version_info.minor}, and, as most clusters ask for a "
             "token, that RAY_AUTH_MODE=token is set here and ~/.ray/auth_token is the cluster's"

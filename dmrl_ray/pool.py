@@ -27,7 +27,7 @@ from dmrl_ray.config import WorkerSettings
 from dmrl_ray.connection import (
     START_TIMEOUT_S,
     cause_of,
-    first_line,
+    first_sentence,
     no_room,
     nodes_are_coming,
     where,
@@ -202,11 +202,11 @@ class WorkerPool:
             value = ray.get(ref)
         except RayTaskError as error:
             if request is None:
-                self._replace(worker, first_line(cause_of(error)))
+                self._replace(worker, first_sentence(cause_of(error)))
                 return
             request.error = cause_of(error)
         except RayError as error:
-            self._replace(worker, first_line(error))
+            self._replace(worker, first_sentence(error))
             return
         else:
             if request is None:
