@@ -43,9 +43,9 @@ stages:
 class Server:
     """Runs of the config above in forked children of one process."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, workers: int = 0) -> None:
         self.config = root / "config.yaml"
-        self.config.write_text(CONFIG)
+        self.config.write_text(CONFIG.replace("{num: 0}", f"{{num: {workers}}}"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("run_server.py"))],
@@ -89,6 +89,13 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def ray_server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("ray_server"), workers=2)
+    yield server
+    server.process.kill()
+
+
+@pytest.fixture(scope="module")
 def undisturbed(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     start = time.monotonic()
@@ -121,8 +128,9 @@ def assert_equal(folder: Path, other: Path) -> None:
     assert weights(folder) == weights(other)
 
 
-def kill_at_random(server: Server, undisturbed, tmp_path: Path, kills: int) -> None:
-    reference, duration, _ = undisturbed
+def kill_at_random(
+    server: Server, reference: Path, duration: float, tmp_path: Path, kills: int
+) -> None:
     rng = np.random.default_rng(kills)
     done = 0
     run = 0
@@ -151,13 +159,26 @@ def test_the_same_seed_gives_the_same_run(server, undisturbed, tmp_path):
 
 
 def test_a_run_killed_at_random_moments_ends_like_the_undisturbed(server, undisturbed, tmp_path):
-    kill_at_random(server, undisturbed, tmp_path, kills=4)
+    kill_at_random(server, undisturbed[0], undisturbed[1], tmp_path, kills=4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_killed_at_40_random_moments_ends_like_the_undisturbed(server, undisturbed, tmp_path):
-    kill_at_random(server, undisturbed, tmp_path, kills=40)
+    kill_at_random(server, undisturbed[0], undisturbed[1], tmp_path, kills=40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_run_on_ray_killed_at_40_random_moments_ends_like_the_undisturbed_without_ray(
+    ray_server, undisturbed, tmp_path
+):
+    start = time.monotonic()
+    assert ray_server.play("run", tmp_path / "whole")["status"] == 0
+    assert_equal(tmp_path / "whole", undisturbed[0])
+    kill_at_random(
+        ray_server, undisturbed[0], time.monotonic() - start, tmp_path / "killed", kills=40
+    )
 
 
 def crash_before(server: Server, undisturbed, tmp_path: Path, operations: range) -> None:
