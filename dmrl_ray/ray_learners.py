@@ -95,7 +95,8 @@ class RayLearners:
         try:
             places = self._start(settings, gpus)
             device = spec.device if gpus else "cpu"
-            self._on_all("build", replace(spec, device=device, learner_threads=settings.threads))
+            spec = replace(spec, device=device, learner_threads=settings.threads)
+            self._on_all("build", spec, least_s=START_TIMEOUT_S)
             if settings.num > 1:
                 _, ip, port = places[0]
                 self._join(f"tcp://{ip}:{port}")
@@ -184,16 +185,17 @@ class RayLearners:
     def _join(self, init_method: str) -> None:
         """The learners meet, and average their gradients from now on."""
         size = len(self._actors)
-        self._wait(
-            [actor.join.remote(init_method, rank, size) for rank, actor in enumerate(self._actors)]
-        )
+        refs = [a.join.remote(init_method, rank, size) for rank, a in enumerate(self._actors)]
+        self._wait(refs, least_s=START_TIMEOUT_S)
 
-    def _on_all(self, method: str, *arguments: Any) -> list[Any]:
-        return self._wait([getattr(actor, method).remote(*arguments) for actor in self._actors])
+    def _on_all(self, method: str, *arguments: Any, least_s: float = 0.0) -> list[Any]:
+        refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        return self._wait(refs, least_s)
 
-    def _wait(self, refs: list[Any]) -> list[Any]:
-        """Answers of the learners, all within the deadline."""
-        limit = max(self._deadline_s, 5 * median(self._seconds) if self._seconds else 0.0)
+    def _wait(self, refs: list[Any], least_s: float = 0.0) -> list[Any]:
+        """Answers of the learners, all within the deadline, or `least_s` where that is later."""
+        usual = 5 * median(self._seconds) if self._seconds else 0.0
+        limit = max(self._deadline_s, usual, least_s)
         end = time.monotonic() + limit
         answers: dict[Any, Any] = {}
         waiting = refs
