@@ -127,9 +127,8 @@ def _start_here(config: RunConfig) -> None:
     # Environment variables that Ray's daemons inherit cost nothing; a runtime_env would keep the
     # workers from using processes that Ray has started in advance (1.0 s against 1.6 s each).
     # Ray's niceness of 15 made learning 3 times slower beside other busy processes.
-    niceness = os.environ.get("RAY_worker_niceness", "0")
     paths = os.pathsep.join(_own_paths())
-    with _environment({**ONE_THREAD, "PYTHONPATH": paths, "RAY_worker_niceness": niceness}):
+    with _environment({**ONE_THREAD, "PYTHONPATH": paths, "RAY_worker_niceness": "0"}):
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_QUIET)
 
 
@@ -150,9 +149,9 @@ def _join(address: str, *, inside_job: bool) -> None:
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
             f"no connection to the Ray cluster at {address!r} ({first_sentence(error)}); check "
-            f"that it is up, that it runs Ray {ray.__version__} and Python {sys.version_info.major}."
-            f"{sys.version_info.minor}, and, as most clusters ask for a token, that "
-            "RAY_AUTH_MODE=token is set here and ~/.ray/auth_token is the cluster's"
+            f"that it is up, that it runs Ray {ray.__version__} and Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}, and, as most clusters ask for a "
+            "token, that RAY_AUTH_MODE=token is set here and ~/.ray/auth_token is the cluster's"
         ) from error
 
 
