@@ -97,6 +97,9 @@ def test_a_worker_and_a_learner_built_apart_adapt_alike():
 def test_the_batched_inner_step_equals_a_loop_over_tasks(tasks):
     maml = make_maml(tasks=tasks)
     support, _ = one_trial(maml)
+    with torch.no_grad():  # as in later epochs: not the parameters that acted
+        for parameter in maml.policy.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
     params = maml.inner_step(per_task(maml.policy, 3), support, create_graph=False)
     actor = {k: p for k, p in maml.policy.named_parameters() if k in params}
     for i in range(3):
@@ -279,7 +282,7 @@ def test_an_advantage_that_is_not_a_number_leaves_policy_and_norms_as_they_are()
 
 
 def test_fitted_advantages_are_standardised_per_task():
-    maml = make_maml()
+    maml = make_maml(gae_lambda=0.5)  # at 1 they have no mean to begin with
     support, _ = one_trial(maml)
     by_task = support.advantage.reshape(HORIZON, 3, COLUMNS)
     torch.testing.assert_close(by_task.mean((0, 2)), torch.zeros(3), atol=1e-5, rtol=0)

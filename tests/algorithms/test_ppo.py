@@ -19,7 +19,7 @@ LSTM = {"type": "lstm", "size": 8}
 
 def make_spec(encoder=MLP, tasks="cartpole", num_envs=6, network=None, **settings):
     parts = (
-        {"type": tasks},
+        tasks,
         {"type": "actor_critic", "encoder": encoder} | (network or {}),
         {"type": "ppo", "num_steps": 30} | settings,
     )
@@ -30,6 +30,8 @@ def make_spec(encoder=MLP, tasks="cartpole", num_envs=6, network=None, **setting
 def collected(spec, iterations=2):
     """A learner and the trial of its last iteration, in the middle of episodes."""
     learner, worker, state = Learner(spec), RolloutWorker(), {}
+    with torch.no_grad():  # an almost uniform policy would hide what its memory holds
+        learner.policy.policy_head.layer.weight *= 50
     for i in range(iterations):
         weights = Weights(0, learner.weights())
         _, trial, state = worker.collect(CollectCall(spec, 0, i, 0), weights, state)
@@ -59,6 +61,9 @@ CASES = {
     "lstm": dict(encoder=LSTM),
     "gru": dict(encoder={"type": "gru", "size": 8}),
     "box": dict(tasks="point_goal"),
+    "lstm_reset_at_the_start_alone": dict(
+        encoder=LSTM, tasks={"type": "point_goal", "horizon": 30}
+    ),
     "lstm_box": dict(encoder=LSTM, tasks="point_goal"),
 }
 
