@@ -10,12 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmrl_ray.config import Finetune, Pretrain, RunConfig
+import torch
+
+from dmrl_ray.algorithms.online import check_steps
+from dmrl_ray.config import Adapt, Finetune, Pretrain, RunConfig
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.run import Run
-from dmrl_ray.spec import Weights, build, get_weights, set_weights
+from dmrl_ray.settings import did_you_mean
+from dmrl_ray.spec import JobSpec, Program, Weights, build, get_weights, rehearse, set_weights
 from dmrl_ray.stages import job_spec, run_stage
 from dmrl_ray.types import EnvironmentFault, Split
 from dmrl_ray.writer import RunWriter
@@ -92,6 +96,9 @@ def evaluate(
         trained = [n for n, s in config.stages.items() if isinstance(s, Pretrain)]
         ready = [n for n in trained if f"{n}.{checkpoint}" in current.files]
         name = stage or (ready[-1] if ready else "")
+        if name and name not in trained:
+            hint = did_you_mean(name, trained) or f"; there are: {', '.join(trained)}"
+            raise ConfigError(f"command line: --stage: {name!r} trains no policy{hint}")
         if name not in ready:
             raise ConfigError(
                 f"{folder}: stage {name or 'any'!r} has no {checkpoint!r} policy yet; "
@@ -108,6 +115,7 @@ def check(config: RunConfig) -> None:
 
     Raises:
         ConfigError: with the stage and the setting.
+        EnvironmentFault: the task family breaks its contract within the first steps.
     """
     for name, stage in config.stages.items():
         source = getattr(stage, "init_from", None)
@@ -116,11 +124,41 @@ def check(config: RunConfig) -> None:
             program = build(spec)
             if isinstance(stage, (Pretrain, Finetune)):
                 program.algorithm.prepare_training(spec.trainable)
+            if isinstance(stage, Adapt):
+                check_steps(program.algorithm, stage)
             if source is not None:
-                start = build(job_spec(config, source)).policy
-                set_weights(program.policy, get_weights(start))
+                _check_start(program, spec, job_spec(config, source))
+            rehearse(program, spec)
         except ValueError as error:
             raise ConfigError(f"stages.{name}: {error}") from error
+    if (
+        config.workers.num == 0
+        and config.learners.device == "cuda"
+        and not torch.cuda.is_available()
+    ):
+        raise ConfigError(
+            "learners.device: cuda was asked for, but PyTorch finds no GPU here; use auto or cpu"
+        )
+
+
+def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:
+    """See that a stage can begin with the policy that another stage leaves."""
+    start = build(source).policy
+    here, there = spec.algorithm_name, source.algorithm_name
+    if start.sees_previous != program.policy.sees_previous:
+        seeing, blind = (there, here) if start.sees_previous else (here, there)
+        raise ValueError(
+            f"init_from: a policy of {seeing} is shown its last action and reward, one of {blind} "
+            f"is not, so {here} cannot go on with the policy of stage {source.stage!r}, which is "
+            f"{there}'s; use algorithm: {there} here, or start from another stage"
+        )
+    try:
+        set_weights(program.policy, get_weights(start))
+    except ValueError as error:
+        raise ValueError(
+            f"init_from: the policy of stage {source.stage!r} does not fit; leave network out, or "
+            f"make it the same: {error}"
+        ) from error
 
 
 def facts(config: RunConfig) -> dict[str, Any]:

@@ -88,6 +88,13 @@ class Episodes:
         now: Task = self._task_of[column]
         return now
 
+    def overdue(self, limit: int) -> tuple[int, int, Task] | None:
+        """Column, steps so far and task of an episode that goes on after `limit` steps."""
+        if not (self._length >= limit).any():
+            return None
+        column = int(self._length.argmax())
+        return column, int(self._length[column]), self._task_of[column]
+
     def get_state(self) -> Arrays:
         """Of the open episodes."""
         return {

@@ -42,4 +42,6 @@ def find_run(name: str) -> Path:
         return runs[name if name in runs else found[0]].absolute()
     if found:
         raise ConfigError(f"{name}: more than one run starts so: {', '.join(found)}")
+    if Path(name).is_dir():
+        raise ConfigError(f"{name}: is no run, it has no run.json")
     raise ConfigError(f"{name}: there is no such run{did_you_mean(name, runs)}")

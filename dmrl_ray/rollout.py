@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmrl_ray.buffers import Buffers, first_not_finite
+from dmrl_ray.buffers import Buffers
 from dmrl_ray.episodes import Episodes
+from dmrl_ray.faults import answer_of, check_finite, fault, first_obs
 from dmrl_ray.networks import Memory
 from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
 from dmrl_ray.tasks import TaskDistribution
@@ -51,12 +52,12 @@ class Sampler:
         self.distribution = distribution
         self.num_envs = num_envs
         self.memory_spans_trial = memory_spans_trial
-        self.env = distribution.make_vec(num_envs)
+        self.env = answer_of(distribution, distribution.make_vec, num_envs)
         space = distribution.action_space
         self._discrete = space.dtype is not None and np.issubdtype(space.dtype, np.integer)
         self._action_shape = () if self._discrete else tuple(space.shape or ())
         self._action_dtype = np.int64 if self._discrete else np.float32
-        self._episodes = Episodes(num_envs)
+        self.episodes = Episodes(num_envs)
         self._has_episodes = False
 
     def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
@@ -66,20 +67,20 @@ class Sampler:
         self._policy_version = policy_version
         self._greedy = greedy
         self._steps = 0
-        self._episodes.clear()
+        self.episodes.clear()
 
     def begin_trial(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
         """Put every column at the start of a trial; column b plays task ``b * n // B`` of n."""
         self.set_tasks(tasks)
-        self._episodes.begin_trial()
+        self.episodes.begin_trial()
         self.begin_episodes()
         self._memory = policy.initial_memory(self.num_envs)
 
     def begin_episodes(self, *, forget: bool = True) -> None:
         """Reset every column, dropping open episodes; `forget` resets the memory with them."""
         shape = (self.num_envs, *self._action_shape)
-        self._obs = np.asarray(self.env.reset()[0])
-        self._episodes.begin(self._pending_task_of)
+        self._obs = first_obs(self.distribution, self.env)
+        self.episodes.begin(self._pending_task_of)
         self._previous_done = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
         if forget:
@@ -93,7 +94,7 @@ class Sampler:
         self._task_index = np.arange(self.num_envs) * len(tasks) // self.num_envs
         self._pending_task_of = np.empty(self.num_envs, object)
         self._pending_task_of[:] = [tasks[i] for i in self._task_index.tolist()]
-        self.env.set_tasks(list(self._pending_task_of))
+        answer_of(self.distribution, self.env.set_tasks, list(self._pending_task_of))
 
     def continue_episodes(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
         """Go on with open episodes; a column takes its new task when its episode ends."""
@@ -123,7 +124,7 @@ class Sampler:
             greedy: overrides what `start` was told.
 
         Raises:
-            EnvironmentFault: an observation or reward is not finite.
+            EnvironmentFault: the family raised, or an observation or reward is not finite.
         """
         greedy = self._greedy if greedy is None else greedy
         before = (self._previous_action, self._previous_reward, self._previous_done)
@@ -135,7 +136,7 @@ class Sampler:
             log_prob = policy.policy_head.log_prob(pi, torch.from_numpy(buffers.action))
             rollout = buffers.finish(self._task_index, self._policy_version, shot)
             rollout.log_prob = log_prob.numpy()
-            self._check_finite(rollout)
+            check_finite(self.distribution, rollout, self.episodes, self._steps)
             if with_value:
                 rollout.value, rollout.next_value = self._values(policy, rollout, features, peeks)
         self._steps += num_steps
@@ -143,16 +144,17 @@ class Sampler:
 
     def take_episodes(self) -> Columns:
         """Rows of the episodes that ended since the last call, in the order they ended."""
-        return self._episodes.take()
+        return self.episodes.take()
 
     def get_state(self) -> Arrays:
         """Everything open episodes and memory depend on; empty before the first trial."""
         if not self._has_episodes:
             return {}
-        state = {f"env.{name}": array for name, array in self.env.get_state().items()}
+        of_env = answer_of(self.distribution, self.env.get_state)
+        state: Arrays = {f"env.{name}": array for name, array in of_env.items()}
         state |= {f"memory.{i}": leaf.numpy() for i, leaf in enumerate(self._memory)}
         state |= {name: getattr(self, f"_{name}") for name in _STATE}
-        state |= self._episodes.get_state()
+        state |= self.episodes.get_state()
         state["pending_task_of"] = tasks_to_array(list(self._pending_task_of))
         return {name: np.array(array) for name, array in state.items()}
 
@@ -162,8 +164,9 @@ class Sampler:
         if not state:
             return
         self.set_tasks(tasks_from_array(state["pending_task_of"]))
-        self._episodes.set_state(state)
-        self.env.set_state({k[4:]: v for k, v in state.items() if k.startswith("env.")})
+        self.episodes.set_state(state)
+        of_env = {k[4:]: v for k, v in state.items() if k.startswith("env.")}
+        answer_of(self.distribution, self.env.set_state, of_env)
         leaves = sorted(k for k in state if k.startswith("memory."))
         self._memory = tuple(torch.from_numpy(np.array(state[k])) for k in leaves)
         for name in _STATE:
@@ -209,19 +212,26 @@ class Sampler:
         action = buffers.action[t]
         if not self._discrete:
             action = np.clip(action, -1.0, 1.0)
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        buffers.obs[t + 1] = obs
-        buffers.reward[t] = reward
-        buffers.terminated[t] = terminated
-        buffers.truncated[t] = truncated
-        self._episodes.add(reward)
-        done = buffers.done[t]
-        np.logical_or(terminated, truncated, out=done)
-        if not done.any():
-            return None
-        ended = np.flatnonzero(done)
-        buffers.end(t, ended, info["final_obs"])
-        self._episodes.end(
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            if obs.shape != self._obs.shape:  # NumPy would stretch some of the others.
+                raise ValueError(f"observations {obs.shape} instead of {self._obs.shape}")
+            buffers.obs[t + 1] = obs
+            buffers.reward[t] = reward
+            buffers.terminated[t] = terminated
+            buffers.truncated[t] = truncated
+            self.episodes.add(reward)
+            done = buffers.done[t]
+            np.logical_or(terminated, truncated, out=done)
+            if not done.any():
+                return None
+            ended = np.flatnonzero(done)
+            buffers.end(t, ended, info["final_obs"])
+        except EnvironmentFault:
+            raise
+        except Exception as error:  # A family may raise anything.
+            raise fault(self.distribution, "step", error) from error
+        self.episodes.end(
             ended,
             self._steps + t + 1,
             None if self.memory_spans_trial else shot,
@@ -285,16 +295,6 @@ class Sampler:
         previous = mask_previous(action, reward, done, reset)
         _, features, _ = policy(obs, previous, self._memory, reset)
         return policy.value(features, obs)[0]
-
-    def _check_finite(self, rollout: Rollout) -> None:
-        found = first_not_finite(rollout)
-        if found is not None:
-            name, t, column, value = found
-            task = self._episodes.task_at(self._steps + t, column)
-            raise EnvironmentFault(
-                f"task family {self.distribution.family!r}: {name} of column {column} at step {t} "
-                f"is {value}, on task {task.id}; environments must return finite numbers"
-            )
 
 
 _STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")

@@ -18,8 +18,9 @@ from dmrl_ray.checkpoint import FileRecord
 from dmrl_ray.config import RunConfig
 from dmrl_ray.display import Display
 from dmrl_ray.errors import Interrupted
+from dmrl_ray.faults import sample
 from dmrl_ray.learner import LocalLearners
-from dmrl_ray.spec import JobSpec
+from dmrl_ray.spec import JobSpec, load_family
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
 from dmrl_ray.worker import LocalWorkers
@@ -45,7 +46,7 @@ class Run:
         self.config = config
         self.writer = writer
         self.display = display
-        self.distribution: TaskDistribution = config.tasks.load()(config.tasks.settings)
+        self.distribution: TaskDistribution = load_family(config.tasks)
         self.state: dict[str, Any] = {"done": [], "job": None}
         self.files: dict[str, FileRecord] = {}
         self.rollback()
@@ -95,7 +96,7 @@ class Run:
         tasks: list[Task] = []
         for block in range((n + TASK_BLOCK - 1) // TASK_BLOCK):
             stream = random_stream(self.config.seed, "evaluation tasks", split, block)
-            tasks += self.distribution.sample(stream, TASK_BLOCK, split)
+            tasks += sample(self.distribution, stream, TASK_BLOCK, split)
         self.add_tasks(tasks[:n])
         return tasks[:n]
 

@@ -116,7 +116,9 @@ class FolderLock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _holder(descriptor)
-                raise FolderInUse(f"{folder}: is being written by {holder}") from None
+                raise FolderInUse(
+                    f"{folder}: is being written by {holder}; wait for it, or stop it first"
+                ) from None
             except BaseException:
                 os.close(descriptor)
                 raise

@@ -10,9 +10,11 @@ import torch
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.faults import check_spaces, fault, sample
 from dmrl_ray.policy import ActorCritic
+from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Arrays, Split, Task, random_stream
+from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def build(spec: JobSpec) -> Program:
     Raises:
         ValueError: the parts do not fit together; the message names the setting.
     """
-    distribution = spec.tasks.load()(spec.tasks.settings)
+    distribution = load_family(spec.tasks)
     kind = spec.algorithm.load()
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(int(random_stream(spec.seed, *spec.key, "init").integers(2**63)))
@@ -85,6 +87,44 @@ def build(spec: JobSpec) -> Program:
             f"{columns} columns each (stage {spec.stage!r}); use a multiple of {columns}"
         )
     return Program(distribution, policy, algorithm)
+
+
+def load_family(component: Component) -> TaskDistribution:
+    """Make a task family.
+
+    Raises:
+        ValueError: it refuses its settings, or is not one that policies can be built for.
+        EnvironmentFault: it raised something else.
+    """
+    kind, settings = component.load(), component.settings
+    if not issubclass(kind, TaskDistribution):
+        raise ValueError(f"tasks.type: {component.type} is no dmrl_ray.tasks.TaskDistribution")
+    try:
+        family: TaskDistribution = kind(settings)
+    except (ValueError, EnvironmentFault):
+        raise
+    except Exception as error:  # A family may raise anything.
+        raise fault(kind, "__init__", error) from error
+    check_spaces(family)
+    return family
+
+
+def rehearse(program: Program, spec: JobSpec) -> None:
+    """Two steps in one column: most families that are broken show it here, before anything starts.
+
+    Raises:
+        EnvironmentFault: the family broke its contract.
+    """
+    family, policy = program.distribution, program.policy
+    stream = random_stream(spec.seed, *spec.key, "rehearse")
+    tasks = [task for split in SPLITS for task in sample(family, stream, 1, split)]
+    sampler = Sampler(family, len(tasks), memory_spans_trial=program.algorithm.memory_spans_trial)
+    sampler.start(stream, 0)
+    sampler.begin_trial(tasks, policy)
+    sampler.rollout(policy, 2, with_value=False)
+    if program.algorithm.continues_episodes:
+        sampler.get_state()  # for a commit
+    sampler.env.close()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 
 from dmrl_ray.algorithms.online import live_through
 from dmrl_ray.config import Adapt
+from dmrl_ray.faults import check_lengths, reference, sample
 from dmrl_ray.learner import Learner
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Program, Weights, build, set_weights
@@ -84,7 +85,8 @@ class RolloutWorker:
         sampler = self._sampler(spec, program, shard, iteration, state)
         algorithm = program.algorithm
         columns = spec.rollout.num_envs
-        tasks = list(spec.fixed_tasks) or program.distribution.sample(
+        tasks = list(spec.fixed_tasks) or sample(
+            program.distribution,
             random_stream(spec.seed, *spec.key, "tasks", shard, iteration),
             columns // algorithm.columns_per_task,
             spec.split,
@@ -94,7 +96,7 @@ class RolloutWorker:
         )
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
-        rows = sampler.take_episodes()
+        rows = take_episodes(sampler)
         episodes = episode_rows(rows, program, scored=spec.split != "train")
         every = columns * spec.rollout.shards
         episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
@@ -117,7 +119,7 @@ class RolloutWorker:
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         with torch.enable_grad():
             algorithm.evaluate(sampler, list(call.tasks))
-        rows = sampler.take_episodes()
+        rows = take_episodes(sampler)
         within = rows["since_begun"] < algorithm.evaluation_episodes
         rows = {name: column[within] for name, column in rows.items()}
         episodes = episode_rows(rows, program, scored=True)
@@ -145,7 +147,7 @@ class RolloutWorker:
         stream = random_stream(spec.seed, *spec.key, "adapt", call.chunk)
         sampler.start(stream, weights.version, greedy=settings.optimizer == "none")
         rewards = live_through(algorithm, sampler, call.streams, settings)
-        rows = sampler.take_episodes()
+        rows = take_episodes(sampler)
         episodes = episode_rows(rows, program, scored=True)
         per_change = settings.episodes_per_task * family.max_episode_steps
         since = (rows["step"].astype(np.int64) - 1) % per_change
@@ -155,9 +157,9 @@ class RolloutWorker:
         oracle = np.full((settings.tasks_per_stream, len(call.streams)), np.nan)
         for n, tasks in enumerate(call.streams):
             for k, task in enumerate(tasks):
-                reference = family.reference(task)
-                if reference is not None:
-                    oracle[k, n] = reference.oracle[-1] / family.max_episode_steps
+                ends = reference(family, task)
+                if ends is not None:
+                    oracle[k, n] = ends.oracle[-1] / family.max_episode_steps
         return episodes, rewards, oracle
 
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> tuple[Columns, Arrays]:
@@ -217,18 +219,24 @@ class RolloutWorker:
                 del cache[key]
 
 
+def take_episodes(sampler: Sampler) -> Columns:
+    """The sampler's rows, if no episode is longer than its family allows."""
+    check_lengths(sampler.distribution, sampler.episodes)
+    return sampler.take_episodes()
+
+
 def episode_rows(rows: Columns, program: Program, *, scored: bool) -> Columns:
     """Columns of the episodes table that a worker knows."""
     tasks: list[Task] = list(rows["task"])
     score = np.full(len(tasks), np.nan)
     if scored:
-        references = {
-            t.id: program.distribution.reference(t) for t in {t.id: t for t in tasks}.values()
+        known = {
+            t.id: reference(program.distribution, t) for t in {t.id: t for t in tasks}.values()
         }
         for i, task in enumerate(tasks):
-            reference = references[task.id]
-            if reference is not None:
-                score[i] = reference.score(rows["episode"][i], rows["return"][i])
+            ends = known[task.id]
+            if ends is not None:
+                score[i] = ends.score(rows["episode"][i], rows["return"][i])
     return {
         "task_id": np.array([task.id for task in tasks], object),
         "split": np.array([task.split for task in tasks], object),
