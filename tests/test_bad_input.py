@@ -1,0 +1,493 @@
+"""Mistakes, from the command line to the exit: one sentence, no traceback, nothing lost."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import dmrl_ray
+from dmrl_ray import __main__ as cli
+from dmrl_ray.commits import seal
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FAMILY = """
+import numpy as np
+from dmrl_ray.envs.point_goal import PointGoal, PointGoalVectorEnv
+
+
+class BrokenEnv(PointGoalVectorEnv):
+    fault, steps = "", 0
+
+    def begin(self, columns):
+        if self.fault == "reset" or (self.fault == "late reset" and self.steps > 25):
+            raise KeyError("no goal")
+        super().begin(columns)
+
+    def observe(self):
+        obs = super().observe()
+        if self.fault == "shape" or (self.fault == "late shape" and self.steps > 25):
+            return obs[:, :1]
+        if self.fault == "type":
+            return obs.astype(np.float64)
+        if self.fault == "nan" and self.steps == 30:
+            obs[3, 1] = np.nan
+        return obs
+
+    def step(self, actions):
+        self.steps += 1
+        if self.steps == {"step": 30, "last step": 70}.get(self.fault):
+            raise ZeroDivisionError("no mass")
+        if self.fault == "never ends":
+            self.t[:] = 0
+        obs, reward, terminated, truncated, infos = super().step(actions)
+        if self.fault == "inf" and self.steps == 30:
+            reward[2] = np.inf
+        if self.fault == "final" and truncated.any():
+            infos = {}
+        if self.fault == "four":
+            return obs, reward, truncated, infos
+        return obs, reward, terminated, truncated, infos
+
+    def get_state(self):
+        if self.fault == "state":
+            raise AttributeError("velocity")
+        return super().get_state()
+
+
+class Broken(PointGoal):
+    family = "broken"
+
+    class Config(PointGoal.Config):
+        fault: str = ""
+
+    def __init__(self, config):
+        if config.fault == "init":
+            raise TypeError("no map")
+        super().__init__(config)
+
+    def make_vec(self, num_envs):
+        env = BrokenEnv(num_envs, self.config.horizon)
+        env.fault = self.config.fault
+        return env
+
+    def sample(self, rng, n, split):
+        if self.config.fault == "sample":
+            raise IndexError("no more goals")
+        return super().sample(rng, n, split)[: 1 if self.config.fault == "few" else None]
+
+    def reference(self, task):
+        if self.config.fault == "reference":
+            raise FileNotFoundError("table.npz")
+        return super().reference(task)
+"""
+
+GYM = """
+import gymnasium as gym
+import numpy as np
+
+
+class Line(gym.Env):
+    observation_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, fault=""):
+        self.fault, self.t = fault, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        if self.fault == "late" and self.t == 15:
+            raise OSError("the simulator is gone")
+        x = 5.0 if self.fault == "outside" else 0.0
+        return np.array([x], np.float32), 1.0, False, False, {}
+
+
+if "Line-v0" not in gym.registry:
+    gym.register("Line-v0", entry_point="lines:Line")
+"""
+
+CONFIG = """\
+tasks: {type: family:Broken, horizon: 20}
+network: {type: actor_critic, encoder: {type: mlp, sizes: [8]}}
+algorithm: {type: ppo, num_steps: 20, epochs: 1, minibatches: 1}
+rollout: {shards: 1, num_envs: 8}
+workers: {num: 0}
+commit: {every_updates: 1}
+stages:
+  train: {type: pretrain, env_steps: 640, validation_tasks: 4, validate_every: 100}
+  held_out: {type: evaluate, init_from: train, tasks: 4}
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A working directory with a config and the modules it names."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    Path("family.py").write_text(FAMILY)
+    Path("lines.py").write_text(GYM)
+    Path("run.yaml").write_text(CONFIG)
+    yield tmp_path
+    for number, handler in handlers.items():  # A run takes them over.
+        signal.signal(number, handler)
+    for name in ("family", "lines"):
+        sys.modules.pop(name, None)
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def run(*overrides, out="out"):
+    return call("run", "run.yaml", *overrides, "--out", out)
+
+
+def refused(answer, code, *parts, lines=1):
+    """The answer is one sentence with these parts, in order, and this exit code."""
+    error = "\n".join(x for x in answer.stderr.splitlines() if not x.startswith("stage="))
+    assert answer.exit_code == code, answer.output
+    assert "Traceback" not in answer.output
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == lines, error
+    assert re.search(".*".join(map(re.escape, parts)), error, re.S), error
+
+
+def begun():
+    return Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("sed: 1", ["run.yaml:10:1: sed: unknown setting; did you mean 'seed'?"]),
+        ("seed: one", ["run.yaml:10:1: seed: must be a whole number, found 'one'"]),
+        ("seed: -1", ["run.yaml:10:1: seed: must be at least 0, found -1"]),
+        ("learners: 2", ["run.yaml:10:1: learners: must be a section of settings, found 2"]),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told_with_its_place(line, parts):
+    Path("run.yaml").write_text(CONFIG + line + "\n")
+    refused(run(), 2, "the config cannot be used", *parts, lines=4)
+    assert not begun()
+
+
+def test_all_mistakes_of_a_config_are_told_at_once():
+    text = CONFIG.replace("env_steps", "env_stesp").replace("num: 0", "num: zero")
+    Path("run.yaml").write_text(text.replace("type: mlp", "type: mpl"))
+    answer = run("tasks.horizon=0")
+    places = ["network.encoder.type", "workers.num", "stages.train.env_stesp"]
+    places += ["stages.train.env_steps: this setting is required"]
+    refused(answer, 2, *places[:2], lines=1 + 4 * 3 + 2)
+    for place in places:
+        assert re.search(rf"^run\.yaml:\d+:\d+: {re.escape(place)}", answer.stderr, re.M)
+    assert "command line: tasks.horizon: must be at least 1, found 0" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("tasks.type=point_gaol", ["unknown type 'point_gaol'; did you mean 'point_goal'?"]),
+        ("algorithm={type: mmal}", ["unknown type 'mmal'; did you mean 'maml'?"]),
+        ("network.encoder={type: lsmt}", ["unknown type 'lsmt'; did you mean 'lstm'?"]),
+        ("algorithm={type: cnn}", ["'cnn' stands under 'encoder', not here"]),
+        ("tasks=famly:Broken", ["there is no module 'famly'", "working directory"]),
+        ("tasks=family:Brokn", ["has no class 'Brokn'; did you mean 'Broken'?"]),
+    ],
+)
+def test_a_name_that_is_unknown_is_told_with_a_known_one(change, parts):
+    refused(run(change), 2, "command line: ", *parts, lines=3)
+    assert not begun()
+
+
+FINE_TUNED = "stages.fine={{type: finetune, init_from: train, {}}}"
+ADAPTED = "stages.met={{type: adapt, init_from: train, optimizer: sgd, {}}}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (
+            ["algorithm={type: maml, episodes_per_task: 3}"],
+            ["stages.train: rollout.num_envs: 8 columns", "use a multiple of 3"],
+        ),
+        (
+            ["algorithm={type: maml, episodes_per_task: 4}", "network.encoder={type: lstm}"],
+            ["stages.train: network.encoder: ", "found lstm; use an mlp or a cnn"],
+        ),
+        (
+            ["network.encoder={type: cnn}"],
+            ["stages.train: network.encoder: a cnn needs image", "shape (2,); use an mlp"],
+        ),
+        (
+            ["algorithm={type: rl2}", FINE_TUNED.format("algorithm: ppo")],
+            ["stages.fine: init_from: a policy of rl2", "use algorithm: rl2 here"],
+        ),
+        (
+            [FINE_TUNED.format("network: {type: actor_critic}")],
+            ["stages.fine: init_from: the policy of stage 'train' does not fit", "(64, 2)"],
+        ),
+        (
+            [FINE_TUNED.format("trainable: [haed]")],
+            ["stages.fine: trainable: no parameter's name starts with 'haed'", "policy_head"],
+        ),
+        (
+            [ADAPTED.format("trainable: [haed]")],
+            ["stages.met: trainable: no parameter's name starts with 'haed'", "policy_head"],
+        ),
+        (
+            ["algorithm={type: rl2}", ADAPTED.format("lr: 1")],
+            ["stages.met: optimizer: 'sgd' needs a policy without memory", "optimizer none"],
+        ),
+        (
+            [
+                "tasks={type: gym, id: 'lines:Line-v0', max_episode_steps: 9,"
+                " kwargs: {fault: outside}}"
+            ],
+            ["stages.train: tasks.id: lines:Line-v0: at step 1", "outside its space", "widen"],
+        ),
+        (
+            ["tasks={type: gym, id: 'lines:Line-v0'}"],
+            ["tasks.max_episode_steps: lines:Line-v0 is registered without a limit; give one"],
+        ),
+        (["tasks={type: gym, id: CartPole-v7}"], ["stages.train: tasks.id: ", "v7", "v1"]),
+        (
+            ["tasks={type: gym, id: 'no_such_package:CartPole-v1'}"],
+            ["tasks.id: no_such_package:CartPole-v1 needs a module", "install it"],
+        ),
+    ],
+    ids=lambda value: value[-1][:70] if isinstance(value, list) else None,
+)
+def test_parts_that_do_not_fit_together_are_found_before_the_run_begins(changes, parts):
+    refused(run(*changes), 2, *parts)
+    assert not begun()
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    import gymnasium as gym
+
+    def make(*_, **__):
+        raise gym.error.DependencyNotInstalled('Box2D: pip install "gymnasium[box2d]"')
+
+    monkeypatch.setattr(gym, "make", make)
+    answer = run("tasks={type: gym, id: LunarLander-v3}")
+    refused(answer, 2, "LunarLander-v3 needs an optional package", 'pip install "gymnasium[box2d]"')
+
+
+def test_a_gpu_that_is_not_there_is_found_before_the_run_begins(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(run("learners.device=cuda"), 2, "learners.device: ", "use auto or cpu")
+    assert not begun()
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        ("init", ["__init__ raised TypeError: no map (", "family.py, line "]),
+        ("reset", ["reset raised KeyError: 'no goal' (", "family.py, line 11)"]),
+        ("shape", ["reset returned observations of shape (3, 1)", "asks for (3, 2)"]),
+        ("type", ["reset returned observations of", "type float64", "float32"]),
+        ("four", ["the answer of step cannot be used", "expected 5, got 4"]),
+        ("sample", ["sample raised IndexError: no more goals (", "family.py, line "]),
+        ("state", ["get_state raised AttributeError: velocity (", "family.py, line "]),
+    ],
+)
+def test_a_family_that_is_broken_from_the_start_is_found_before_the_run_begins(fault, parts):
+    refused(run(f"tasks.fault={fault}"), 5, "task family 'broken': ", *parts)
+    assert not begun()
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        ("nan", ["obs of column 3 at step ", " is nan, on task train-"]),
+        ("inf", ["reward of column 2 at step ", " is inf, on task train-"]),
+        ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 27)"]),
+        ("late reset", ["step raised KeyError: 'no goal' (", "family.py, line 11)"]),
+        ("late shape", ["the answer of step cannot be used", "(8, 1) instead of (8, 2)"]),
+    ],
+)
+def test_a_family_that_breaks_later_ends_the_run_and_loses_no_commit(fault, parts):
+    refused(run(f"tasks.fault={fault}"), 5, "task family 'broken': ", *parts)
+    # The fault is in the second update: the first is committed, and the fault is on record.
+    assert (dmrl_ray.load("out")["policy_version"] == 0).all()
+    assert len(dmrl_ray.load("out")) == 8
+    events = dmrl_ray.load("out", table="events")
+    (failed,) = events.loc[events["event"] == "run_failed", "detail"]
+    assert "task family 'broken'" in failed
+    assert call("verify", "out").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        ("final", ["the answer of step cannot be used (KeyError: 'final_obs')"]),
+        ("few", ["sample must return ", "make_tasks"]),
+        ("reference", ["reference raised FileNotFoundError: table.npz (", "family.py, line "]),
+        ("never ends", ["has not ended after 20 steps", "max_episode_steps, which is 20"]),
+    ],
+)
+def test_other_breaches_of_the_contract_are_told(fault, parts):
+    refused(run(f"tasks.fault={fault}"), 5, "task family 'broken': ", *parts)
+
+
+def test_a_run_whose_family_was_repaired_goes_on():
+    assert run("tasks.fault=step").exit_code == 5
+    source = Path("family.py").read_text()
+    Path("family.py").write_text(source.replace("raise ZeroDivisionError", "print"))
+    sys.modules.pop("family")
+    shutil.rmtree("__pycache__", ignore_errors=True)
+    assert call("resume", "out").exit_code == 0
+    assert set(dmrl_ray.load("out")["stage"]) == {"train", "held_out"}
+
+
+LINE = "tasks={{type: gym, id: 'lines:Line-v0', max_episode_steps: 20, kwargs: {{fault: '{}'}}}}"
+
+
+def test_a_gymnasium_environment_that_never_ends_is_truncated():
+    assert run(LINE.format("")).exit_code == 0
+    assert set(dmrl_ray.load("out")["length"]) == {20}
+
+
+def test_a_gymnasium_environment_that_raises_is_named_with_its_episode():
+    parts = ["Line-v0: ", "step 15: step raised OSError: the simulator is gone"]
+    refused(run(LINE.format("late")), 5, *parts)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of a family that is not broken."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "run.yaml").write_text(CONFIG.replace("family:Broken", "point_goal"))
+    answer = call("run", str(folder / "run.yaml"), "--out", str(folder / "out"))
+    assert answer.exit_code == 0, answer.output
+    return folder / "out"
+
+
+@pytest.fixture
+def out(finished, here):
+    return Path(shutil.copytree(finished, here / "out"))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_existing_run_is_not_overwritten(out):
+    before = contents(out)
+    refused(run(), 2, f"{out}: this run exists; continue it with `resume`", "--overwrite")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["out", "outt"])
+def test_what_is_no_run_cannot_be_resumed(name, here):
+    Path("out").mkdir()
+    why = "is no run, it has no run.json" if name == "out" else "there is no such run"
+    refused(call("resume", name), 2, f"{name}: {why}")
+    assert list(Path("out").iterdir()) == []
+
+
+def test_a_run_of_a_newer_version_is_left_alone(out):
+    record = json.loads((out / "run.json").read_text())
+    del record["sha256"]
+    (out / "run.json").write_bytes(seal(record | {"format_version": 9}, indent=1))
+    before = contents(out)
+    answer = call("resume", "out")
+    refused(answer, 2, "run.json: has format version 9", "install the version that wrote it")
+    assert {p: b for p, b in contents(out).items() if p.name != "lock"} == {
+        p: b for p, b in before.items() if p.name != "lock"
+    }
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_run_goes_on_from_the_one_before():
+    assert run("tasks.fault=last step").exit_code == 5  # in the middle of training
+    before, *_, last = sorted(Path("out/commits").glob("*.json"))[-3:]
+    old, new = (json.loads(path.read_text())["files"] for path in (before, last))
+    fresh = {file["path"] for file in new.values()} - {file["path"] for file in old.values()}
+    damaged = Path("out", min(fresh))
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    Path("family.py").write_text(FAMILY.replace("raise ZeroDivisionError", "print"))
+    sys.modules.pop("family")
+    answer = call("resume", "out")
+    assert answer.exit_code == 0, answer.output
+    assert "Traceback" not in answer.output
+    assert f"{damaged.name}: its sha256 is not the committed one" in answer.output
+    assert re.search(r"continuing from commit \d+", answer.output)
+    events = dmrl_ray.load("out", table="events")["event"].tolist()
+    assert "recovered" in events
+    assert events[-1] == "run_finished"
+    episodes = dmrl_ray.load("out")
+    assert (episodes["split"] == "train").sum() == 640 // 20  # none lost, none doubled
+
+
+def test_a_run_of_which_every_commit_is_damaged_is_told_and_kept(out):
+    for commit in (out / "commits").glob("*.json"):
+        commit.write_bytes(b"{")
+    before = contents(out / "checkpoints")
+    answer = call("resume", "out")
+    refused(answer, 4, str(out))
+    assert contents(out / "checkpoints") == before
+
+
+@pytest.mark.parametrize("folder", ["file/out", "/proc/none/out"])
+def test_a_folder_that_cannot_be_written_is_told(folder):
+    Path("file").touch()
+    refused(run("tasks=point_goal", out=folder), 4, folder.split("/out")[0], "cannot write")
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        ("trian", ["--stage: 'trian' trains no policy; did you mean 'train'?"]),
+        ("held_out", ["--stage: 'held_out' trains no policy; there are: train"]),
+    ],
+)
+def test_a_stage_that_trained_no_policy_cannot_be_evaluated(out, stage, parts):
+    refused(call("evaluate", "out", "--stage", stage), 2, *parts)
+
+
+def test_a_policy_that_is_not_there_yet_cannot_be_evaluated():
+    assert run("tasks.fault=step").exit_code == 5
+    refused(call("evaluate", "out"), 2, "has no 'best' policy yet")
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate"])
+def test_a_run_that_another_process_writes_is_left_to_it(out, command):
+    code = "import sys; from dmrl_ray.run_folder import FolderLock; from pathlib import Path\n"
+    code += "lock = FolderLock(Path('out')); print('held', flush=True); sys.stdin.read()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        before = contents(out / "commits")
+        answer = call(command, "out")
+        assert contents(out / "commits") == before
+        other.stdin.close()
+    refused(answer, 3, f"{out}: is being written by process {other.pid}", "stop it first")
+
+
+def test_a_mistake_in_a_real_process_is_one_sentence_too():
+    command = [sys.executable, "-m", "dmrl_ray", "run", "run.yaml", "tasks.fault=reset"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 5
+    assert answer.stdout == ""
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("error: task family 'broken': reset raised KeyError: 'no goal' (")
