@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dmrl_ray.config import RunConfig
     from dmrl_ray.types import Split
 
+FAULT = "this is a fault of dmrl_ray, unless the traceback ends in your code; please report it"
+
 app = typer.Typer(
     help="Train policies that adapt: run a config, resume it, look at what came out.",
     no_args_is_help=True,
@@ -206,7 +208,7 @@ def errors_told(verbose: bool) -> Iterator[None]:
         told = _sentence(error)
         if verbose or told is None:
             traceback.print_exception(error)
-        typer.echo(told or "error: this is a fault of dmrl_ray; please report it", err=True)
+        typer.echo(told or f"error: {FAULT}", err=True)
         raise typer.Exit(_exit_code(error)) from error
 
 

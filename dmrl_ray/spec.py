@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,10 +71,10 @@ def build(spec: JobSpec) -> Program:
         ValueError: the parts do not fit together; the message names the setting.
     """
     distribution = load_family(spec.tasks)
-    kind = spec.algorithm.load()
+    kind = _load("algorithm", spec.algorithm, Algorithm)
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(int(random_stream(spec.seed, *spec.key, "init").integers(2**63)))
-        policy = spec.network.load()(
+        policy = _load("network", spec.network, ActorCritic)(
             spec.network.settings,
             distribution.observation_space,
             distribution.action_space,
@@ -96,9 +97,7 @@ def load_family(component: Component) -> TaskDistribution:
         ValueError: it refuses its settings, or is not one that policies can be built for.
         EnvironmentFault: it raised something else.
     """
-    kind, settings = component.load(), component.settings
-    if not issubclass(kind, TaskDistribution):
-        raise ValueError(f"tasks.type: {component.type} is no dmrl_ray.tasks.TaskDistribution")
+    kind, settings = _load("tasks", component, TaskDistribution), component.settings
     try:
         family: TaskDistribution = kind(settings)
     except (ValueError, EnvironmentFault):
@@ -107,6 +106,15 @@ def load_family(component: Component) -> TaskDistribution:
         raise fault(kind, "__init__", error) from error
     check_spaces(family)
     return family
+
+
+def _load(setting: str, component: Component, base: type) -> Any:
+    kind = component.load()
+    if not issubclass(kind, base):
+        raise ValueError(
+            f"{setting}.type: {component.type} is no {base.__module__}.{base.__name__}; extend it"
+        )
+    return kind
 
 
 def rehearse(program: Program, spec: JobSpec) -> None:

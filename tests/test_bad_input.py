@@ -19,6 +19,7 @@ from dmrl_ray.commits import seal
 ROOT = Path(__file__).resolve().parent.parent
 
 FAMILY = """
+import gymnasium as gym
 import numpy as np
 from dmrl_ray.envs.point_goal import PointGoal, PointGoalVectorEnv
 
@@ -72,6 +73,12 @@ class Broken(PointGoal):
         if config.fault == "init":
             raise TypeError("no map")
         super().__init__(config)
+        if config.fault == "dict":
+            self.observation_space = gym.spaces.Dict({"x": self.observation_space})
+        if config.fault == "wide":
+            self.action_space = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
+        if config.fault == "endless":
+            del self.max_episode_steps
 
     def make_vec(self, num_envs):
         env = BrokenEnv(num_envs, self.config.horizon)
@@ -262,6 +269,20 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, optimizer: sgd, {}}}"
             ["tasks={type: gym, id: 'lines:Line-v0'}"],
             ["tasks.max_episode_steps: lines:Line-v0 is registered without a limit; give one"],
         ),
+        (["tasks.fault=dict"], ["tasks: task family 'broken': observations are Dict(", "a Box of"]),
+        (
+            ["tasks.fault=wide"],
+            ["tasks: task family 'broken': actions are Box(-2.0, 2.0", "-1 to 1"],
+        ),
+        (["tasks.fault=endless"], ["tasks: Broken lacks the attribute 'max_episode_steps'"]),
+        (
+            ["tasks=dmrl_ray.networks:MLP"],
+            ["tasks.type: dmrl_ray.networks:MLP is no dmrl_ray.tasks.TaskDistribution"],
+        ),
+        (
+            ["algorithm=dmrl_ray.networks:MLP"],
+            ["algorithm.type: dmrl_ray.networks:MLP is no dmrl_ray.algorithms.base.Algorithm"],
+        ),
         (["tasks={type: gym, id: CartPole-v7}"], ["stages.train: tasks.id: ", "v7", "v1"]),
         (
             ["tasks={type: gym, id: 'no_such_package:CartPole-v1'}"],
@@ -296,7 +317,7 @@ def test_a_gpu_that_is_not_there_is_found_before_the_run_begins(monkeypatch):
     ("fault", "parts"),
     [
         ("init", ["__init__ raised TypeError: no map (", "family.py, line "]),
-        ("reset", ["reset raised KeyError: 'no goal' (", "family.py, line 11)"]),
+        ("reset", ["reset raised KeyError: 'no goal' (", "family.py, line 12)"]),
         ("shape", ["reset returned observations of shape (3, 1)", "asks for (3, 2)"]),
         ("type", ["reset returned observations of", "type float64", "float32"]),
         ("four", ["the answer of step cannot be used", "expected 5, got 4"]),
@@ -314,8 +335,8 @@ def test_a_family_that_is_broken_from_the_start_is_found_before_the_run_begins(f
     [
         ("nan", ["obs of column 3 at step ", " is nan, on task train-"]),
         ("inf", ["reward of column 2 at step ", " is inf, on task train-"]),
-        ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 27)"]),
-        ("late reset", ["step raised KeyError: 'no goal' (", "family.py, line 11)"]),
+        ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 28)"]),
+        ("late reset", ["step raised KeyError: 'no goal' (", "family.py, line 12)"]),
         ("late shape", ["the answer of step cannot be used", "(8, 1) instead of (8, 2)"]),
     ],
 )
