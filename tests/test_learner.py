@@ -171,6 +171,13 @@ def test_what_is_not_trainable_stays_as_it_is(case, trainable):
     assert moved == {n for n in names if n.startswith(trainable)}
 
 
+def test_a_frozen_encoder_keeps_the_scale_of_its_input():
+    learner = Learner(make_spec("maml", trainable=("policy_head",)))
+    before = learner.weights()
+    learner.update(0, 0, [collect(learner)])
+    assert not any(name.startswith("obs_norm") for name in changed(before, learner.weights()))
+
+
 def test_an_unknown_trainable_part_is_refused_with_the_known_ones():
     match = r"trainable: .*'polcy_head'.* encoder, policy_head, value_encoder, value_head"
     with pytest.raises(ValueError, match=match):
