@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -173,7 +174,7 @@ def facts(config: RunConfig) -> dict[str, Any]:
         "host": platform.node(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "ray_job_id": os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""),
+        "ray_job_id": _ray_job_id(),
     }
 
 
@@ -220,6 +221,13 @@ def _run_stages(run: Run) -> None:
         run.commit()
     run.event("run_finished")
     run.commit()
+
+
+def _ray_job_id() -> str | None:
+    """The submission id, in a process that `ray job submit` started."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    submission_id: str | None = job.get("metadata", {}).get("job_submission_id")
+    return submission_id
 
 
 def _version(package: str) -> str | None:
