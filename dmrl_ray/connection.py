@@ -55,6 +55,8 @@ def connect(address: str | None, config: RunConfig) -> dict[str, object]:
     Raises:
         ClusterError: there is no connection.
     """
+    # An error is in all results of a call; taken from the first, it would be logged for the others.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if not ray.is_initialized():
         inside_job = _JOB_VARIABLE in os.environ
         given = address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else "local")

@@ -504,11 +504,19 @@ def test_a_run_that_another_process_writes_is_left_to_it(out, command):
     refused(answer, 3, f"{out}: is being written by process {other.pid}", "stop it first")
 
 
-def test_a_mistake_in_a_real_process_is_one_sentence_too():
-    command = [sys.executable, "-m", "dmrl_ray", "run", "run.yaml", "tasks.fault=reset"]
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("tasks.fault=reset", "reset raised KeyError: 'no goal' ("),
+        ("workers={num: 1}", "step raised ZeroDivisionError: no mass ("),
+    ],
+    ids=["before the run", "in a worker on Ray"],
+)
+def test_a_mistake_in_a_real_process_is_one_sentence_too(change, sentence):
+    command = [sys.executable, "-m", "dmrl_ray", "run", "run.yaml", "tasks.fault=step", change]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert answer.returncode == 5
-    assert answer.stdout == ""
-    (line,) = answer.stderr.splitlines()
-    assert line.startswith("error: task family 'broken': reset raised KeyError: 'no goal' (")
+    lines = [x for x in answer.stderr.splitlines() if not x.startswith("stage=")]
+    assert len(lines) == 1, answer.stderr
+    assert lines[0].startswith(f"error: task family 'broken': {sentence}")
