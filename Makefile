@@ -2,8 +2,8 @@
 # make test     install into .venv and run the tests; ARGS="-k losses" chooses
 # make lint     format, lint and type checks
 #
-# On Linux, pip fetches torch with CUDA (gigabytes). Where there is no GPU:
-#   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# On Linux, pip fetches torch with CUDA (gigabytes). Where there is no GPU, name PyTorch's index of
+# CPU builds: make train PIP_FLAGS="--extra-index-url URL"
 
 PYTHON ?= python3
 VENV ?= .venv
