@@ -194,8 +194,10 @@ def _validate(
     score = selection_score(spec, rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
     run.add_episodes(spec, progress.updates, rows)
-    run.add_metrics(spec, progress.updates, progress.env_steps, {"validation_score": score})
-    run.display.update(spec.stage, progress.env_steps, score=score)
+    kind = "return" if np.isnan(rows["score"]).any() else "score"
+    run.add_metrics(spec, progress.updates, progress.env_steps, {f"validation_{kind}": score})
+    if kind == "score":
+        run.display.update(spec.stage, progress.env_steps, score=score)
     if progress.best_score is None or score > progress.best_score:
         progress.best_score, progress.best_version = score, progress.updates
         _save_policy(run, spec, "best", learners)
