@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from dmrl_ray.results import load
+from dmrl_ray.stages import job_spec
 from dmrl_ray.yaml_config import load_config
 
 
@@ -45,7 +46,8 @@ def summary(folders: Sequence[Path]) -> dict[str, object]:
     for name, kind in kinds.items():
         rows = episodes[episodes["stage"] == name]
         if kind == "evaluate":
-            figures[name] = evaluation(rows)
+            algorithm = job_spec(config, name).algorithm.settings
+            figures[name] = evaluation(rows, getattr(algorithm, "episodes_per_task", 1))
         elif kind == "pretrain":
             ended = events[(events["stage"] == name) & (events["event"] == "job_finished")]
             details = [json.loads(detail) for detail in ended["detail"]]
@@ -56,30 +58,27 @@ def summary(folders: Sequence[Path]) -> dict[str, object]:
     return figures
 
 
-def evaluation(rows: pd.DataFrame) -> dict[str, object]:
-    """Mean return per trial and per shot; half-widths of 95 % intervals are 1.96 errors."""
+def evaluation(rows: pd.DataFrame, columns: int) -> dict[str, object]:
+    """Mean return per trial and per shot; half-widths of 95 % intervals are 1.96 errors.
+
+    Args:
+        columns: environments that played one drawn task side by side.
+    """
     keys = ["run_id", "task_id", "trial"]
-    # Small families draw a task more than once: a trial is then a mean of equals.
-    repeats = rows.groupby([*keys, "shot"])["return"].transform("size")
-    rows = rows.assign(weight=1.0 / repeats)
-    shots = rows.groupby([*keys, "shot"])["return"].mean().reset_index()
-    trials = shots.groupby(keys)["return"].sum()
-    sizes = rows.groupby(keys)["weight"].size() / rows["shot"].nunique()
+    shots = rows.groupby([*keys, "shot"])["return"].mean()
+    trials = shots.groupby(keys).sum()
+    # Small families draw a task more than once; every draw counts.
+    draws = rows.groupby(keys).size() / rows["shot"].nunique() / columns
     seeds = rows.groupby(["run_id", "shot"])["return"].mean().groupby("run_id").sum()
-    error = np.sqrt(np.average((trials - seeds.mean()) ** 2, weights=sizes) / sizes.sum())
+    error = np.sqrt(np.average((trials - seeds.mean()) ** 2, weights=draws) / draws.sum())
+    by_shot = rows.groupby("shot")[["return", "score"]].mean().round(3)
     return {
         "trial_return": round(float(seeds.mean()), 3),
         "interval": round(1.96 * float(error), 3),
         "per_seed": [round(float(x), 3) for x in seeds],
-        "per_shot": {
-            int(shot): round(float(x), 3)
-            for shot, x in rows.groupby("shot")["return"].mean().items()
-        },
-        "score_per_shot": {
-            int(shot): round(float(x), 3)
-            for shot, x in rows.groupby("shot")["score"].mean().items()
-        },
-        "tasks": round(float(sizes.sum()) / rows["run_id"].nunique()),
+        "per_shot": by_shot["return"].to_dict(),
+        "score_per_shot": by_shot["score"].to_dict(),
+        "tasks": round(float(draws.sum()) / rows["run_id"].nunique()),
     }
 
 
