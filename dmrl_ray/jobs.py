@@ -75,7 +75,8 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             progress.seconds += elapsed
             _record(run, spec, progress, version, reports, metrics, elapsed)
             if done or progress.updates % stage.validate_every == 0:
-                _validate(run, spec, learners, progress, validation)
+                with run.uninterrupted():
+                    _validate(run, spec, learners, progress, validation)
             run.tick(snapshot)
         _save_policy(run, spec, "last", learners)
     return progress

@@ -55,6 +55,7 @@ class Run:
         self._committed_at = time.monotonic()
         self._updates_since_commit = 0
         self._signal: int | None = None
+        self._held = False
         self._known_tasks: set[str] = {
             task_id
             for part in sorted((writer.folder / "tasks").glob("part-*.parquet"))
@@ -67,7 +68,7 @@ class Run:
         if self._workers is None:
             settings = self.config.workers
             if settings.num == 0:
-                self._workers = LocalWorkers()
+                self._workers = LocalWorkers(self.check)
             else:
                 from dmrl_ray.cluster import RayWorkers
                 from dmrl_ray.connection import connect
@@ -213,9 +214,18 @@ class Run:
             self.commit()
             raise
 
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """What is short and cannot be committed halfway is done before the run stops."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
     def check(self) -> None:
         """Raise Interrupted if the run was asked to stop."""
-        if self._signal is not None:
+        if self._signal is not None and not self._held:
             raise Interrupted(self._signal)
 
     def catch_signals(self) -> None:

@@ -7,7 +7,7 @@ any call, and a call that was lost with its worker is simply made again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -250,12 +250,17 @@ def episode_rows(rows: Columns, program: Program, *, scored: bool) -> Columns:
 
 
 class LocalWorkers:
-    """The worker pool of a run without Ray: one worker, in this process."""
+    """The worker pool of a run without Ray: one worker, in this process.
+
+    Args:
+        check: called between two calls of `map`; what it raises ends the map.
+    """
 
     total = alive = 1
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._worker = RolloutWorker()
+        self._check = check
 
     def start_collect(
         self, calls: list[CollectCall], weights: Any, states: list[Any]
@@ -272,6 +277,7 @@ class LocalWorkers:
     def map(self, method: str, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Results of a worker's method over many arguments, with their indices, as they come."""
         for i, arguments in enumerate(calls):
+            self._check()
             yield i, getattr(self._worker, method)(*arguments)
 
     def put(self, value: Any) -> Any:

@@ -261,3 +261,20 @@ def test_local_workers_answer_every_call_with_its_number():
     calls = [(EvaluateCall(spec, (task,), 0, 0, True, 0), weights(spec, 0)) for task in tasks]
     results = dict(workers.map("evaluate", calls))
     assert [results[i]["task_id"][0] for i in range(2)] == [task.id for task in tasks]
+
+
+def test_a_pool_without_ray_stops_between_two_calls_when_asked():
+    asked = []
+
+    def check():
+        asked.append(True)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+
+    spec = SPECS["ppo"]
+    tasks = tuple(tasks_of(CartPole, 2))
+    calls = [(EvaluateCall(spec, tasks, 0, i, True, 0), weights(spec, 0)) for i in range(3)]
+    answers = LocalWorkers(check).map("evaluate", calls)
+    assert next(answers)[0] == 0
+    with pytest.raises(KeyboardInterrupt):
+        next(answers)
