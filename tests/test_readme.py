@@ -1,6 +1,8 @@
 """What the README says can be typed, can be typed; what it names, exists."""
 
 import fnmatch
+import importlib
+import json
 import os
 import re
 import shlex
@@ -48,6 +50,7 @@ def beginning(*words):
 
 MODULES = {re.match(r"# (\w+\.py)\n", text)[1]: text for text in blocks("python") if text[0] == "#"}
 OURS = ("python", "-m", "dmrl_ray")
+BENCHMARKS = ("benchmarks.learning", "benchmarks.throughput")
 
 
 def smaller(arguments):
@@ -100,7 +103,8 @@ def here(tmp_path, monkeypatch):
 def test_every_command_is_of_a_kind_that_is_tested_below():
     kinds = {command[0] for command in commands()}
     assert kinds == {"make", "pip", "python", "ray", "export"}
-    assert {tuple(c[:3]) for c in commands() if c[0] == "python"} == {OURS}
+    programs = {tuple(c[:3]) for c in commands() if c[0] == "python"}
+    assert programs == {OURS} | {("python", "-m", name) for name in BENCHMARKS}
 
 
 @pytest.mark.parametrize("command", beginning("make"))
@@ -128,6 +132,33 @@ def test_a_run_runs(command, here):
 def test_a_command_answers(command, here, small_run):
     shutil.copytree(small_run, here / "runs" / "smoke")
     assert call(command[3:])
+
+
+@pytest.mark.parametrize("command", beginning("python", "-m", BENCHMARKS[0]))
+def test_learning_is_measured(command, here, monkeypatch, capsys):
+    config = find_config(command[3])
+    small = [word for word in smaller(["run", str(config)])[2:] if word.count("=")]
+    out = command[command.index("--out") :]
+    figures = benchmark(
+        command[2], [str(config), *small, "--seeds", "0", *out], monkeypatch, capsys
+    )
+    assert figures["held_out"]["tasks"] == SMALLER["evaluate"]["tasks"]
+
+
+@pytest.mark.parametrize("command", beginning("python", "-m", BENCHMARKS[1]))
+def test_speed_is_measured(command, here, monkeypatch, capsys):
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    options |= {"--workers": "0", "--seconds": "1"}
+    arguments = [word for option in options.items() for word in option]
+    assert benchmark(command[2], arguments, monkeypatch, capsys)["sps"] > 0
+
+
+def benchmark(module, arguments, monkeypatch, capsys):
+    """The line of figures that a benchmark prints."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    importlib.import_module(module).main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("command", beginning("ray"))
