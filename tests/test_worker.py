@@ -272,7 +272,7 @@ def test_a_pool_without_ray_stops_between_two_calls_when_asked():
             raise KeyboardInterrupt
 
     spec = SPECS["ppo"]
-    tasks = tuple(tasks_of(CartPole, 2))
+    _, tasks = tasks_of(CartPole, 2)
     calls = [(EvaluateCall(spec, tasks, 0, i, True, 0), weights(spec, 0)) for i in range(3)]
     answers = LocalWorkers(check).map("evaluate", calls)
     assert next(answers)[0] == 0
