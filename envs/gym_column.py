@@ -21,7 +21,7 @@ Values = Mapping[str, bool | int | float]
 LARGEST = float(np.finfo(np.float32).max)
 
 
-class EnvNotDeterministic(ValueError):
+class EnvNotDeterministic(EnvironmentFault):
     """An environment did not repeat itself, so that an open episode cannot be restored."""
 
 
