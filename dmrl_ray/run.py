@@ -47,8 +47,6 @@ class Run:
         self.writer = writer
         self.display = display
         self.distribution: TaskDistribution = load_family(config.tasks)
-        self.state: dict[str, Any] = {"done": [], "job": None}
-        self.files: dict[str, FileRecord] = {}
         self.rollback()
         self._address = address
         self._workers: Any = None
@@ -56,11 +54,6 @@ class Run:
         self._updates_since_commit = 0
         self._signal: int | None = None
         self._held = False
-        self._known_tasks: set[str] = {
-            task_id
-            for part in sorted((writer.folder / "tasks").glob("part-*.parquet"))
-            for task_id in pq.read_table(part, columns=["task_id"])["task_id"].to_pylist()
-        }
 
     @property
     def workers(self) -> Any:
@@ -183,9 +176,16 @@ class Run:
     def rollback(self) -> None:
         """Back to the newest commit; rows added since are dropped."""
         self.writer.discard()
-        if self.writer.state is not None:
-            self.state = json.loads(json.dumps(self.writer.state))
-            self.files = dict(self.writer.files)
+        committed = self.writer.state
+        self.state: dict[str, Any] = {"done": [], "job": None}
+        if committed is not None:
+            self.state = json.loads(json.dumps(committed))
+        self.files: dict[str, FileRecord] = dict(self.writer.files)
+        self._known_tasks: set[str] = {
+            task_id
+            for part in sorted((self.writer.folder / "tasks").glob("part-*.parquet"))
+            for task_id in pq.read_table(part, columns=["task_id"])["task_id"].to_pylist()
+        }
 
     def tick(self, snapshot: Callable[[], None]) -> None:
         """Called after every update: commit if it is time, stop if it was asked for.
