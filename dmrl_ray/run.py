@@ -40,6 +40,9 @@ class Run:
         files: checkpoint files in use, by name; part of every commit.
     """
 
+    state: dict[str, Any]
+    files: dict[str, FileRecord]
+
     def __init__(
         self, config: RunConfig, writer: RunWriter, display: Display, address: str | None
     ) -> None:
@@ -177,10 +180,10 @@ class Run:
         """Back to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
-        self.state: dict[str, Any] = {"done": [], "job": None}
+        self.state = {"done": [], "job": None}
         if committed is not None:
             self.state = json.loads(json.dumps(committed))
-        self.files: dict[str, FileRecord] = dict(self.writer.files)
+        self.files = dict(self.writer.files)
         self._known_tasks: set[str] = {
             task_id
             for part in sorted((self.writer.folder / "tasks").glob("part-*.parquet"))
