@@ -63,6 +63,11 @@ class Program:
     policy: ActorCritic
     algorithm: Algorithm
 
+    def sampler(self, num_envs: int) -> Sampler:
+        """Environments of the family, with memory as the algorithm has it."""
+        spans = self.algorithm.memory_spans_trial
+        return Sampler(self.distribution, num_envs, memory_spans_trial=spans)
+
 
 def build(spec: JobSpec) -> Program:
     """Make a job's program; the policy's first weights depend on the seed and the job alone.
@@ -126,7 +131,7 @@ def rehearse(program: Program, spec: JobSpec) -> None:
     family, policy = program.distribution, program.policy
     stream = random_stream(spec.seed, *spec.key, "rehearse")
     tasks = [task for split in SPLITS for task in sample(family, stream, 1, split)]
-    sampler = Sampler(family, len(tasks), memory_spans_trial=program.algorithm.memory_spans_trial)
+    sampler = program.sampler(len(tasks))
     sampler.start(stream, 0)
     sampler.begin_trial(tasks, policy)
     sampler.rollout(policy, 2, with_value=False)

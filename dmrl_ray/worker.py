@@ -112,13 +112,10 @@ class RolloutWorker:
         program = self._program(spec, weights)
         algorithm = program.algorithm
         columns = len(call.tasks) * algorithm.columns_per_task
-        sampler = Sampler(
-            program.distribution, columns, memory_spans_trial=algorithm.memory_spans_trial
-        )
+        sampler = program.sampler(columns)
         stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
-        with torch.enable_grad():
-            algorithm.evaluate(sampler, list(call.tasks))
+        algorithm.evaluate(sampler, list(call.tasks))
         rows = take_episodes(sampler)
         within = rows["since_begun"] < algorithm.evaluation_episodes
         rows = {name: column[within] for name, column in rows.items()}
@@ -139,11 +136,7 @@ class RolloutWorker:
         program = self._program(spec, weights)
         algorithm, family = program.algorithm, program.distribution
         parallel = settings.episodes_per_update if settings.optimizer != "none" else 1
-        sampler = Sampler(
-            family,
-            len(call.streams) * parallel,
-            memory_spans_trial=algorithm.memory_spans_trial,
-        )
+        sampler = program.sampler(len(call.streams) * parallel)
         stream = random_stream(spec.seed, *spec.key, "adapt", call.chunk)
         sampler.start(stream, weights.version, greedy=settings.optimizer == "none")
         rewards = live_through(algorithm, sampler, call.streams, settings)
@@ -204,11 +197,7 @@ class RolloutWorker:
         """The shard's sampler as it stood before this iteration."""
         at, sampler = self._samplers.pop((*spec.key, shard), (-1, None))
         if sampler is None:
-            sampler = Sampler(
-                program.distribution,
-                spec.rollout.num_envs,
-                memory_spans_trial=program.algorithm.memory_spans_trial,
-            )
+            sampler = program.sampler(spec.rollout.num_envs)
         if at != iteration and program.algorithm.continues_episodes:
             sampler.set_state(state)
         return sampler
