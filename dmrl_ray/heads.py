@@ -12,6 +12,7 @@ from dmrl_ray.losses import (
     gaussian_entropy,
     gaussian_log_prob,
 )
+from dmrl_ray.networks import linear
 
 LOG_STD_BOUNDS = (-3.0, 1.0)
 """Below e^-3 exploration is lost and the gradient explodes; above e^1 all actions clip."""
@@ -23,9 +24,7 @@ class CategoricalHead(nn.Module):
     def __init__(self, width: int, num_actions: int) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.layer = nn.Linear(width, self.num_actions)
-        nn.init.orthogonal_(self.layer.weight, 0.01)
-        nn.init.zeros_(self.layer.bias)
+        self.layer = linear(width, num_actions, gain=0.01)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layer(features)
@@ -68,9 +67,7 @@ class GaussianHead(nn.Module):
     def __init__(self, width: int, num_actions: int) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.layer = nn.Linear(width, self.num_actions)
-        nn.init.orthogonal_(self.layer.weight, 0.01)
-        nn.init.zeros_(self.layer.bias)
+        self.layer = linear(width, num_actions, gain=0.01)
         self.log_std = nn.Parameter(torch.full((self.num_actions,), -0.5))
 
     def forward(self, features: Tensor) -> Tensor:

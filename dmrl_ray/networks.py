@@ -63,13 +63,18 @@ def _join(x: Tensor, extra: Tensor | None) -> Tensor:
     return x if extra is None else torch.cat([x, extra], -1)
 
 
+def linear(width: int, size: int, *, gain: float) -> nn.Linear:
+    """A linear layer whose weights begin orthogonal, times `gain`, and whose bias begins at zero."""
+    layer = nn.Linear(width, size)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def _stack(width: int, sizes: tuple[int, ...], activation: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for size in sizes:
-        linear = nn.Linear(width, size)
-        nn.init.orthogonal_(linear.weight, math.sqrt(2))
-        nn.init.zeros_(linear.bias)
-        layers += [linear, ACTIVATIONS[activation]()]
+        layers += [linear(width, size, gain=math.sqrt(2)), ACTIVATIONS[activation]()]
         width = size
     return nn.Sequential(*layers)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmrl_ray.config import Component, Settings
 from dmrl_ray.heads import LOG_STD_BOUNDS, CategoricalHead, GaussianHead
-from dmrl_ray.networks import Encoder, Memory
+from dmrl_ray.networks import Encoder, Memory, linear
 from dmrl_ray.types import Rollout
 
 Previous: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -117,9 +117,7 @@ class ActorCritic(nn.Module):
         discrete = isinstance(action_space, gym.spaces.Discrete)
         head = CategoricalHead if discrete else GaussianHead
         self.policy_head: CategoricalHead | GaussianHead = head(self.encoder.out_dim, actions)
-        self.value_head = nn.Linear(self.encoder.out_dim, 1)
-        nn.init.orthogonal_(self.value_head.weight, 1.0)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = linear(self.encoder.out_dim, 1, gain=1.0)
         self.obs_norm = RunningNorm(shape) if config.normalize_obs and not self.is_image else None
         self.value_norm = RunningNorm(()) if config.normalize_value else None
 
