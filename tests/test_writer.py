@@ -6,35 +6,12 @@ import re
 
 import numpy as np
 import pytest
+from small_run import add, create, make_run
 
 from dmrl_ray.commits import verify
 from dmrl_ray.errors import StorageError
 from dmrl_ray.results import load
 from dmrl_ray.writer import RunWriter
-
-
-def create(folder, **options):
-    return RunWriter.create(folder, "seed: 0\n", {"seed": 0}, **options)
-
-
-def add(writer, first, rows=4):
-    """Metrics rows whose values count up from `first`."""
-    same = {"stage": "s", "job": "j", "policy_version": first, "env_steps": 0}
-    writer.add("metrics", {**same, "name": "loss", "value": np.arange(first, first + rows)})
-
-
-def step(writer, number):
-    """One iteration of a small run, committed: four rows, one new checkpoint."""
-    add(writer, 4 * number)
-    record = writer.save("last", {"w": np.full(3, number)})
-    return writer.commit({"step": number + 1}, {"last": record})
-
-
-def make_run(folder, steps, **options):
-    with create(folder, **options) as writer:
-        for number in range(steps):
-            step(writer, number)
-    return folder
 
 
 def values(folder):
