@@ -64,7 +64,7 @@ def _join(x: Tensor, extra: Tensor | None) -> Tensor:
 
 
 def linear(width: int, size: int, *, gain: float) -> nn.Linear:
-    """A linear layer whose weights begin orthogonal, times `gain`, and whose bias begins at zero."""
+    """A linear layer: orthogonal weights times `gain`, and a bias of zero."""
     layer = nn.Linear(width, size)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
