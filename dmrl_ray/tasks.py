@@ -40,6 +40,10 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     """Attributes, each an array (B, ...), that hold everything an open episode depends on, the
     parameters of the columns' present tasks and those waiting for the next reset included."""
 
+    remembers: bool = False
+    """Keep what the present tasks have shown, for `belief` and `oracle_action`. Set before the
+    first reset; a column forgets at the first reset after each `set_tasks`."""
+
     def __init__(
         self, num_envs: int, observation_space: gym.Space[Any], action_space: gym.Space[Any]
     ):
@@ -82,6 +86,22 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
             return obs, {}
         self.begin(np.flatnonzero(done))
         return self.observe(), {"final_obs": obs}
+
+    def belief(self) -> np.ndarray:
+        """(B, D) float32: what can be known of each column's task, as numbers of about unit scale.
+
+        A sufficient statistic of everything the column was shown since its first episode on the
+        task; kept only while `remembers`. Families without one raise NotImplementedError.
+        """
+        raise NotImplementedError
+
+    def oracle_action(self) -> np.ndarray:
+        """(B, *action_shape): what the best fair policy known would do now, to be imitated.
+
+        Fair: it knows what `belief` knows, never the task. Only while `remembers`; families
+        without one raise NotImplementedError.
+        """
+        raise NotImplementedError
 
     def get_state(self) -> Arrays:
         """Copies of everything the open episodes depend on, the random stream excepted."""
