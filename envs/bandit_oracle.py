@@ -1,4 +1,4 @@
-"""What Bernoulli bandits with arms ~ U[0, 1] are worth: exact optima, Gittins indices, baselines.
+"""What Bernoulli bandits are worth: exact optima, the Gittins index policy, baselines.
 
 A trial has k arms and n pulls; returns are expected numbers of rewards in a trial.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 
 import numpy as np
+
+from .gittins import gittins_table
 
 KNOWN: dict[tuple[int, int], float] = {
     (2, 10): 6.0218,  # `exact_return`, like the next six
@@ -36,7 +38,7 @@ Choose = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 def bayes_optimal_return(arms: int, pulls: int) -> float | None:
     """The Bayes-optimal return: exact where that is cheap, else of the Gittins index policy.
 
-    None beyond 200 pulls, except for the sizes in `KNOWN`: the index table grows with n^3.
+    None beyond 200 pulls, except for the sizes in `KNOWN`: the work grows with n^3.
     """
     # An arm beyond the number of pulls can never be needed.
     known = KNOWN.get((arms, pulls))
@@ -91,35 +93,12 @@ def _exact_two(pulls: int) -> float:
     return float(value[0, 0, 0])
 
 
-def gittins_table(pulls: int, levels: int = 1000) -> np.ndarray:
-    """(n + 1, n, n) finite-horizon Gittins indices by pulls left, wins and losses, in levels.
-
-        W(s, f, r) = max(0, p - x + p W(s + 1, f, r - 1) + (1 - p) W(s, f + 1, r - 1))
-
-    with p = (s + 1) / (s + f + 2); the index is the smallest charge x per pull at which W is 0.
-    Source: Kaufmann, "On Bayesian index policies for sequential resource allocation", 2018.
-    """
-    table = np.zeros((pulls + 1, pulls, pulls), np.uint16)
-    wins, losses = np.meshgrid(np.arange(pulls), np.arange(pulls), indexing="ij")
-    mean = (wins + 1) / (wins + losses + 2)
-    for charges in np.array_split(np.arange(levels) / levels, max(1, levels // 16)):
-        worth = np.zeros((len(charges), pulls + 1, pulls + 1))
-        for left in range(1, pulls + 1):
-            m = pulls - left + 1  # wins and losses are below this
-            p = mean[:m, :m]
-            win, loss = worth[:, 1 : m + 1, :m], worth[:, :m, 1 : m + 1]
-            worth = p - charges[:, None, None] + p * win + (1 - p) * loss
-            np.maximum(worth, 0.0, out=worth)
-            table[left, :m, :m] += (worth > 1e-12).sum(axis=0, dtype=np.uint16)
-    return table
-
-
 def gittins_return(arms: int, pulls: int, trials: int = 20_000, seed: int = 0) -> float:
     """Return of the finite-horizon Gittins index policy; its error is about 0.05 % of it."""
     table = gittins_table(pulls)
 
     def choose(wins: np.ndarray, losses: np.ndarray, done: int) -> np.ndarray:
-        return np.asarray(table[pulls - done, wins, losses].argmax(axis=1))
+        return np.asarray(table(pulls - done, wins, wins + losses).argmax(axis=1))
 
     return play(choose, arms, pulls, trials, np.random.default_rng(seed))
 

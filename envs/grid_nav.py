@@ -13,8 +13,10 @@ from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
 from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
+
+from .memory import RememberingVectorEnv
 
 SIZE = 5
 HORIZON = 15
@@ -32,8 +34,18 @@ _landing = np.clip(CELLS[:, None] + MOVES, 0, SIZE - 1)
 NEXT_CELL: np.ndarray = _landing[..., 0] + SIZE * _landing[..., 1]
 """(cells, actions)."""
 
+DISTANCE: np.ndarray = np.abs(CELLS[:, None] - CELLS).sum(axis=-1)
+"""(cells, cells) steps from one to another."""
 
-class GridNavVectorEnv(TaskVectorEnv):
+TOWARDS: np.ndarray = DISTANCE[NEXT_CELL].argmin(axis=1)
+"""(cells, cells) the first action of a shortest path: along x before y, and 0 at its end."""
+
+SWEEP = np.array([10, 15, 20, 21, 16, 11, 12, 7, 8, 13, 18, 17, 22, 23, 2, 3, 4, 9, 14, 19, 24])
+"""All goals: 14 that one episode can meet from its second step on, and then 7 that lie on one
+shortest path along two sides."""
+
+
+class GridNavVectorEnv(RememberingVectorEnv):
     """Columns of grids.
 
     * Observation: (25,) the own cell, one-hot.
@@ -43,6 +55,7 @@ class GridNavVectorEnv(TaskVectorEnv):
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ("cell", "goal", "next_goal", "t")
+    memory_fields: ClassVar[tuple[str, ...]] = ("possible",)
 
     def __init__(self, num_envs: int):
         super().__init__(num_envs, Box(0.0, 1.0, (len(CELLS),), np.float32), Discrete(len(MOVES)))
@@ -50,17 +63,27 @@ class GridNavVectorEnv(TaskVectorEnv):
         self.goal = np.full(num_envs, GOALS[-1])
         self.next_goal = self.goal.copy()
         self.t = np.zeros(num_envs, np.int64)
+        self.possible = np.zeros((num_envs, len(CELLS)), np.bool_)  # where the goal may be
+        self.possible[:, GOALS] = True
+        self._columns = np.arange(num_envs)
         self._one_hot = np.eye(len(CELLS), dtype=np.float32)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """One task per column, played from that column's next reset on."""
+        super().set_tasks(tasks)
         self.next_goal[:] = [task.params["goal"] for task in tasks]
 
     def begin(self, columns: np.ndarray) -> None:
         """Put the agents of these columns on the start."""
+        super().begin(columns)
         self.cell[columns] = 0
         self.goal[columns] = self.next_goal[columns]
         self.t[columns] = 0
+
+    def forget(self, columns: np.ndarray) -> None:
+        """The goals of these columns may be anywhere."""
+        self.possible[columns] = False
+        self.possible[np.ix_(columns, GOALS)] = True
 
     def observe(self) -> np.ndarray:
         """(B, 25) one-hot cells."""
@@ -73,11 +96,28 @@ class GridNavVectorEnv(TaskVectorEnv):
         self.cell = NEXT_CELL[self.cell, actions]
         found = self.cell == self.goal
         reward = np.where(found, np.float32(1.0), np.float32(-0.1))
+        if self.remembers:
+            self.possible[self._columns, self.cell] = found
+            self.possible[found] = self._one_hot[self.cell[found]] > 0
         self.t += 1
         truncated = self.t >= HORIZON
         obs, infos = self.auto_reset(self.observe(), truncated)
         infos["success"] = found
         return obs, reward, np.zeros(self.num_envs, np.bool_), truncated, infos
+
+    def belief(self) -> np.ndarray:
+        """(B, 26) the chance of each cell to be the goal, and whether it is known."""
+        count = self.possible.sum(axis=1, keepdims=True)
+        return np.concatenate([self.possible / count, count == 1], axis=1, dtype=np.float32)
+
+    def oracle_action(self) -> np.ndarray:
+        """(B,) the first move towards the nearest cell that may be the goal.
+
+        Of equally near ones it takes the first of `SWEEP`. From the start this is Bayes-optimal:
+        see `bayes_return`. From elsewhere it is a search that wastes few steps.
+        """
+        rank = np.where(self.possible, _RANK.take(self.cell, axis=0), _RANK.max() + 1)
+        return np.asarray(TOWARDS[self.cell, rank.argmin(axis=1)])
 
     def render(self) -> Array:
         """The grid from above, with the goal in green and the agent in black."""
@@ -85,6 +125,10 @@ class GridNavVectorEnv(TaskVectorEnv):
         image[tuple(CELLS[self.goal[0]][::-1])] = (40, 160, 60)
         image[tuple(CELLS[self.cell[0]][::-1])] = (0, 0, 0)
         return image[::-1].repeat(8, axis=0).repeat(8, axis=1)
+
+
+_RANK: np.ndarray = len(CELLS) * DISTANCE
+_RANK[:, SWEEP] += np.arange(len(SWEEP))
 
 
 class GridNav(TaskDistribution):

@@ -7,10 +7,11 @@ from dmrl_ray.envs.bandit_oracle import (
     bayes_optimal_return,
     exact_return,
     gittins_return,
-    gittins_table,
     thompson_return,
     ucb1_return,
 )
+from dmrl_ray.envs.bandit_priors import PAIRS, dependent_return, posterior_mean
+from dmrl_ray.envs.gittins import GittinsTable, gittins_table
 from dmrl_ray.types import Task
 
 
@@ -50,9 +51,35 @@ def test_tabulated_optima_are_the_exact_ones(cell):
 def test_gittins_indices_of_the_last_two_pulls_by_hand():
     # One pull left: the mean, 1/2. Two left at (0, 0): the charge x that a win, worth going on
     # with at 2/3, just pays for: 1/2 - x + (2/3 - x) / 2 = 0, so x = 5/9.
-    table = gittins_table(2, levels=900)
-    assert table[1, 0, 0] / 900 == pytest.approx(1 / 2, abs=1 / 800)
-    assert table[2, 0, 0] / 900 == pytest.approx(5 / 9, abs=1 / 800)
+    none = np.zeros(1, int)
+    assert GittinsTable(2)(1, none, none) == pytest.approx(1 / 2, abs=1e-4)
+    assert GittinsTable(2)(2, none, none) == pytest.approx(5 / 9, abs=1e-4)
+
+
+def test_gittins_indices_are_those_of_the_recursion():
+    # W(s, f, r) = max(0, p - x + p W(s + 1, f, r - 1) + (1 - p) W(s, f + 1, r - 1)), by bisection.
+    def worth(wins, losses, left, charge):
+        if left == 0:
+            return 0.0
+        p = (wins + 1) / (wins + losses + 2)
+        win, loss = (worth(wins + w, losses + 1 - w, left - 1, charge) for w in (1, 0))
+        return max(0.0, p - charge + p * win + (1 - p) * loss)
+
+    table = GittinsTable(9)
+    for wins, losses, left in [(0, 0, 9), (1, 2, 6), (4, 0, 5), (0, 3, 4), (2, 2, 1)]:
+        low, high = 0.0, 1.0
+        for _ in range(15):
+            middle = (low + high) / 2
+            positive = worth(wins, losses, left, middle) > 0
+            low, high = (middle, high) if positive else (low, middle)
+        index = table(left, np.array([wins]), np.array([wins + losses]))[0]
+        assert index == pytest.approx(low, abs=3e-4)
+
+
+def test_an_arm_known_beyond_the_table_is_worth_its_mean():
+    index = gittins_table(10)(np.full((1, 1), 10), np.array([[30, 0]]), np.array([[40, 0]]))
+    assert index[0, 0] == pytest.approx(31 / 42)
+    assert index[0, 1] > 0.6
 
 
 def test_the_index_policy_earns_almost_the_optimum():
@@ -65,6 +92,27 @@ def test_the_index_policy_earns_almost_the_optimum():
 )
 def test_tabulated_gittins_returns_are_simulated_again(cell, tolerance):
     assert gittins_return(*cell, seed=1) == pytest.approx(KNOWN[cell], abs=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cell", "least"), [((5, 100), 78.5), ((50, 500), 464.5)])
+def test_the_oracle_action_earns_almost_the_optimum(cell, least):
+    # Counted as in `play`: by the chance of the arm pulled, corrected for how good the best were.
+    arms, pulls = cell
+    family = Bandit(Bandit.Config(arms=arms, pulls=pulls))
+    env = family.make_vec(4000)
+    env.np_random = np.random.default_rng(0)
+    env.remembers = True
+    env.set_tasks(family.sample(np.random.default_rng(1), 4000, "test"))
+    env.reset()
+    chance, total = env.chance.copy(), np.zeros(4000)
+    for _ in range(pulls):
+        action = env.oracle_action()
+        total += chance[np.arange(4000), action]
+        env.step(action)
+    best = chance.max(axis=1)
+    slope = np.cov(total, best)[0, 1] / best.var(ddof=1)
+    assert total.mean() - slope * (best.mean() - arms / (arms + 1)) > least
 
 
 @pytest.mark.slow
@@ -100,3 +148,45 @@ def test_random_pulls_score_zero_and_the_optimum_one():
     reference = Bandit(Bandit.Config()).reference(task([0.5] * 5))
     score = reference.score(np.array([0, 0]), np.array([5.0, 6.66]))
     np.testing.assert_allclose(score, [0, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prior", "mean_best", "regret"),
+    [
+        ("correlated_uniform", 0.75, 1.221),
+        ("easy", 0.9, 0.625),
+        ("medium", 0.75, 1.000),
+        ("hard", 0.6, 2.312),
+    ],
+)
+def test_regrets_of_dependent_arms_are_the_known_optima(prior, mean_best, regret):
+    assert 100 * mean_best - dependent_return(prior, 100) == pytest.approx(regret, abs=6e-4)
+
+
+@pytest.mark.parametrize("prior", ["correlated_uniform", "hard"])
+def test_the_oracle_of_dependent_arms_earns_their_optimum(prior):
+    family = Bandit(Bandit.Config(arms=2, pulls=20, prior=prior))
+    env = family.make_vec(20_000)
+    env.np_random = np.random.default_rng(0)
+    env.remembers = True
+    env.set_tasks(family.sample(np.random.default_rng(1), 20_000, "test"))
+    env.reset()
+    total = sum(env.step(env.oracle_action())[1] for _ in range(20))
+    oracle = family.reference(None).oracle[0]
+    assert total.mean() == pytest.approx(oracle, abs=4 * total.std() / np.sqrt(20_000))
+
+
+def test_posterior_means_by_bayes_rule():
+    # Three pulls of p: two wins; one pull of 1 - p: a loss, which speaks for p as a win does.
+    wins, pulled = np.array([2, 0]), np.array([3, 1])
+    for prior, high in PAIRS.items():
+        for_high, for_low = high**3 * (1 - high), (1 - high) ** 3 * high
+        p = (high * for_high + (1 - high) * for_low) / (for_high + for_low)
+        np.testing.assert_allclose(posterior_mean(prior, wins, pulled), [p, 1 - p])
+    np.testing.assert_allclose(posterior_mean("correlated_uniform", wins, pulled), [4 / 6, 2 / 6])
+    np.testing.assert_allclose(posterior_mean("independent", wins, pulled), [3 / 5, 1 / 3])
+
+
+def test_a_bandit_of_dependent_arms_has_two():
+    with pytest.raises(ValueError, match="2 arms, not of 5"):
+        Bandit.Config(prior="easy")
