@@ -261,7 +261,7 @@ def test_a_column_forgets_at_the_first_reset_after_it_was_given_a_task(believer)
     env.begin(np.array([1, 3]))
     np.testing.assert_array_equal(env.belief()[[1, 3]], first[[1, 3]])
     np.testing.assert_array_equal(env.belief()[[0, 2]], later[[0, 2]])
-    play(env, random_actions(env, 12, seed=1))
+    play(env, random_actions(env, 12, seed=3))
     env.begin(np.array([1, 3]))
     assert not np.array_equal(env.belief()[[1, 3]], first[[1, 3]])
 
