@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dmrl_ray.networks import Memory
+from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import Previous, mask_previous
 from dmrl_ray.types import Rollout
 

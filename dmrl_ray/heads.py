@@ -12,7 +12,6 @@ from dmrl_ray.losses import (
     gaussian_entropy,
     gaussian_log_prob,
 )
-from dmrl_ray.networks import linear
 
 LOG_STD_BOUNDS = (-3.0, 1.0)
 """Below e^-3 exploration is lost and the gradient explodes; above e^1 all actions clip."""
@@ -21,13 +20,14 @@ LOG_STD_BOUNDS = (-3.0, 1.0)
 class CategoricalHead(nn.Module):
     """Discrete actions; distribution parameters are the logits (..., A)."""
 
-    def __init__(self, width: int, num_actions: int) -> None:
+    def __init__(self, layer: nn.Module, num_actions: int) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.layer = linear(width, num_actions, gain=0.01)
+        self.layer = layer
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layer(features)
+        logits: Tensor = self.layer(features)
+        return logits
 
     def noise(self, rng: np.random.Generator, steps: int, columns: int) -> Tensor:
         """Gumbel noise for `sample`, for a whole rollout at once."""
@@ -64,10 +64,10 @@ class GaussianHead(nn.Module):
     clipped where they meet the environment, not here.
     """
 
-    def __init__(self, width: int, num_actions: int) -> None:
+    def __init__(self, layer: nn.Module, num_actions: int) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.layer = linear(width, num_actions, gain=0.01)
+        self.layer = layer
         self.log_std = nn.Parameter(torch.full((self.num_actions,), -0.5))
 
     def forward(self, features: Tensor) -> Tensor:

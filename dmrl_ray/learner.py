@@ -58,7 +58,12 @@ class Learner:
         algorithm.rng = random_stream(self.spec.seed, *self.spec.key, "update", version)
         algorithm.progress = min(1.0, env_steps / max(1, self.spec.env_steps))
         skipped = algorithm.skipped_batches
+        # Dropout draws from torch's own stream.
+        noise = random_stream(self.spec.seed, *self.spec.key, "noise", version)
+        torch.manual_seed(int(noise.integers(2**63)))
+        self.policy.train(not algorithm.frozen_statistics)
         metrics = algorithm.update(trial)
+        self.policy.eval()
         skipped = algorithm.skipped_batches - skipped
         self._poisoned = self._poisoned + 1 if skipped else 0
         if self._poisoned >= MAX_POISONED_UPDATES:
@@ -83,19 +88,18 @@ class Learner:
         set_weights(self.policy, weights)
 
     def get_state(self) -> Arrays:
-        """Weights and optimiser: everything that the next update depends on."""
+        """Weights, optimiser and the algorithm's own: all that the next update depends on."""
         state = {f"weights.{name}": array for name, array in self.weights().items()}
         for i, parameter in enumerate(self.algorithm.parameters):
             for name, value in self.algorithm.optimizer.state[parameter].items():
                 state[f"optimizer.{i}.{name}"] = value.detach().cpu().numpy().copy()
-        return state
+        own = self.algorithm.get_state()
+        return state | {f"algorithm.{name}": array for name, array in own.items()}
 
     def set_state(self, state: Arrays) -> None:
         """Continue from `get_state`'s answer."""
-        prefix = "weights."
-        set_weights(
-            self.policy, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        )
+        set_weights(self.policy, _under("weights.", state))
+        self.algorithm.set_state(_under("algorithm.", state))
         self.algorithm.optimizer.state.clear()
         for name, array in state.items():
             if name.startswith("optimizer."):
@@ -110,6 +114,10 @@ class Learner:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _under(prefix: str, state: Arrays) -> Arrays:
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:

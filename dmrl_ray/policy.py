@@ -7,16 +7,19 @@ tuple of tensors (B, ...), empty for encoders without memory.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Box
+from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.config import Component, Settings
 from dmrl_ray.heads import LOG_STD_BOUNDS, CategoricalHead, GaussianHead
-from dmrl_ray.networks import Encoder, Memory, linear
+from dmrl_ray.networks.base import Encoder, Memory, linear
+from dmrl_ray.spaces import Packed, scaled_columns
 from dmrl_ray.types import Rollout
 
 Previous: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -69,6 +72,9 @@ class RunningNorm(nn.Module):
 class ActorCritic(nn.Module):
     """Policy and value function over one encoder, or one each.
 
+    `auxiliary` is for networks that an algorithm adds, such as decoders and critics of its own:
+    they travel with the weights, but another algorithm may start from the rest without them.
+
     Normalisation statistics are buffers: they travel with the weights, and only the learner
     updates them, after its gradient steps, so that a policy version means one function.
     """
@@ -81,6 +87,16 @@ class ActorCritic(nn.Module):
         """Give the value function an encoder of its own; null does so for encoders without
         memory only."""
 
+        critic_only: tuple[str, ...] = ()
+        """Parts of the observation that the value function alone sees, such as ``[task]``: it is
+        not needed to act, and knows more with them (Pinto et al. 2017, arXiv:1710.06542)."""
+
+        blind_to: tuple[Literal["action", "reward", "done"], ...] = ()
+        """What a policy that sees its previous step shall not see of it."""
+
+        context: int = Field(default=0, ge=0)
+        """Width of a vector of parameters that joins the input: what CAVIA adapts."""
+
         normalize_obs: bool = True
         """Scale observations by their running mean and deviation (never images)."""
 
@@ -90,36 +106,69 @@ class ActorCritic(nn.Module):
     def __init__(
         self,
         config: Config,
-        obs_space: gym.Space[Any],
+        obs_space: Box,
         action_space: gym.Space[Any],
         *,
         sees_previous: bool,
     ) -> None:
         super().__init__()
-        shape = obs_space.shape
-        assert shape is not None
         if isinstance(action_space, gym.spaces.Discrete):
             actions = int(action_space.n)
         else:
             actions = math.prod(action_space.shape or ())
-        extra = actions + 2 if sees_previous else 0
+        extra = config.context + (actions + 2 if sees_previous else 0)
         self.sees_previous = sees_previous
+        self.blind_to = config.blind_to
         self.is_image = obs_space.dtype == np.uint8
+        actor_space = self._split(obs_space, config.critic_only)
         build = config.encoder.load()
-        self.encoder: Encoder = build(config.encoder.settings, shape, extra)
+        self.encoder: Encoder = build(config.encoder.settings, actor_space, extra)
         self.recurrent = bool(self.encoder.initial_memory(1))
         separate = config.separate_value
         if separate is None:
             separate = not self.recurrent
         self.value_encoder: Encoder | None = None
         if separate:
-            self.value_encoder = build(config.encoder.settings, shape, extra)
+            self.value_encoder = build(config.encoder.settings, obs_space, extra)
         discrete = isinstance(action_space, gym.spaces.Discrete)
         head = CategoricalHead if discrete else GaussianHead
-        self.policy_head: CategoricalHead | GaussianHead = head(self.encoder.out_dim, actions)
-        self.value_head = linear(self.encoder.out_dim, 1, gain=1.0)
-        self.obs_norm = RunningNorm(shape) if config.normalize_obs and not self.is_image else None
+        self.policy_head: CategoricalHead | GaussianHead = head(
+            self.encoder.action_layer(actions), actions
+        )
+        if self.hidden is None or separate:
+            self.value_head: nn.Module = linear(self.encoder.out_dim, 1, gain=1.0)
+        else:  # What a hidden part means depends on what the memory holds: one layer is too few.
+            layer = linear(self.encoder.out_dim + len(self.hidden), 128, gain=math.sqrt(2))
+            self.value_head = nn.Sequential(layer, nn.ReLU(), linear(128, 1, gain=1.0))
+        self.context = nn.Parameter(torch.zeros(config.context)) if config.context else None
+        self.auxiliary = nn.ModuleDict()
+        scaled = config.normalize_obs and scaled_columns(obs_space).any()
+        self.obs_norm = RunningNorm(obs_space.shape) if scaled else None
         self.value_norm = RunningNorm(()) if config.normalize_value else None
+
+    def _split(self, space: Box, critic_only: tuple[str, ...]) -> Box:
+        """The actor's part of the observation; where it is not all, `seen` and `hidden` say."""
+        self.seen: Tensor | None
+        self.hidden: Tensor | None
+        self.scaled: Tensor | None
+        mask = scaled_columns(space)
+        tensors = dict.fromkeys(("seen", "hidden", "scaled"))
+        if not mask.all() and mask.any():
+            tensors["scaled"] = torch.from_numpy(mask)
+        actor_space = space
+        if critic_only:
+            if not isinstance(space, Packed):
+                raise ValueError(
+                    "network.critic_only: the observations have no named parts; "
+                    "show the task with tasks: {type: observe, ...}"
+                )
+            actor_space = space.without(critic_only)
+            hidden = space.columns(critic_only)
+            tensors["hidden"] = torch.from_numpy(hidden)
+            tensors["seen"] = torch.from_numpy(np.setdiff1d(np.arange(space.shape[0]), hidden))
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        return actor_space
 
     def initial_memory(self, num: int) -> Memory:
         """The actor's memory before the first step of a trial."""
@@ -133,7 +182,8 @@ class ActorCritic(nn.Module):
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Memory]:
         """The actor: distribution parameters (T, B, P), features (T, B, H) and memory."""
-        features, memory = self.encoder(self._scale(obs), self._extra(previous), memory, reset)
+        x = self._actor_input(obs)
+        features, memory = self.encoder(x, self._extra(previous, obs), memory, reset)
         return self.policy_head(features), features, memory
 
     def value(
@@ -150,12 +200,17 @@ class ActorCritic(nn.Module):
         """
         if self.value_encoder is None:
             if features is None:
-                features = self.encoder(self._scale(obs), self._extra(previous), (), None)[0]
+                extra = self._extra(previous, obs)
+                features = self.encoder(self._actor_input(obs), extra, (), None)[0]
+            if self.hidden is not None:
+                features = torch.cat([features, self._scale(obs)[..., self.hidden]], -1)
         else:
             memory = self.value_encoder.initial_memory(obs.shape[1])
             memory = tuple(leaf.to(obs.device) for leaf in memory)
-            features = self.value_encoder(self._scale(obs), self._extra(previous), memory, reset)[0]
-        return self.value_head(features).squeeze(-1)
+            extra = self._extra(previous, obs)
+            features = self.value_encoder(self._scale(obs), extra, memory, reset)[0]
+        value: Tensor = self.value_head(features)
+        return value.squeeze(-1)
 
     def denormalize_value(self, value: Tensor) -> Tensor:
         """From the critic's units to returns."""
@@ -185,15 +240,32 @@ class ActorCritic(nn.Module):
     def _scale(self, obs: Tensor) -> Tensor:
         if self.is_image:
             return obs.to(torch.float32) / 255.0
-        return obs if self.obs_norm is None else self.obs_norm.normalize(obs)
+        if self.obs_norm is None:
+            return obs
+        scaled = self.obs_norm.normalize(obs)
+        return scaled if self.scaled is None else torch.where(self.scaled, scaled, obs)
 
-    def _extra(self, previous: Previous | None) -> Tensor | None:
-        if not self.sees_previous:
-            return None
-        assert previous is not None
-        action, reward, done = previous
-        flags = torch.stack([reward, done.to(reward.dtype)], -1)
-        return torch.cat([self.policy_head.encode(action), flags], -1)
+    def _actor_input(self, obs: Tensor) -> Tensor:
+        x = self._scale(obs)
+        return x if self.seen is None else x[..., self.seen]
+
+    def _extra(self, previous: Previous | None, obs: Tensor) -> Tensor | None:
+        """What joins the observation: the previous step, and the context."""
+        parts = []
+        if self.sees_previous:
+            assert previous is not None
+            action, reward, done = previous
+            shown = {
+                "action": self.policy_head.encode(action),
+                "reward": reward.unsqueeze(-1),
+                "done": done.to(reward.dtype).unsqueeze(-1),
+            }
+            parts += [
+                torch.zeros_like(x) if name in self.blind_to else x for name, x in shown.items()
+            ]
+        if self.context is not None:
+            parts.append(self.context.expand(*obs.shape[:2], -1))
+        return torch.cat(parts, -1) if parts else None
 
 
 def mask_previous(action: Tensor, reward: Tensor, done: Tensor, reset: Tensor) -> Previous:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dmrl_ray.buffers import Buffers
 from dmrl_ray.episodes import Episodes
 from dmrl_ray.faults import answer_of, check_finite, fault, first_obs
-from dmrl_ray.networks import Memory
+from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import (

@@ -29,13 +29,14 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "point_goal": "dmrl_ray.envs.point_goal:PointGoal",
         "cartpole": "dmrl_ray.envs.cartpole:CartPole",
         "gym": "dmrl_ray.envs.gym_env:GymEnv",
+        "observe": "dmrl_ray.envs.observe:Observe",
     },
     "network": {"actor_critic": "dmrl_ray.policy:ActorCritic"},
     "encoder": {
-        "mlp": "dmrl_ray.networks:MLP",
-        "cnn": "dmrl_ray.networks:CNN",
-        "lstm": "dmrl_ray.networks:LSTM",
-        "gru": "dmrl_ray.networks:GRU",
+        "mlp": "dmrl_ray.networks.mlp:MLP",
+        "cnn": "dmrl_ray.networks.cnn:CNN",
+        "lstm": "dmrl_ray.networks.recurrent:LSTM",
+        "gru": "dmrl_ray.networks.recurrent:GRU",
     },
     "algorithm": {
         "ppo": "dmrl_ray.algorithms.ppo:PPO",

@@ -85,7 +85,8 @@ def build(spec: JobSpec) -> Program:
             distribution.action_space,
             sees_previous=kind.sees_previous,
         )
-    algorithm = kind(spec.algorithm.settings, distribution, policy)
+        algorithm = kind(spec.algorithm.settings, distribution, policy)
+    policy.eval()
     columns = algorithm.columns_per_task
     if spec.rollout.num_envs % columns:
         raise ValueError(
@@ -156,13 +157,23 @@ def get_weights(policy: ActorCritic) -> Arrays:
     return {name: t.detach().cpu().numpy().copy() for name, t in policy.state_dict().items()}
 
 
+def optional(name: str) -> bool:
+    """Whether a policy can do without the weight of this name: `auxiliary` ones and adapters."""
+    return name.startswith("auxiliary.") or "adapter" in name
+
+
 def set_weights(policy: ActorCritic, weights: Arrays) -> None:
     """Inverse of `get_weights`.
+
+    What is `optional` may be unknown, and is dropped, or missing, and is left as it is: another
+    algorithm can start from a policy without the networks that only its first one needed.
 
     Raises:
         ValueError: a name is missing, unknown or of another shape.
     """
     own = policy.state_dict()
+    weights = {k: v for k, v in weights.items() if k in own or not optional(k)}
+    own = {k: v for k, v in own.items() if k in weights or not optional(k)}
     problems = [f"{k} is missing" for k in own.keys() - weights.keys()]
     problems += [f"{k} is unknown" for k in weights.keys() - own.keys()]
     problems += [

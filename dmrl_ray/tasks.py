@@ -119,10 +119,10 @@ class TaskDistribution(ABC):
     class Config(Settings):
         """What a YAML file may set for this family."""
 
-    family: ClassVar[str]
+    family: str
     """The name under which the family stands in tables, and its short name in configs."""
 
-    domain: ClassVar[str] = "core"
+    domain: str = "core"
     """core, game, robot, language or recommendation."""
 
     observation_space: gym.Space[Any]

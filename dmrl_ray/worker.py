@@ -94,6 +94,7 @@ class RolloutWorker:
         sampler.start(
             random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
         )
+        algorithm.progress = min(1.0, call.env_steps / max(1, spec.env_steps))
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)

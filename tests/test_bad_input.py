@@ -276,12 +276,12 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, optimizer: sgd, {}}}"
         ),
         (["tasks.fault=endless"], ["tasks: Broken lacks the attribute 'max_episode_steps'"]),
         (
-            ["tasks=dmrl_ray.networks:MLP"],
-            ["tasks.type: dmrl_ray.networks:MLP is no dmrl_ray.tasks.TaskDistribution"],
+            ["tasks=dmrl_ray.networks.mlp:MLP"],
+            ["tasks.type: dmrl_ray.networks.mlp:MLP is no dmrl_ray.tasks.TaskDistribution"],
         ),
         (
-            ["algorithm=dmrl_ray.networks:MLP"],
-            ["algorithm.type: dmrl_ray.networks:MLP is no dmrl_ray.algorithms.base.Algorithm"],
+            ["algorithm=dmrl_ray.networks.mlp:MLP"],
+            ["algorithm.type: dmrl_ray.networks.mlp:MLP is no dmrl_ray.algorithms.base.Algorithm"],
         ),
         (["tasks={type: gym, id: CartPole-v7}"], ["stages.train: tasks.id: ", "v7", "v1"]),
         (

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     "types losses settings config errors places yaml_text yaml_messages yaml_config",
-    "tasks faults networks heads policy episodes buffers rollout replay dataset "
+    "spaces tasks faults networks heads policy episodes buffers rollout replay dataset "
     "tables checkpoint commits run_folder writer",
     "algorithms",
     "spec worker learner",
@@ -19,7 +19,7 @@ LAYERS = [
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 FIRST_WITH_RAY = 4
-MAY_ENVS_IMPORT = {"types", "tasks", "config", "envs"}
+MAY_ENVS_IMPORT = {"types", "spaces", "tasks", "config", "envs"}
 
 PACKAGE = sorted((ROOT / "dmrl_ray").rglob("*.py"))
 ENVS = sorted((ROOT / "envs").rglob("*.py"))

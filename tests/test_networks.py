@@ -1,10 +1,14 @@
 """Encoders: memory over steps and resets, images, and the vector that joins observations."""
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 from dmrl_ray.config import Component
-from dmrl_ray.networks import CNN, GRU, LSTM, MLP
+from dmrl_ray.networks.cnn import CNN
+from dmrl_ray.networks.mlp import MLP
+from dmrl_ray.networks.recurrent import GRU, LSTM
 
 CELLS = [LSTM, GRU]
 STEPS, COLUMNS = 7, 4
@@ -12,7 +16,8 @@ STEPS, COLUMNS = 7, 4
 
 def make(kind, obs_shape=(3,), extra=0, **settings):
     torch.manual_seed(0)
-    return kind(kind.Config.model_validate(settings), obs_shape, extra)
+    space = Box(-np.inf, np.inf, obs_shape, np.float32)
+    return kind(kind.Config.model_validate(settings), space, extra)
 
 
 def sequence(seed=0):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from torch import nn
 
 from dmrl_ray.heads import CategoricalHead, GaussianHead
 from dmrl_ray.policy import ActorCritic, RunningNorm, mask_previous
@@ -25,7 +26,7 @@ def rng(seed=0):
 
 
 def test_sampled_actions_are_as_frequent_as_softmax_says():
-    head, steps, columns = CategoricalHead(2, 4), 500, 400
+    head, steps, columns = CategoricalHead(nn.Linear(2, 4), 4), 500, 400
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
     action = head.sample(logits.expand(steps, columns, 4), head.noise(rng(), steps, columns))
     frequency = torch.bincount(action.flatten(), minlength=4) / action.numel()
@@ -34,7 +35,7 @@ def test_sampled_actions_are_as_frequent_as_softmax_says():
 
 
 def test_neighbouring_samples_are_independent():
-    head = CategoricalHead(2, 2)
+    head = CategoricalHead(nn.Linear(2, 2), 2)
     action = head.sample(torch.zeros(300, 300, 2), head.noise(rng(), 300, 300)).double()
     for a, b in ((action[1:], action[:-1]), (action[:, 1:], action[:, :-1])):
         correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
@@ -42,7 +43,7 @@ def test_neighbouring_samples_are_independent():
 
 
 def test_gaussian_samples_have_their_mean_and_deviation():
-    head, steps, columns = GaussianHead(2, 2), 500, 400
+    head, steps, columns = GaussianHead(nn.Linear(2, 2), 2), 500, 400
     pi = torch.tensor([1.0, -2.0, math.log(0.5), math.log(2.0)]).expand(steps, columns, 4)
     action = head.sample(pi, head.noise(rng(), steps, columns)).flatten(0, 1)
     torch.testing.assert_close(action.mean(0), torch.tensor([1.0, -2.0]), atol=0.02, rtol=0)
@@ -56,12 +57,12 @@ def test_the_first_policy_is_almost_uniform():
 
 
 def test_codes_of_actions_are_one_hot_and_no_action_is_zeros():
-    code = CategoricalHead(2, 3).encode(torch.tensor([[-1, 0, 2]]))
+    code = CategoricalHead(nn.Linear(2, 3), 3).encode(torch.tensor([[-1, 0, 2]]))
     assert code.tolist() == [[[0, 0, 0], [1, 0, 0], [0, 0, 1]]]
 
 
 def test_codes_of_continuous_actions_are_what_the_environment_felt():
-    code = GaussianHead(2, 2).encode(torch.tensor([[1.5, -0.3]]))
+    code = GaussianHead(nn.Linear(2, 2), 2).encode(torch.tensor([[1.5, -0.3]]))
     torch.testing.assert_close(code, torch.tensor([[1.0, -0.3]]))
 
 
@@ -198,7 +199,7 @@ def test_norms_travel_with_the_weights_and_are_not_trained():
 
 
 def test_the_deviation_of_actions_stays_in_its_bounds():
-    head = GaussianHead(2, 2)
+    head = GaussianHead(nn.Linear(2, 2), 2)
     with torch.no_grad():
         head.log_std.copy_(torch.tensor([-9.0, 9.0]))
     assert head(torch.zeros(1, 1, 2))[0, 0, 2:].tolist() == [-3, 1]

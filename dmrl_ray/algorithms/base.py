@@ -15,15 +15,16 @@ from dmrl_ray.config import Settings
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Task, Trial
+from dmrl_ray.types import Arrays, Task, Trial
 
 
 class Algorithm(ABC):
     """`collect` runs in rollout workers, `update` in learners; both own the same policy class.
 
-    What a learner sets before `update`: `rng` (the random stream of this update), `progress`
-    (share of the budget spent) and, with several learners, `rank`, `world_size` and
-    `average_gradients`.
+    Networks that an algorithm needs beside the policy are put into ``policy.auxiliary`` when it is
+    made. What a learner sets before `update`: `rng` (the random stream of this update) and, with
+    several learners, `rank`, `world_size` and `average_gradients`. Learner and worker both set
+    `progress`, the share of the budget spent.
     """
 
     class Config(Settings):
@@ -49,6 +50,9 @@ class Algorithm(ABC):
 
     memory_spans_trial: bool = False
     """The policy's memory, and so returns, survive the ends of episodes."""
+
+    frozen_statistics: bool = False
+    """Updates use batch normalisation and dropout as acting does; else as training does."""
 
     continues_episodes: bool = False
     """Episodes go on from one collection to the next; else every collection begins afresh."""
@@ -81,10 +85,26 @@ class Algorithm(ABC):
     def update(self, trial: Trial) -> dict[str, float]:
         """The outer loop: improve the policy from what all shards collected, as tensors."""
 
-    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> None:
-        """Play one trial on each task, for the episode records alone."""
+    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """Live through one trial on each task, as `collect` does but without learning from it."""
         sampler.begin_trial(tasks, self.policy)
-        sampler.rollout(self.policy, self.distribution.trial_steps, with_value=False)
+        return self.play(sampler, self.distribution.trial_steps)
+
+    def play(self, sampler: Sampler, num_steps: int) -> Trial:
+        """Go on acting, adapting by what the policy remembers alone."""
+        return [sampler.rollout(self.policy, num_steps, with_value=False)]
+
+    def learning_rate(self, name: str) -> float:
+        """Step size of the parameter of this name."""
+        return self.config.lr
+
+    def get_state(self) -> Arrays:
+        """What the next update depends on beside weights and optimiser, such as replay."""
+        return {}
+
+    def set_state(self, state: Arrays) -> None:
+        """Continue from `get_state`'s answer."""
+        assert not state
 
     def prepare_training(self, trainable: tuple[str, ...] = ("",)) -> None:
         """Freeze the parameters outside `trainable` and make the optimiser for the rest.
@@ -95,35 +115,47 @@ class Algorithm(ABC):
         check_prefixes("trainable", trainable, [n for n, _ in self.policy.named_parameters()])
         for name, parameter in self.policy.named_parameters():
             parameter.requires_grad_(name.startswith(trainable))
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        moving = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(moving), list(moving.values())
         config = self.config
         decay = config.weight_decay
+        # One group for each step size: a fused step is one call a group.
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in moving.items():
+            by_rate.setdefault(self.learning_rate(name), []).append(parameter)
+        groups = [{"params": p, "lr": lr, "base_lr": lr} for lr, p in by_rate.items()]
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.parameters, config.lr, weight_decay=decay)
+            self.optimizer = torch.optim.SGD(groups, config.lr, weight_decay=decay)
         else:
             kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-            self.optimizer = kind(
-                self.parameters, config.lr, eps=1e-5, weight_decay=decay, fused=True
-            )
+            self.optimizer = kind(groups, config.lr, eps=1e-5, weight_decay=decay, fused=True)
 
-    def step_optimizer(self, loss: Tensor) -> Tensor:
+    def step_optimizer(self, loss: Tensor, parts: tuple[str, ...] = ("",)) -> Tensor:
         """One gradient step; returns the gradient's norm before clipping.
 
         A loss or gradient that is not finite leaves parameters and optimiser as they are and is
         counted in `skipped_batches`.
+
+        Args:
+            loss: scalar.
+            parts: prefixes of the parameter names that it moves; others keep still, whatever the
+                loss depends on.
         """
+        moving = [
+            p for n, p in zip(self.names, self.parameters, strict=True) if n.startswith(parts)
+        ]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(inputs=moving)  # type: ignore[no-untyped-call]
         if self.average_gradients is not None:
-            self.average_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            self.average_gradients(moving)
+        norm = nn.utils.clip_grad_norm_(moving, self.config.max_grad_norm)
         if not torch.isfinite(norm):
             self.skipped_batches += 1
             return norm
         if self.config.anneal_lr:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * max(0.0, 1.0 - self.progress)
+                group["lr"] = group["base_lr"] * max(0.0, 1.0 - self.progress)
         self.optimizer.step()
         self.policy.project()
         return norm

@@ -69,6 +69,7 @@ class MAML(Algorithm):
         """0 trusts the fitted baseline, 1 the returns."""
 
     config: Config
+    frozen_statistics = True
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)
@@ -90,8 +91,8 @@ class MAML(Algorithm):
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         return self._adapt(sampler, tasks, self.config.inner_steps)
 
-    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> None:
-        self._adapt(sampler, tasks, self.config.evaluation_steps)
+    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        return self._adapt(sampler, tasks, self.config.evaluation_steps)
 
     def update(self, trial: Trial) -> dict[str, float]:
         *support, query = trial

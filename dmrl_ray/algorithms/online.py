@@ -76,13 +76,14 @@ def live_through(
             sampler.set_tasks(tasks)
             sampler.begin_episodes(forget=not algorithm.memory_spans_trial)
         for _ in range(settings.episodes_per_task):
-            learns = settings.optimizer != "none"
-            actor = task_actor(policy, params) if learns else None
-            rollout = sampler.rollout(policy, horizon, actor=actor, with_value=False)
-            rewards.append(rollout.reward.reshape(horizon, len(streams), -1).mean(-1))
-            if learns:
+            if settings.optimizer == "none":
+                (rollout,) = algorithm.play(sampler, horizon)
+            else:
+                actor = task_actor(policy, params)
+                rollout = sampler.rollout(policy, horizon, actor=actor, with_value=False)
                 step += 1
                 params = _step(algorithm, params, rollout, settings, moments, step)
+            rewards.append(rollout.reward.reshape(horizon, len(streams), -1).mean(-1))
     per_change = settings.episodes_per_task * horizon
     return np.concatenate(rewards).reshape(-1, per_change, len(streams))
 

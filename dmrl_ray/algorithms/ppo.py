@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.losses import generalized_advantage, ppo_clip_loss
-from dmrl_ray.networks import Memory
+from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution

@@ -10,13 +10,17 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from dmrl_ray.losses import generalized_advantage, linear_baseline
-from dmrl_ray.networks import Memory
+from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rollout import Actor
 from dmrl_ray.types import Rollout
 
 Parameters: TypeAlias = dict[str, Tensor]
 """Parameters of the actor by name; every leaf is (N, ...) with one entry per task."""
+
+
+ACTOR = ("encoder.", "policy_head.", "context")
+"""Prefixes of the parameters that act; the rest belongs to critics and training."""
 
 
 def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:
@@ -27,7 +31,7 @@ def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:
     seen = {
         name: parameter.unsqueeze(0).expand(num_tasks, *parameter.shape)
         for name, parameter in policy.named_parameters()
-        if name.startswith(("encoder.", "policy_head."))
+        if name.startswith(ACTOR)
     }
     return {name: p if p.requires_grad else p.requires_grad_() for name, p in seen.items()}
 

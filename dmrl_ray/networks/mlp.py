@@ -1,0 +1,33 @@
+"""Fully connected encoders."""
+
+from __future__ import annotations
+
+import math
+
+from gymnasium.spaces import Box
+from torch import Tensor
+
+from dmrl_ray.config import Settings
+from dmrl_ray.networks.base import Activation, Encoder, Memory, join, stack
+
+
+class MLP(Encoder):
+    """Fully connected layers."""
+
+    class Config(Settings):
+        sizes: tuple[int, ...] = (64, 64)
+        """Width of each layer."""
+
+        activation: Activation = "relu"
+        """Between the layers; tanh costs more than a 64-wide layer does on a CPU."""
+
+    def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
+        super().__init__()
+        width = math.prod(obs_space.shape) + extra
+        self.layers = stack(width, config.sizes, config.activation)
+        self.out_dim = config.sizes[-1] if config.sizes else width
+
+    def forward(
+        self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
+    ) -> tuple[Tensor, Memory]:
+        return self.layers(join(obs.flatten(2), extra)), ()

@@ -1,0 +1,86 @@
+"""Recurrent encoders."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from gymnasium.spaces import Box
+from torch import Tensor, nn
+
+from dmrl_ray.config import Component, Settings
+from dmrl_ray.networks.base import Encoder, Memory, join
+
+
+class _Recurrent(Encoder):
+    """A body, then one recurrent layer; the kernel is fused over steps without a reset."""
+
+    class Config(Settings):
+        size: int = 128
+        """Width of the memory."""
+
+        body: Component | None = None
+        """Encoder before the recurrent layer, such as a cnn; None feeds the observation."""
+
+    kind: type[nn.LSTM] | type[nn.GRU]
+    leaves: int
+
+    def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
+        super().__init__()
+        self.body: Encoder | None = None
+        width = math.prod(obs_space.shape) + extra
+        if config.body is not None:
+            self.body = config.body.load()(config.body.settings, obs_space, extra)
+            width = self.body.out_dim
+        self.cell = self.kind(width, config.size)
+        for name, parameter in self.cell.named_parameters():
+            if name.startswith("weight"):
+                for gate in parameter.chunk(parameter.shape[0] // config.size):
+                    nn.init.orthogonal_(gate)
+            else:
+                nn.init.zeros_(parameter)
+        self.out_dim = config.size
+
+    def initial_memory(self, num: int) -> Memory:
+        return tuple(torch.zeros(num, self.out_dim) for _ in range(self.leaves))
+
+    def forward(
+        self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
+    ) -> tuple[Tensor, Memory]:
+        if self.body is None:
+            x = join(obs.flatten(2), extra)
+        else:
+            x, _ = self.body(obs, extra, (), None)
+        if reset is None:
+            return self._run(x, memory)
+        starts = [0, *(reset[1:].any(1).nonzero().flatten() + 1).tolist(), x.shape[0]]
+        parts = []
+        for start, stop in pairwise(starts):
+            keep = (~reset[start]).to(x.dtype).unsqueeze(-1)
+            part, memory = self._run(x[start:stop], tuple(leaf * keep for leaf in memory))
+            parts.append(part)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), memory
+
+    def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        raise AssertionError
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory (Hochreiter and Schmidhuber, 1997)."""
+
+    kind, leaves = nn.LSTM, 2
+
+    def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        out, (hidden, cell) = self.cell(x, (memory[0].unsqueeze(0), memory[1].unsqueeze(0)))
+        return out, (hidden.squeeze(0), cell.squeeze(0))
+
+
+class GRU(_Recurrent):
+    """Gated recurrent unit (Cho et al., 2014)."""
+
+    kind, leaves = nn.GRU, 1
+
+    def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        out, hidden = self.cell(x, memory[0].unsqueeze(0))
+        return out, (hidden.squeeze(0),)

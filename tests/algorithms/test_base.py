@@ -1,0 +1,87 @@
+"""What every algorithm inherits: optimiser steps on parts, step sizes by name, optional weights."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dmrl_ray.algorithms.ppo import PPO
+from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.spec import JobSpec, build, get_weights, set_weights
+
+
+class TwoRates(PPO):
+    """PPO with an auxiliary network that learns faster than the policy."""
+
+    def __init__(self, config, distribution, policy):
+        super().__init__(config, distribution, policy)
+        policy.auxiliary["guess"] = nn.Linear(2, 1)
+
+    def learning_rate(self, name):
+        return 1.0 if name.startswith("auxiliary.") else 0.5
+
+
+def program(kind="ppo", **settings):
+    algorithm = Component(type=kind, optimizer="sgd", max_grad_norm=1e9, **settings)
+    spec = JobSpec(
+        "s",
+        "s",
+        0,
+        Component(type="cartpole"),
+        Component(type="actor_critic"),
+        algorithm,
+        RolloutSettings(num_envs=2),
+    )
+    return build(spec)
+
+
+TWO_RATES = f"{__name__}:TwoRates"
+
+
+def test_a_loss_moves_the_named_parts_alone():
+    algorithm = program().algorithm
+    algorithm.prepare_training()
+    policy = algorithm.policy
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    loss = sum(p.sum() for p in policy.parameters())
+    algorithm.step_optimizer(loss, ("value_head",))
+    moved = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"value_head.weight", "value_head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("auxiliary.guess.bias", 1.0), ("value_head.bias", 0.5)]
+)
+def test_a_parameter_moves_by_its_own_step_size(name, step):
+    algorithm = program(TWO_RATES).algorithm
+    algorithm.prepare_training()
+    parameter = dict(algorithm.policy.named_parameters())[name]
+    before = parameter.detach().clone()
+    algorithm.step_optimizer(sum(p.sum() for p in algorithm.policy.parameters()))
+    torch.testing.assert_close(before - parameter.detach(), torch.full_like(parameter, step))
+
+
+def test_another_algorithm_starts_without_the_auxiliary_networks_of_the_first():
+    first, second = program(TWO_RATES).policy, program().policy
+    set_weights(second, get_weights(first))
+    assert torch.equal(second.value_head.weight, first.value_head.weight)
+
+
+def test_auxiliary_networks_that_the_first_algorithm_lacked_stay_as_they_began():
+    first, second = program().policy, program(TWO_RATES).policy
+    began = second.auxiliary["guess"].weight.detach().clone()
+    set_weights(second, get_weights(first))
+    assert torch.equal(second.auxiliary["guess"].weight, began)
+
+
+def test_other_weights_that_are_missing_are_named():
+    weights = get_weights(program().policy)
+    del weights["value_head.bias"]
+    with pytest.raises(ValueError, match=r"value_head\.bias is missing"):
+        set_weights(program().policy, weights)
+
+
+def test_auxiliary_networks_begin_the_same_for_the_same_seed():
+    ours, theirs = (get_weights(program(TWO_RATES).policy) for _ in range(2))
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name])
