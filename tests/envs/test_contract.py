@@ -15,7 +15,6 @@ from dmrl_ray.envs.gym_env import GymEnv
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.envs.registration import FAMILIES, SingleEnv, register
 from dmrl_ray.envs.tabular_mdp import TabularMDP
-from dmrl_ray.tasks import TaskVectorEnv
 from dmrl_ray.types import SPLITS
 
 RANGES = {"gravity": [5, 15], "length": [0.25, 1]}
@@ -26,6 +25,8 @@ CASES = {
     "tabular_mdp": (TabularMDP, {}),
     "grid_nav": (GridNav, {"held_out": 3}),
     "point_goal": (PointGoal, {"horizon": 7}),
+    "point_goal_semicircle": (PointGoal, {"horizon": 30, "goal": "semicircle"}),
+    "point_goal_sparse": (PointGoal, {"horizon": 30, "goal": "semicircle", "sparse_radius": 0.95}),
     "cartpole": (CartPole, RANGES),
     "gym_discrete": (GymEnv, {"id": "CartPole-v1", "vary": RANGES}),
     "gym_box": (GymEnv, {"id": "Pendulum-v1", "vary": {"g": [5, 15]}, "max_episode_steps": 9}),
@@ -37,24 +38,6 @@ FEW_TASKS = {"bandit_hard"}
 def made(name):
     kind, settings = CASES[name]
     return kind(kind.Config.model_validate(settings))
-
-
-def overrides(name, method):
-    return getattr(type(made(name).make_vec(1)), method) is not getattr(TaskVectorEnv, method)
-
-
-BELIEVERS = [name for name in CASES if overrides(name, "belief")]
-ORACLES = [name for name in CASES if overrides(name, "oracle_action")]
-
-
-@pytest.fixture(params=CASES)
-def family(request):
-    return made(request.param)
-
-
-@pytest.fixture(params=BELIEVERS)
-def believer(request):
-    return made(request.param)
 
 
 def stream(seed=0):
@@ -78,6 +61,29 @@ def random_actions(env, num_steps, seed=0):
 def play(env, actions):
     """Observations, rewards and both flags of every step, each (T, B, ...)."""
     return [np.array(part) for part in zip(*(env.step(a)[:4] for a in actions), strict=True)]
+
+
+def has(name, method):
+    """Whether the family of a case answers a question about what is known."""
+    try:
+        getattr(started(made(name), remembers=True)[0], method)()
+    except NotImplementedError:
+        return False
+    return True
+
+
+BELIEVERS = [name for name in CASES if has(name, "belief")]
+ORACLES = [name for name in CASES if has(name, "oracle_action")]
+
+
+@pytest.fixture(params=CASES)
+def family(request):
+    return made(request.param)
+
+
+@pytest.fixture(params=BELIEVERS)
+def believer(request):
+    return made(request.param)
 
 
 def assert_same(one, other):

@@ -5,9 +5,10 @@ from dmrl_ray.envs.point_goal import PointGoal, known_goal_return, random_return
 from dmrl_ray.types import Task
 
 
-def env_at(goal, num_envs=1, horizon=100):
-    env = PointGoal(PointGoal.Config(horizon=horizon)).make_vec(num_envs)
-    env.set_tasks([Task("a", "point_goal", "train", {"goal": np.array(goal)})] * num_envs)
+def env_at(place, num_envs=1, **settings):
+    env = PointGoal(PointGoal.Config(**settings)).make_vec(num_envs)
+    env.remembers = True
+    env.set_tasks([Task("a", "point_goal", "train", {"goal": np.array(place)})] * num_envs)
     env.reset()
     return env
 
@@ -80,3 +81,70 @@ def test_the_end_is_a_time_limit():
     env = env_at([0.5, 0.5], horizon=2)
     ends = [env.step(np.zeros((1, 2)))[2:4] for _ in range(2)]
     assert [(bool(a[0]), bool(b[0])) for a, b in ends] == [(False, False), (False, True)]
+
+
+@pytest.mark.parametrize(("horizon", "mean"), [(20, 13.38), (60, 53.38), (100, 93.38)])
+def test_mean_oracle_of_the_sparse_half_circle_is_the_known_one(horizon, mean):
+    # A goal at angle a is a walk of 10 max(|cos a|, |sin a|) moves away; notes of 13.4 and 93.38.
+    angle = np.pi * (np.arange(4000) + 0.5) / 4000
+    goals = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    returns = [known_goal_return(goal, horizon, 0.2) for goal in goals]
+    assert np.mean(returns) == pytest.approx(mean, abs=5e-3)
+
+
+def test_a_sparse_goal_pays_within_its_radius_alone():
+    env = env_at([0.0, 1.0], goal="semicircle", sparse_radius=0.2)
+    reward = [env.step(np.array([[0.0, 0.98]]))[1][0] for _ in range(10)]
+    np.testing.assert_allclose(reward[:8], 0)
+    np.testing.assert_allclose(reward[8:], [1 - 0.118, 1 - 0.02], atol=1e-6)
+
+
+def test_random_return_of_a_sparse_goal_is_that_of_random_play():
+    angle = 0.7
+    goal, rng = np.array([np.cos(angle), np.sin(angle)]), np.random.default_rng(1)
+    env = env_at(goal, num_envs=20_000, horizon=60, goal="semicircle", sparse_radius=0.5)
+    total = sum(env.step(rng.uniform(-1, 1, (20_000, 2)))[1].astype(float) for _ in range(60))
+    error = total.std() / np.sqrt(20_000)
+    assert total.mean() == pytest.approx(random_return(goal, 60, 0.5), abs=4 * error)
+
+
+def test_goals_of_the_half_circle_are_uniform_in_angle():
+    family = PointGoal(PointGoal.Config(goal="semicircle"))
+    goal = np.array(
+        [t.params["goal"] for t in family.sample(np.random.default_rng(0), 4000, "test")]
+    )
+    np.testing.assert_allclose(np.linalg.norm(goal, axis=1), 1)
+    angle = np.arctan2(goal[:, 1], goal[:, 0])
+    np.testing.assert_allclose(
+        np.quantile(angle, [0.25, 0.5, 0.75]) / np.pi, [0.25, 0.5, 0.75], atol=0.04
+    )
+
+
+def test_a_sparse_belief_excludes_what_was_passed_and_holds_what_was_met():
+    angle = 2.0
+    goal = np.array([np.cos(angle), np.sin(angle)])
+    env = env_at(goal, goal="semicircle", sparse_radius=0.2)
+    for _ in range(10):  # to (1, 0), where the goals within 0.2 are those up to 0.2003 radians
+        env.step(np.array([[1.0, 0.0]]))
+    excluded = env.belief()[0] < 1e-6
+    assert excluded.sum() == pytest.approx(0.2003 / np.pi * 64, abs=1)
+    assert excluded[:4].all()
+    env.reset()
+    for t in range(1, 16):
+        env.step(10 * (goal - env.position) if t < 10 else np.array([[0.3, 0.1]]))
+    assert env.belief()[0].argmax() == int(angle / np.pi * 64)
+    assert env.belief()[0].max() > 0.3
+
+
+def test_a_dense_belief_finds_the_angle_from_any_walk():
+    angle = 0.9
+    env = env_at([np.cos(angle), np.sin(angle)], goal="semicircle")
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        env.step(rng.uniform(-1, 1, (1, 2)))
+    assert env.belief()[0] @ (np.pi * (np.arange(64) + 0.5) / 64) == pytest.approx(angle, abs=0.05)
+
+
+def test_no_belief_is_kept_about_goals_in_a_square():
+    with pytest.raises(NotImplementedError, match="half circle"):
+        env_at([0.1, 0.2]).belief()
