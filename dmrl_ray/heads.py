@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmrl_ray.losses import (
+from dmrl_ray.losses.distributions import (
     categorical_entropy,
     categorical_log_prob,
     gaussian_entropy,

@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 
-from dmrl_ray.losses import (
+from dmrl_ray.losses.distributions import (
     categorical_entropy,
     categorical_log_prob,
     gaussian_entropy,
     gaussian_log_prob,
+)
+from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
+from dmrl_ray.losses.returns import (
     generalized_advantage,
-    likelihood_ratio_loss,
     linear_baseline,
-    ppo_clip_loss,
     reverse_scan,
     trial_advantage,
 )

@@ -26,7 +26,7 @@ from dmrl_ray.algorithms.task_params import (
     task_gradients,
     task_log_prob,
 )
-from dmrl_ray.losses import ppo_clip_loss
+from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution

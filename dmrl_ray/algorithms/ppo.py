@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.losses import generalized_advantage, ppo_clip_loss
+from dmrl_ray.losses.policy_gradient import ppo_clip_loss
+from dmrl_ray.losses.returns import generalized_advantage
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.rollout import Sampler

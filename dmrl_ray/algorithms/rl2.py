@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from dmrl_ray.algorithms.ppo import PPO, ClipConfig
-from dmrl_ray.losses import trial_advantage
+from dmrl_ray.losses.returns import trial_advantage
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.types import Task, Trial
 

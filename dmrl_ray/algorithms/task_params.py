@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from dmrl_ray.losses import generalized_advantage, linear_baseline
+from dmrl_ray.losses.returns import generalized_advantage, linear_baseline
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rollout import Actor
@@ -74,8 +74,8 @@ def task_gradients(
 ) -> Parameters:
     """Every task's policy gradient, negated, with respect to its own parameters `moving`.
 
-    The surrogate is importance-weighted (`losses.likelihood_ratio_loss`), so that the gradient
-    stays right under parameters other than those that acted.
+    The surrogate is importance-weighted (`likelihood_ratio_loss`), so that the gradient stays
+    right under parameters other than those that acted.
     """
     log_prob = task_log_prob(policy, params, rollout)
     ratio = (log_prob - by_task(rollout.log_prob, params)).exp()

@@ -12,7 +12,7 @@ from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.learner import Learner
-from dmrl_ray.losses import likelihood_ratio_loss, ppo_clip_loss
+from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Weights

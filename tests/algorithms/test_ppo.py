@@ -8,7 +8,7 @@ import torch
 
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.learner import Learner
-from dmrl_ray.losses import ppo_clip_loss
+from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.spec import JobSpec, Weights, build
 from dmrl_ray.types import Rollout
 from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker

@@ -6,7 +6,7 @@ import torch
 
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.learner import Learner
-from dmrl_ray.losses import trial_advantage
+from dmrl_ray.losses.returns import trial_advantage
 from dmrl_ray.spec import JobSpec, Weights
 from dmrl_ray.types import Rollout
 from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker

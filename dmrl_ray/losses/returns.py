@@ -1,28 +1,11 @@
-"""Returns, advantages and policy-gradient losses as pure functions of tensors.
-
-No function here knows a network, an optimiser, a config or a device: tensors in, tensors out.
-
-Axes: T time steps, B environments. Every per-step tensor is (T, B). Reward ``reward[t]`` is the
-one received for ``action[t]``; ``next_value[t]`` is the value of the state that action led to,
-before any auto-reset.
-"""
+"""Returns and advantages, and the baseline that a gradient-based method fits."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-
-def _same_shape(**tensors: Tensor) -> None:
-    """Raise ValueError naming the first tensor whose shape differs from the first one's."""
-    (first, expected), *others = tensors.items()
-    for name, tensor in others:
-        if tensor.shape != expected.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but {first} has {tuple(expected.shape)}"
-            )
+from dmrl_ray.losses.shapes import check_shapes
 
 
 def reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
@@ -79,7 +62,7 @@ def generalized_advantage(
     Raises:
         ValueError: the tensors do not have one shape.
     """
-    _same_shape(
+    check_shapes(
         reward=reward,
         value=value,
         next_value=next_value,
@@ -125,59 +108,6 @@ def trial_advantage(reward: Tensor, value: Tensor, *, gamma: float, gae_lambda: 
     )
 
 
-def ppo_clip_loss(
-    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor, *, clip: float
-) -> Tensor:
-    """PPO's clipped surrogate, negated so that it is minimised.
-
-    Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, eq. 7
-    (arXiv:1707.06347).
-
-    Args:
-        log_prob: (T, B), under the policy being trained; carries the gradient.
-        behaviour_log_prob: (T, B), under the policy that acted.
-        advantage: (T, B).
-        clip: half-width of the trust interval around ratio 1; 0.2 in the paper.
-
-    Returns:
-        Scalar, mean over T and B.
-
-    Raises:
-        ValueError: the tensors do not have one shape.
-    """
-    _same_shape(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
-    ratio = (log_prob - behaviour_log_prob).exp()
-    clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
-    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
-
-
-def likelihood_ratio_loss(
-    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor
-) -> Tensor:
-    """Policy gradient as an importance-weighted surrogate, negated.
-
-    Its value at ``log_prob == behaviour_log_prob`` is minus the mean advantage and its gradient
-    there the policy gradient; away from there it still estimates the return of the policy being
-    trained, which ``log_prob * advantage`` does not. MAML's outer gradient needs that.
-
-    Source: Rothfuss et al., "ProMP: Proximal Meta-Policy Search", 2019, eq. 4 with the ratio of
-    eq. 9 (arXiv:1810.06784).
-
-    Args:
-        log_prob: (T, B), carries the gradient.
-        behaviour_log_prob: (T, B), under the policy that acted.
-        advantage: (T, B).
-
-    Returns:
-        Scalar, mean over T and B.
-
-    Raises:
-        ValueError: the tensors do not have one shape.
-    """
-    _same_shape(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
-    return -((log_prob - behaviour_log_prob).exp() * advantage).mean()
-
-
 def linear_baseline(
     obs: Tensor, reward: Tensor, done: Tensor, *, gamma: float, ridge: float = 1e-5
 ) -> Tensor:
@@ -202,7 +132,7 @@ def linear_baseline(
     Raises:
         ValueError: the tensors do not fit together.
     """
-    _same_shape(reward=reward, done=done, **{"obs[..., 0]": obs[..., 0]})
+    check_shapes(reward=reward, done=done, **{"obs[..., 0]": obs[..., 0]})
     with torch.no_grad():
         steps, tasks, columns = reward.shape
         flat = (steps, tasks * columns)
@@ -221,34 +151,3 @@ def linear_baseline(
         weights = torch.linalg.solve(gram, x.mT @ y)
         value = (x @ weights).reshape(tasks, steps, columns).transpose(0, 1)
         return value.to(reward.dtype)
-
-
-def categorical_log_prob(logits: Tensor, action: Tensor) -> Tensor:
-    """Log-probability of discrete actions.
-
-    Args:
-        logits: (..., A), not normalised.
-        action: (...) int64.
-
-    Returns:
-        (...).
-    """
-    chosen = logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
-
-
-def categorical_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of categorical distributions; (..., A) -> (...)."""
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """Log-density of diagonal Gaussian actions; all (..., A) -> (...)."""
-    z = (action - mean) * (-log_std).exp()
-    return -0.5 * (z * z).sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy in nats of diagonal Gaussians; (..., A) -> (...)."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)

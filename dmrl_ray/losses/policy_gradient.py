@@ -1,0 +1,61 @@
+"""Policy-gradient losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmrl_ray.losses.shapes import check_shapes
+
+
+def ppo_clip_loss(
+    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor, *, clip: float
+) -> Tensor:
+    """PPO's clipped surrogate, negated so that it is minimised.
+
+    Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, eq. 7
+    (arXiv:1707.06347).
+
+    Args:
+        log_prob: (T, B), under the policy being trained; carries the gradient.
+        behaviour_log_prob: (T, B), under the policy that acted.
+        advantage: (T, B).
+        clip: half-width of the trust interval around ratio 1; 0.2 in the paper.
+
+    Returns:
+        Scalar, mean over T and B.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
+    """
+    check_shapes(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
+    ratio = (log_prob - behaviour_log_prob).exp()
+    clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
+    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+
+
+def likelihood_ratio_loss(
+    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor
+) -> Tensor:
+    """Policy gradient as an importance-weighted surrogate, negated.
+
+    Its value at ``log_prob == behaviour_log_prob`` is minus the mean advantage and its gradient
+    there the policy gradient; away from there it still estimates the return of the policy being
+    trained, which ``log_prob * advantage`` does not. MAML's outer gradient needs that.
+
+    Source: Rothfuss et al., "ProMP: Proximal Meta-Policy Search", 2019, eq. 4 with the ratio of
+    eq. 9 (arXiv:1810.06784).
+
+    Args:
+        log_prob: (T, B), carries the gradient.
+        behaviour_log_prob: (T, B), under the policy that acted.
+        advantage: (T, B).
+
+    Returns:
+        Scalar, mean over T and B.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
+    """
+    check_shapes(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
+    return -((log_prob - behaviour_log_prob).exp() * advantage).mean()
