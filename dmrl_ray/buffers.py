@@ -35,10 +35,22 @@ class Buffers:
         self.reset = np.zeros((num_steps + 1, columns), np.bool_)
         self.reset[0] = reset
         self.before = previous
+        self.oracle_action = np.empty((num_steps, 0), np.float32)
+        self.taught = False
         self.memory = memory
         self.final_step: list[np.ndarray] = []
         self.final_column: list[np.ndarray] = []
         self.final_obs: list[np.ndarray] = []
+
+    def teach(self, columns: int) -> None:
+        """Make room for the oracle's actions; it acts in the first of the columns."""
+        self.oracle_action = np.empty_like(self.action)
+        self.taught, self._followed = True, columns
+
+    def follow(self, t: int, oracle_action: np.ndarray) -> None:
+        """Note what the oracle would do at step t, and let it act where it is followed."""
+        self.oracle_action[t] = oracle_action
+        self.action[t, : self._followed] = oracle_action[: self._followed]
 
     def end(self, t: int, columns: np.ndarray, final_obs: np.ndarray) -> None:
         """Keep the true successors of the columns whose episodes ended at step t."""
@@ -81,6 +93,7 @@ class Buffers:
             next_value=empty,
             advantage=empty,
             value_target=empty,
+            oracle_action=self.oracle_action,
             previous_action=self.before[0],
             previous_reward=self.before[1],
             previous_done=self.before[2],

@@ -7,6 +7,7 @@ the loop over steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ from dmrl_ray.buffers import Buffers
 from dmrl_ray.episodes import Episodes
 from dmrl_ray.faults import answer_of, check_finite, fault, first_obs
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
+from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import (
     Arrays,
@@ -29,6 +30,7 @@ from dmrl_ray.types import (
     tasks_from_array,
     tasks_to_array,
 )
+from dmrl_ray.values import Carried, peek_value, values
 
 Actor: TypeAlias = Callable[
     [Tensor, Previous | None, Memory, Tensor | None], tuple[Tensor, Tensor, Memory]
@@ -112,6 +114,7 @@ class Sampler:
         shot: int = 0,
         with_value: bool = True,
         greedy: bool | None = None,
+        teacher: float | None = None,
     ) -> Rollout:
         """Act for `num_steps` steps in every column.
 
@@ -122,6 +125,8 @@ class Sampler:
             shot: adaptation steps done before, for the record.
             with_value: False leaves `value` and `next_value` empty (T, 0).
             greedy: overrides what `start` was told.
+            teacher: ask the environment's oracle what it would do at every step; in this share of
+                the columns it acts, too. The environment must remember (`TaskVectorEnv`).
 
         Raises:
             EnvironmentFault: the family raised, or an observation or reward is not finite.
@@ -129,6 +134,8 @@ class Sampler:
         greedy = self._greedy if greedy is None else greedy
         before = (self._previous_action, self._previous_reward, self._previous_done)
         buffers = Buffers(num_steps, self._obs, before, self._reset, self._memory)
+        if teacher is not None:
+            buffers.teach(math.ceil(teacher * self.num_envs))
         with torch.no_grad():
             pi, features, peeks = self._act(
                 policy, actor or policy, buffers, shot, greedy, with_value
@@ -138,7 +145,9 @@ class Sampler:
             rollout.log_prob = log_prob.numpy()
             check_finite(self.distribution, rollout, self.episodes, self._steps)
             if with_value:
-                rollout.value, rollout.next_value = self._values(policy, rollout, features, peeks)
+                rollout.value, rollout.next_value = values(
+                    policy, rollout, features, peeks, self._carried(), self.memory_spans_trial
+                )
         self._steps += num_steps
         return rollout
 
@@ -200,9 +209,11 @@ class Sampler:
             if keep_features:
                 features.append(feature)
             buffers.action[t] = action.numpy()
+            if buffers.taught:
+                buffers.follow(t, answer_of(self.distribution, self.env.oracle_action))
             done = self._step_env(buffers, t, shot)
             if peek and done is not None:
-                peeks.append(self._peek(policy, buffers, t, memory))
+                peeks.append(peek_value(policy, buffers, t, memory))
         self._memory = memory
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
@@ -242,6 +253,11 @@ class Sampler:
             buffers.reset[t + 1] = done
         return ended
 
+    def _carried(self) -> Carried:
+        """What the policy would be shown at the step after the last one."""
+        before = (self._previous_action, self._previous_reward, self._previous_done)
+        return Carried(self._memory, before, self._reset)
+
     def _carry(self, buffers: Buffers) -> None:
         """What the next rollout starts from."""
         self._obs = buffers.obs[-1].copy()
@@ -249,52 +265,6 @@ class Sampler:
         self._previous_action = buffers.action[-1].copy()
         self._previous_reward = buffers.reward[-1].copy()
         self._previous_done = buffers.done[-1].copy()
-
-    def _peek(self, policy: ActorCritic, buffers: Buffers, t: int, memory: Memory) -> Tensor:
-        """Values of the final observations of step t, with the memory of that moment."""
-        columns = torch.from_numpy(buffers.final_column[-1])
-        obs = torch.from_numpy(buffers.final_obs[-1]).unsqueeze(0)
-        action, reward = (torch.from_numpy(x[t : t + 1]) for x in (buffers.action, buffers.reward))
-        nothing = torch.zeros(1, len(columns), dtype=torch.bool)
-        previous = (action[:, columns], reward[:, columns], nothing)
-        _, features, _ = policy(obs, previous, tuple(leaf[columns] for leaf in memory), None)
-        return policy.value(features, obs)[0]
-
-    def _values(
-        self, policy: ActorCritic, rollout: Rollout, features: Tensor | None, peeks: list[Tensor]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """V(obs) and, unless memory spans the trial, V(true successor), in units of return."""
-        obs = torch.from_numpy(rollout.obs)
-        if self.memory_spans_trial:
-            tensors = rollout.map(torch.from_numpy)
-            previous = previous_inputs(tensors) if policy.sees_previous else None
-            whole = policy.value(features, obs[:-1], previous, tensors.reset_state)
-            value = policy.denormalize_value(whole).numpy()
-            return value, np.zeros_like(value)
-        if policy.recurrent:
-            last = self._last_value(policy, obs[-1:])
-            final = torch.cat(peeks) if peeks else last[:0]
-        else:
-            rows = torch.cat([obs[-1], torch.from_numpy(rollout.final_obs)])
-            values = policy.value(None, rows.unsqueeze(0))[0]
-            last, final = values[: self.num_envs], values[self.num_envs :]
-        value, end, successor = (
-            policy.denormalize_value(v).numpy()
-            for v in (policy.value(features, obs[:-1]), last, final)
-        )
-        next_value = np.concatenate([value[1:], end[None]])
-        next_value[rollout.final_step, rollout.final_column] = successor
-        next_value[rollout.terminated] = 0.0
-        return value, next_value
-
-    def _last_value(self, policy: ActorCritic, obs: Tensor) -> Tensor:
-        """V of the observation after the last step, with the memory of that moment."""
-        reset = torch.from_numpy(self._reset[None])
-        before = (self._previous_action, self._previous_reward, self._previous_done)
-        action, reward, done = (torch.from_numpy(x[None]) for x in before)
-        previous = mask_previous(action, reward, done, reset)
-        _, features, _ = policy(obs, previous, self._memory, reset)
-        return policy.value(features, obs)[0]
 
 
 _STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")

@@ -115,6 +115,7 @@ class Rollout:
     next_value: Array  # (T, B), V of the true successor; 0 where terminated
     advantage: Array  # (T, B), set by the algorithm's collect
     value_target: Array  # (T, B), set by the algorithm's collect
+    oracle_action: Array  # (T, B, *action_shape), what the oracle would have done, if asked
     previous_action: Array  # (B, *action_shape), before step 0; -1 or 0 where there is none
     previous_reward: Array  # (B,), before step 0
     previous_done: Array  # (B,) bool, before step 0; True at the start of a trial

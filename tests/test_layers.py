@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     "types losses settings config errors places yaml_text yaml_messages yaml_config",
-    "spaces tasks faults networks heads policy episodes buffers rollout replay dataset "
+    "spaces tasks faults networks heads policy episodes buffers values rollout replay dataset "
     "tables checkpoint commits run_folder writer",
     "algorithms",
     "spec worker learner",
