@@ -24,6 +24,9 @@ from pydantic import (
 SHORT_NAMES: dict[str, dict[str, str]] = {
     "tasks": {
         "bandit": "dmrl_ray.envs.bandit:Bandit",
+        "informative_bandit": "dmrl_ray.envs.informative_bandit:InformativeBandit",
+        "restless_bandit": "dmrl_ray.envs.restless_bandit:RestlessBandit",
+        "two_step": "dmrl_ray.envs.two_step:TwoStep",
         "tabular_mdp": "dmrl_ray.envs.tabular_mdp:TabularMDP",
         "grid_nav": "dmrl_ray.envs.grid_nav:GridNav",
         "point_goal": "dmrl_ray.envs.point_goal:PointGoal",
@@ -37,6 +40,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "cnn": "dmrl_ray.networks.cnn:CNN",
         "lstm": "dmrl_ray.networks.recurrent:LSTM",
         "gru": "dmrl_ray.networks.recurrent:GRU",
+        "symmetric": "dmrl_ray.networks.symmetric:Symmetric",
     },
     "algorithm": {
         "ppo": "dmrl_ray.algorithms.ppo:PPO",

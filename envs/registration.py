@@ -17,11 +17,24 @@ from dmrl_ray.types import Array, Split
 from .bandit import Bandit
 from .cartpole import CartPole
 from .grid_nav import GridNav
+from .informative_bandit import InformativeBandit
 from .point_goal import PointGoal
+from .restless_bandit import RestlessBandit
 from .tabular_mdp import TabularMDP
+from .two_step import TwoStep
 
 FAMILIES: dict[str, type[TaskDistribution]] = {
-    family.__name__: family for family in (Bandit, CartPole, GridNav, PointGoal, TabularMDP)
+    family.__name__: family
+    for family in (
+        Bandit,
+        CartPole,
+        GridNav,
+        InformativeBandit,
+        PointGoal,
+        RestlessBandit,
+        TabularMDP,
+        TwoStep,
+    )
 }
 
 

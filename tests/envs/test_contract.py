@@ -12,9 +12,12 @@ from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.cartpole import CartPole
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.envs.gym_env import GymEnv
+from dmrl_ray.envs.informative_bandit import InformativeBandit
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.envs.registration import FAMILIES, SingleEnv, register
+from dmrl_ray.envs.restless_bandit import RestlessBandit
 from dmrl_ray.envs.tabular_mdp import TabularMDP
+from dmrl_ray.envs.two_step import TwoStep
 from dmrl_ray.types import SPLITS
 
 RANGES = {"gravity": [5, 15], "length": [0.25, 1]}
@@ -22,6 +25,9 @@ CASES = {
     "bandit": (Bandit, {"arms": 3}),
     "bandit_correlated": (Bandit, {"arms": 2, "prior": "correlated_uniform"}),
     "bandit_hard": (Bandit, {"arms": 2, "prior": "hard"}),
+    "informative_bandit": (InformativeBandit, {}),
+    "restless_bandit": (RestlessBandit, {"pulls": 30}),
+    "two_step": (TwoStep, {"rounds": 28, "reversal": 0.15}),
     "tabular_mdp": (TabularMDP, {}),
     "grid_nav": (GridNav, {"held_out": 3}),
     "point_goal": (PointGoal, {"horizon": 7}),
@@ -31,7 +37,7 @@ CASES = {
     "gym_discrete": (GymEnv, {"id": "CartPole-v1", "vary": RANGES}),
     "gym_box": (GymEnv, {"id": "Pendulum-v1", "vary": {"g": [5, 15]}, "max_episode_steps": 9}),
 }
-FEW_TASKS = {"bandit_hard"}
+FEW_TASKS = {"bandit_hard", "informative_bandit"}
 """Families of so few tasks that the splits share their parameters."""
 
 
@@ -317,9 +323,8 @@ def test_the_oracle_earns_more_than_random_actions(name):
     total = []
     for imitated in (True, False):
         env, _ = started(family, num_envs=2000, remembers=True)
-        actions = iter(random_actions(env, family.trial_steps))
         earned = np.zeros(2000)
-        for random in actions:
+        for random in random_actions(env, family.trial_steps, seed=3):
             action = env.oracle_action() if imitated else random
             assert env.action_space.contains(action)
             earned += env.step(action)[1]

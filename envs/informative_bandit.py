@@ -1,0 +1,153 @@
+"""Ten arms of which one pays, and an eleventh that pays little and tells which.
+
+The bandit with an informative arm of Wang et al. 2016 (arXiv:1611.05763, sec. 3.1.3): the agent
+must give up a reward to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from pydantic import Field
+
+from dmrl_ray.config import Settings
+from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.types import Array, Reference, Split, Task
+
+from .memory import RememberingVectorEnv
+
+CANDIDATES = 10
+"""Arms that may be the target; the informative arm comes after them."""
+
+TARGET, OTHER, MEAN_HINT = 5.0, 1.0, 0.55
+"""What the target and the other candidates pay, and the informative arm on average."""
+
+
+class InformativeBanditVectorEnv(RememberingVectorEnv):
+    """Columns of bandits with a hidden target.
+
+    * Observation: (1,) share of the pulls done.
+    * Action: the arm to pull; 10 is the informative one.
+    * Reward: 5 from the target, 1 from the nine others, (i + 1) / 10 from the informative arm if
+      the target is arm i. There is no noise.
+    * End: terminated after `pulls` pulls.
+    """
+
+    state_fields: ClassVar[tuple[str, ...]] = ("target", "next_target", "t")
+    memory_fields: ClassVar[tuple[str, ...]] = ("possible",)
+
+    def __init__(self, num_envs: int, pulls: int):
+        super().__init__(num_envs, Box(0.0, 1.0, (1,), np.float32), Discrete(CANDIDATES + 1))
+        self.pulls = pulls
+        self.target = np.zeros(num_envs, np.int64)
+        self.next_target = self.target.copy()
+        self.t = np.zeros(num_envs, np.int64)
+        self.possible = np.ones((num_envs, CANDIDATES), np.bool_)
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """One task per column, played from that column's next reset on."""
+        super().set_tasks(tasks)
+        self.next_target[:] = [task.params["target"] for task in tasks]
+
+    def begin(self, columns: np.ndarray) -> None:
+        """Put the pulls of these columns back to none."""
+        super().begin(columns)
+        self.target[columns] = self.next_target[columns]
+        self.t[columns] = 0
+
+    def forget(self, columns: np.ndarray) -> None:
+        """The target of these columns may be any candidate."""
+        self.possible[columns] = True
+
+    def observe(self) -> np.ndarray:
+        """(B, 1) share of the pulls done."""
+        return (self.t / self.pulls).astype(np.float32)[:, None]
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Pull one arm in every column."""
+        met, asked = actions == self.target, actions == CANDIDATES
+        hint = (self.target + 1) / 10
+        reward = np.where(asked, hint, np.where(met, TARGET, OTHER)).astype(np.float32)
+        if self.remembers:
+            arms, told = np.arange(CANDIDATES), (met | asked)[:, None]
+            self.possible &= np.where(told, self.target[:, None] == arms, actions[:, None] != arms)
+        self.t += 1
+        terminated = self.t >= self.pulls
+        obs, infos = self.auto_reset(self.observe(), terminated)
+        return obs, reward, terminated, np.zeros(self.num_envs, np.bool_), infos
+
+    def belief(self) -> np.ndarray:
+        """(B, 11) the chance of each candidate to be the target, and the share of pulls done."""
+        chance = self.possible / self.possible.sum(axis=1, keepdims=True)
+        return np.concatenate([chance, self.observe()], axis=1, dtype=np.float32)
+
+    def oracle_action(self) -> np.ndarray:
+        """(B,) the target if it is known, else the informative arm or the first candidate left."""
+        count = self.possible.sum(axis=1)
+        asks = np.array(plan(self.pulls)[1])[self.pulls - self.t, count]
+        return np.where(asks, CANDIDATES, self.possible.argmax(axis=1))
+
+    def render(self) -> Array:
+        """One bar per arm, as high as what it pays."""
+        pays = np.where(np.arange(CANDIDATES + 1) == self.target[0], TARGET, OTHER)
+        pays[CANDIDATES] = (self.target[0] + 1) / 10
+        height = np.arange(32, 0, -1)[:, None] <= 32 / TARGET * np.repeat(pays, 8)
+        return np.where(height[..., None], [70, 130, 180], 255).astype(np.uint8)
+
+
+class InformativeBandit(TaskDistribution):
+    """Targets, uniform over ten arms, in every split: what is learned is to ask first."""
+
+    class Config(Settings):
+        """Length of the trials."""
+
+        pulls: int = Field(default=5, ge=1)
+        """Pulls in a trial; one episode."""
+
+    family = "informative_bandit"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.observation_space = Box(0.0, 1.0, (1,), np.float32)
+        self.action_space = Discrete(CANDIDATES + 1)
+        self.max_episode_steps = config.pulls
+        random = config.pulls * (TARGET + 9 * OTHER + MEAN_HINT) / (CANDIDATES + 1)
+        oracle = plan(config.pulls)[0]
+        self._reference = Reference(np.array([random]), np.array([oracle]))
+
+    def make_vec(self, num_envs: int) -> InformativeBanditVectorEnv:
+        """A vector environment whose columns play bandits."""
+        return InformativeBanditVectorEnv(num_envs, self.config.pulls)
+
+    def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
+        """n targets of a split."""
+        target = split_stream(rng, split).integers(CANDIDATES, size=n).astype(np.float64)
+        return make_tasks(self.family, split, {"target": target})
+
+    def reference(self, task: Task) -> Reference:
+        """Both ends averaged over the targets, since the oracle is optimal on average only."""
+        return self._reference
+
+
+@cache
+def plan(pulls: int) -> tuple[float, tuple[tuple[bool, ...], ...]]:
+    """The Bayes-optimal return of a trial, and where to ask, by pulls left and candidates left.
+
+    The informative arm counts as its mean over all targets wherever it is still of use.
+    """
+    value = np.zeros((pulls + 1, CANDIDATES + 1))
+    asks = np.zeros(value.shape, np.bool_)
+    for left in range(1, pulls + 1):
+        value[left, 1] = TARGET * left
+        for count in range(2, CANDIDATES + 1):
+            ask = MEAN_HINT + TARGET * (left - 1)
+            miss = OTHER + value[left - 1, count - 1]
+            guess = (TARGET * left + (count - 1) * miss) / count
+            value[left, count], asks[left, count] = max(ask, guess), ask > guess
+    return float(value[pulls, CANDIDATES]), tuple(map(tuple, asks.tolist()))

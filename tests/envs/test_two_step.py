@@ -1,0 +1,95 @@
+from math import comb
+
+import numpy as np
+import pytest
+
+from dmrl_ray.envs.two_step import COMMON, HIGH, TwoStep, bayes_return, stay_probabilities
+from dmrl_ray.types import Task
+
+
+def played(num_envs, choose, **settings):
+    """The family, and choices, places and rewards (rounds, B) of one trial.
+
+    `choose` sees the environment, the choice before and what it paid.
+    """
+    family = TwoStep(TwoStep.Config(**settings))
+    env = family.make_vec(num_envs)
+    env.np_random = np.random.default_rng(0)
+    env.remembers = True
+    env.set_tasks(family.sample(np.random.default_rng(1), num_envs, "test"))
+    env.reset()
+    rows = []
+    choice, reward = np.zeros(num_envs, np.int64), np.ones(num_envs)
+    for _ in range(family.config.rounds):
+        choice = choose(env, choice, reward)
+        env.step(choice)
+        place = env.place - 1
+        reward = env.step(choice)[1]
+        rows.append((choice, place, reward))
+    return family, *(np.array(part) for part in zip(*rows, strict=True))
+
+
+def oracle(env, choice, reward):
+    return env.oracle_action()
+
+
+def win_stay(env, choice, reward):
+    return np.where(reward > 0, choice, 1 - choice)
+
+
+def test_the_oracle_action_earns_the_reference():
+    family, *_, reward = played(5000, oracle)
+    total = reward.sum(axis=0)
+    reference = family.reference(None).oracle[0]
+    assert total.mean() == pytest.approx(reference, abs=4 * total.std() / np.sqrt(5000))
+
+
+def test_without_reversals_the_optimum_is_a_sum_of_binomials():
+    # After t rounds the place favoured more often is the better one with the chance m of the
+    # posterior; it is reached with 0.75 and pays with 0.9 then.
+    total = 0.0
+    for t in range(30):
+        for k in range(t + 1):
+            first = comb(t, k) * HIGH**k * (1 - HIGH) ** (t - k) / 2
+            second = comb(t, k) * HIGH ** (t - k) * (1 - HIGH) ** k / 2
+            reached = COMMON * max(first, second) + (1 - COMMON) * min(first, second)
+            total += HIGH * reached + (1 - HIGH) * (first + second - reached)
+    assert bayes_return(30, 0.0) == pytest.approx(total, abs=0.03)
+
+
+def test_the_oracle_has_the_model_based_profile():
+    # Rewarded after a common way or not after a rare one: the choice is repeated; else changed.
+    stay = stay_probabilities(*played(2000, oracle)[1:])
+    assert stay[0, 1] > 0.9
+    assert stay[1, 0] > 0.9
+    interaction = stay[0, 1] - stay[0, 0] - stay[1, 1] + stay[1, 0]
+    assert interaction > 0.5
+
+
+def test_repeating_what_paid_has_the_model_free_profile():
+    stay = stay_probabilities(*played(2000, win_stay, rounds=30)[1:])
+    np.testing.assert_allclose(stay, [[0, 1], [0, 1]])
+
+
+def test_the_posterior_by_hand():
+    # A reward at the first place: 0.9, and 0.9 x 0.975 + 0.1 x 0.025 after a possible reversal.
+    env = TwoStep(TwoStep.Config()).make_vec(200)
+    env.np_random = np.random.default_rng(0)
+    env.remembers = True
+    env.set_tasks([Task("a", "b", "train", {"better": np.zeros(100)})] * 200)
+    env.reset()
+    env.step(np.zeros(200, np.int64))
+    first = env.place == 1
+    assert first.mean() == pytest.approx(COMMON, abs=0.1)
+    paid = env.step(np.zeros(200, np.int64))[1] > 0
+    assert paid[first].mean() == pytest.approx(HIGH, abs=0.1)
+    favours = np.where(paid == first, 0.9, 0.1)
+    np.testing.assert_allclose(env.belief()[:, 0], 0.95 * favours + 0.025, rtol=1e-6)
+    np.testing.assert_allclose(env.belief()[:, 1], favours, rtol=1e-6)
+
+
+def test_places_change_roles_as_often_as_said():
+    tasks = TwoStep(TwoStep.Config()).sample(np.random.default_rng(0), 2000, "train")
+    better = np.array([task.params["better"] for task in tasks])
+    assert np.abs(np.diff(better, axis=1)).mean() == pytest.approx(0.025, abs=0.002)
+    assert better[:, 0].mean() == pytest.approx(0.5, abs=0.05)
