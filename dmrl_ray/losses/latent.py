@@ -1,0 +1,71 @@
+"""Diagonal Gaussians over latent variables: samples, and the distance between two of them.
+
+A Gaussian is its mean and the logarithm of its variance, both (..., L) with L latent dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmrl_ray.losses.shapes import check_shapes
+
+
+def gaussian_sample(mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
+    """A sample through which gradients reach mean and variance.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4
+    (arXiv:1312.6114).
+
+    Args:
+        mean: (..., L).
+        log_var: (..., L).
+        noise: (..., L), standard normal.
+
+    Returns:
+        (..., L).
+    """
+    return mean + (0.5 * log_var).exp() * noise
+
+
+def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor, prior_log_var: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of a diagonal Gaussian from another, KL(posterior || prior).
+
+        KL = 1/2 sum_l [prior_log_var - log_var - 1 + (var + (mean - prior_mean)^2) / prior_var]
+
+    Args:
+        mean: (..., L), of the posterior.
+        log_var: (..., L), of the posterior.
+        prior_mean: (..., L); zeros with a log-variance of zeros are the standard normal.
+        prior_log_var: (..., L).
+
+    Returns:
+        (...), in nats.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
+    """
+    check_shapes(mean=mean, log_var=log_var, prior_mean=prior_mean, prior_log_var=prior_log_var)
+    change = log_var - prior_log_var
+    squared = (mean - prior_mean).square() * (-prior_log_var).exp()
+    return 0.5 * (change.exp() - 1.0 - change + squared).sum(-1)
+
+
+def chained_kl(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL of each belief from the one a step before; the first from the standard normal.
+
+    A belief that learns nothing from a step pays nothing for it.
+
+    Source: Zintgraf et al., "VariBAD", 2020, section 3.2 (arXiv:1910.08348).
+
+    Args:
+        mean: (T, B, L), of the beliefs after 0, 1, ... steps.
+        log_var: (T, B, L).
+
+    Returns:
+        (T, B), in nats.
+    """
+    prior_mean, prior_log_var = (
+        torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, log_var)
+    )
+    return gaussian_kl(mean, log_var, prior_mean, prior_log_var)
