@@ -17,6 +17,7 @@ from dmrl_ray.losses.returns import (
     linear_baseline,
     reverse_scan,
     trial_advantage,
+    vtrace,
 )
 
 
@@ -122,6 +123,110 @@ def test_advantages_carry_no_gradient():
     value.requires_grad_()
     advantage = generalized_advantage(reward, value, following, *ends, gamma=0.9, gae_lambda=0.9)
     assert not advantage.requires_grad
+
+
+PAPER = dict(gamma=0.9, gae_lambda=1.0, rho_bar=1.0, c_bar=1.0)
+
+
+def test_vtrace_by_hand():
+    # gamma = 0.5, rho_bar = 2, c_bar = 1; two steps, the second is terminal.
+    #   rho = min(2, [0.5, 4]) = [0.5, 2]; c[0] = 0.5
+    #   delta = [1 + 0.5*2 - 1, 4 - 2] = [1, 2]
+    #   above[1] = 2*2 = 4; above[0] = 0.5*1 + 0.5*0.5*4 = 1.5; target = [1 + 1.5, 2 + 4]
+    #   A[1] = 2*2 = 4; A[0] = 0.5 * (1 + 0.5*target[1] - 1) = 0.5 * (1 + 3 - 1) = 1.5
+    rest = (f([1, 4]), f([1, 2]), f([2, 99]), b([0, 1]), b([0, 0]))
+    settings = dict(gamma=0.5, gae_lambda=1.0, rho_bar=2.0, c_bar=1.0)
+    target, advantage = vtrace(f([0.5, 4]), *rest, **settings)
+    torch.testing.assert_close(target, f([2.5, 6]))
+    torch.testing.assert_close(advantage, f([1.5, 4]))
+    # lambda = 0.5: above[0] = 0.5*1 + 0.5*0.25*4 = 1; A[0] = 0.5 * (1 + 0.5*0.5*4) = 1
+    target, advantage = vtrace(f([0.5, 4]), *rest, **settings | {"gae_lambda": 0.5})
+    torch.testing.assert_close(target, f([2, 6]))
+    torch.testing.assert_close(advantage, f([1, 4]))
+
+
+def test_a_trace_is_cut_where_time_ran_out():
+    # gamma = 0.5: A[0] = 1 + 0.5*6 - 1 = 3 and nothing of above[1] = 4 + 0 - 2.
+    rest = (f([1, 4]), f([1, 2]), f([6, 0]), b([0, 0]), b([1, 0]))
+    target, advantage = vtrace(f([1, 1]), *rest, **PAPER | {"gamma": 0.5})
+    torch.testing.assert_close(target, f([4, 4]))
+    torch.testing.assert_close(advantage, f([3, 2]))
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def test_vtrace_on_policy_is_generalized_advantage(gae_lambda):
+    case = random_case()
+    settings = dict(gamma=0.9, gae_lambda=gae_lambda)
+    target, advantage = vtrace(torch.ones_like(case[0]), *case, **settings, rho_bar=1.0, c_bar=1.0)
+    expected = generalized_advantage(*case, **settings)
+    torch.testing.assert_close(advantage, expected)
+    torch.testing.assert_close(target, case[1] + expected)
+
+
+def random_ratio(like, seed=1):
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like).exp()
+
+
+def test_vtrace_agrees_with_the_sum_of_the_paper():
+    # Eq. 1, written as it stands: discounts and traces multiplied up, and cut at an end.
+    reward, value, following, terminated, truncated = case = random_case()
+    ratio = random_ratio(reward)
+    target, _ = vtrace(ratio, *case, gamma=0.9, gae_lambda=1.0, rho_bar=1.5, c_bar=0.8)
+    delta = ratio.clamp_max(1.5) * (reward + 0.9 * following * ~terminated - value)
+    done = terminated | truncated
+    for column in range(reward.shape[1]):
+        for s in range(reward.shape[0]):
+            expected, weight = value[s, column].item(), 1.0
+            for t in range(s, reward.shape[0]):
+                expected += weight * delta[t, column].item()
+                if done[t, column]:
+                    break
+                weight *= 0.9 * min(0.8, ratio[t, column].item())
+            assert target[s, column].item() == pytest.approx(expected)
+
+
+def test_without_weight_nothing_is_learned_from_what_another_policy_did():
+    case = random_case()
+    target, advantage = vtrace(random_ratio(case[0]), *case, **PAPER | {"rho_bar": 0.0})
+    torch.testing.assert_close(target, case[1])
+    torch.testing.assert_close(advantage, torch.zeros_like(target))
+
+
+def test_without_traces_a_target_looks_one_step_ahead():
+    reward, value, following, terminated, _ = case = random_case()
+    ratio = random_ratio(reward)
+    target, _ = vtrace(ratio, *case, **PAPER | {"c_bar": 0.0})
+    error = reward + 0.9 * torch.where(terminated, 0.0, following) - value
+    torch.testing.assert_close(target, value + ratio.clamp_max(1.0) * error)
+
+
+def test_unbounded_vtrace_estimates_the_return_of_the_other_policy():
+    # One state, two actions that pay 0 and 1, two steps. The actor takes each half of the time,
+    # the learner the second one with probability 0.9: worth 0.9 + 0.9 a episode. The mean over
+    # the four episodes, all as likely, is that to the last digit.
+    action = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+    ratio = torch.tensor([0.1, 0.9], dtype=torch.float64)[action] / 0.5
+    nothing = torch.zeros(2, 4, dtype=torch.float64)
+    ends = torch.tensor([[False] * 4, [True] * 4])
+    target, _ = vtrace(
+        ratio,
+        action.double(),
+        nothing,
+        nothing,
+        ends,
+        torch.zeros_like(ends),
+        gamma=1.0,
+        gae_lambda=1.0,
+        rho_bar=math.inf,
+        c_bar=math.inf,
+    )
+    assert target[0].mean().item() == pytest.approx(1.8)
+
+
+def test_vtrace_carries_no_gradient():
+    case = random_case()
+    ratio = random_ratio(case[0]).requires_grad_()
+    assert not any(x.requires_grad for x in vtrace(ratio, *case, **PAPER))
 
 
 def test_a_trials_advantage_runs_across_episode_ends_and_stops_at_its_own():

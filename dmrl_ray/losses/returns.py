@@ -75,6 +75,72 @@ def generalized_advantage(
         return reverse_scan(delta, gamma * gae_lambda * (~done).to(delta.dtype))
 
 
+def vtrace(
+    ratio: Tensor,
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    rho_bar: float,
+    c_bar: float,
+) -> tuple[Tensor, Tensor]:
+    """Value targets and advantages of one policy on what another policy did.
+
+        rho[t], c[t] = min(rho_bar, ratio[t]), gae_lambda * min(c_bar, ratio[t])
+        delta[t]     = reward[t] + gamma * next_value[t] * (1 - terminated[t]) - value[t]
+        above[t]     = rho[t] * delta[t] + gamma * c[t] * (1 - done[t]) * above[t + 1]
+        target[t]    = value[t] + above[t]
+        A[t]         = rho[t] * (delta[t] + gamma * gae_lambda * (1 - done[t]) * above[t + 1])
+
+    With every ratio 1 and neither bound below it, A is `generalized_advantage` and the target its
+    sum with the value. Ends of episodes bootstrap and cut the trace as they do there. `rho_bar`
+    decides which policy's values are learned, `c_bar` only how fast.
+
+    Source: Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted
+    Actor-Learner Architectures", 2018, eq. 1, remark 2 and section 4.2 (arXiv:1802.01561). With a
+    lambda below 1 the advantage's successor value is mixed like the trace, which the paper leaves
+    open.
+
+    Args:
+        ratio: (T, B) probability of the action under the policy being trained, over that under
+            the policy that acted.
+        reward: (T, B) float.
+        value: (T, B) float, V(obs[t]).
+        next_value: (T, B) float, V(next_obs[t]); ignored where ``terminated``.
+        terminated: (T, B) bool, the MDP ended.
+        truncated: (T, B) bool, a time limit ended the episode.
+        gamma: discount per environment step, in [0, 1].
+        gae_lambda: shortens the traces; 1 in the paper.
+        rho_bar: bound of the ratio that weighs a step's own error.
+        c_bar: bound of the ratio that carries later errors back.
+
+    Returns:
+        (T, B) value targets and (T, B) advantages, not normalised and without gradient.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
+    """
+    check_shapes(
+        ratio=ratio,
+        reward=reward,
+        value=value,
+        next_value=next_value,
+        terminated=terminated,
+        truncated=truncated,
+    )
+    with torch.no_grad():
+        rho, c = ratio.clamp_max(rho_bar), gae_lambda * ratio.clamp_max(c_bar)
+        delta = reward + gamma * next_value * ~terminated - value
+        going_on = gamma * (~(terminated | truncated)).to(delta.dtype)
+        above = reverse_scan(rho * delta, going_on * c)
+        later = torch.cat([above[1:], torch.zeros_like(above[:1])])
+        return value + above, rho * (delta + gae_lambda * going_on * later)
+
+
 def trial_advantage(reward: Tensor, value: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantages of whole trials: returns run across the episode ends inside.
 
