@@ -182,8 +182,8 @@ class ActorCritic(nn.Module):
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Memory]:
         """The actor: distribution parameters (T, B, P), features (T, B, H) and memory."""
-        x = self._actor_input(obs)
-        features, memory = self.encoder(x, self._extra(previous, obs), memory, reset)
+        x = self.actor_input(obs)
+        features, memory = self.encoder(x, self.extra(previous, obs), memory, reset)
         return self.policy_head(features), features, memory
 
     def value(
@@ -200,14 +200,14 @@ class ActorCritic(nn.Module):
         """
         if self.value_encoder is None:
             if features is None:
-                extra = self._extra(previous, obs)
-                features = self.encoder(self._actor_input(obs), extra, (), None)[0]
+                extra = self.extra(previous, obs)
+                features = self.encoder(self.actor_input(obs), extra, (), None)[0]
             if self.hidden is not None:
                 features = torch.cat([features, self._scale(obs)[..., self.hidden]], -1)
         else:
             memory = self.value_encoder.initial_memory(obs.shape[1])
             memory = tuple(leaf.to(obs.device) for leaf in memory)
-            extra = self._extra(previous, obs)
+            extra = self.extra(previous, obs)
             features = self.value_encoder(self._scale(obs), extra, memory, reset)[0]
         value: Tensor = self.value_head(features)
         return value.squeeze(-1)
@@ -245,12 +245,13 @@ class ActorCritic(nn.Module):
         scaled = self.obs_norm.normalize(obs)
         return scaled if self.scaled is None else torch.where(self.scaled, scaled, obs)
 
-    def _actor_input(self, obs: Tensor) -> Tensor:
+    def actor_input(self, obs: Tensor) -> Tensor:
+        """(T, B, ...) observations as the actor's encoder reads them."""
         x = self._scale(obs)
         return x if self.seen is None else x[..., self.seen]
 
-    def _extra(self, previous: Previous | None, obs: Tensor) -> Tensor | None:
-        """What joins the observation: the previous step, and the context."""
+    def extra(self, previous: Previous | None, obs: Tensor) -> Tensor | None:
+        """(T, B, ...) what joins them: the previous step, and the context."""
         parts = []
         if self.sees_previous:
             assert previous is not None
