@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,37 @@ from torch import Tensor, nn
 
 from dmrl_ray.config import Component, Settings
 from dmrl_ray.networks.base import Encoder, Memory, join
+
+
+def over_segments(
+    run: Callable[[Tensor, Memory], tuple[Tensor, Memory]],
+    x: Tensor,
+    memory: Memory,
+    reset: Tensor | None,
+) -> tuple[Tensor, Memory]:
+    """Run a fused kernel over a sequence (T, B, D), once for each stretch without a reset.
+
+    Memory leaves are (B, H); `reset` (T, B) zeroes them before a step.
+    """
+    if reset is None:
+        return run(x, memory)
+    starts = [0, *(reset[1:].any(1).nonzero().flatten() + 1).tolist(), x.shape[0]]
+    parts = []
+    for start, stop in pairwise(starts):
+        keep = (~reset[start]).to(x.dtype).unsqueeze(-1)
+        part, memory = run(x[start:stop], tuple(leaf * keep for leaf in memory))
+        parts.append(part)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)), memory
+
+
+def start_gates(cell: nn.RNNBase) -> None:
+    """Orthogonal weights, gate by gate, and biases of zero."""
+    for name, parameter in cell.named_parameters():
+        if name.startswith("weight"):
+            for gate in parameter.chunk(parameter.shape[0] // cell.hidden_size):
+                nn.init.orthogonal_(gate)
+        else:
+            nn.init.zeros_(parameter)
 
 
 class _Recurrent(Encoder):
@@ -34,12 +66,7 @@ class _Recurrent(Encoder):
             self.body = config.body.load()(config.body.settings, obs_space, extra)
             width = self.body.out_dim
         self.cell = self.kind(width, config.size)
-        for name, parameter in self.cell.named_parameters():
-            if name.startswith("weight"):
-                for gate in parameter.chunk(parameter.shape[0] // config.size):
-                    nn.init.orthogonal_(gate)
-            else:
-                nn.init.zeros_(parameter)
+        start_gates(self.cell)
         self.out_dim = config.size
 
     def initial_memory(self, num: int) -> Memory:
@@ -52,15 +79,7 @@ class _Recurrent(Encoder):
             x = join(obs.flatten(2), extra)
         else:
             x, _ = self.body(obs, extra, (), None)
-        if reset is None:
-            return self._run(x, memory)
-        starts = [0, *(reset[1:].any(1).nonzero().flatten() + 1).tolist(), x.shape[0]]
-        parts = []
-        for start, stop in pairwise(starts):
-            keep = (~reset[start]).to(x.dtype).unsqueeze(-1)
-            part, memory = self._run(x[start:stop], tuple(leaf * keep for leaf in memory))
-            parts.append(part)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)), memory
+        return over_segments(self._run, x, memory, reset)
 
     def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         raise AssertionError
