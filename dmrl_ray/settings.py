@@ -46,6 +46,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "ppo": "dmrl_ray.algorithms.ppo:PPO",
         "rl2": "dmrl_ray.algorithms.rl2:RL2",
         "maml": "dmrl_ray.algorithms.maml:MAML",
+        "distillation": "dmrl_ray.algorithms.distillation:Distillation",
     },
 }
 """Short names of the built-in classes, by the setting they stand under."""

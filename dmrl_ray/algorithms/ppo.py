@@ -57,6 +57,8 @@ class PPO(Algorithm):
 
     config: ClipConfig
     continues_episodes = True
+    labels: tuple[str, ...] = ("action", "log_prob")
+    """What the loss reads of a rollout as it is."""
 
     def __init__(
         self, config: ClipConfig, distribution: TaskDistribution, policy: ActorCritic
@@ -85,7 +87,7 @@ class PPO(Algorithm):
     def update(self, trial: Trial) -> dict[str, float]:
         (rollout,) = trial
         batch = self._batch(rollout)
-        columns = batch["action"].shape[1]
+        columns = batch["advantage"].shape[1]
         count = min(self.config.minibatches, columns)
         bounds = [columns * i // count for i in range(count + 1)]
         steps, skipped = [], self.skipped_batches
@@ -96,20 +98,18 @@ class PPO(Algorithm):
                 mine = slice(start + self.rank, stop, self.world_size)
                 loss, parts = self._loss({name: x[:, mine] for name, x in shuffled.items()})
                 share = len(range(mine.start, stop, self.world_size)) / (stop - start)
-                norm = self.step_optimizer(loss * share * self.world_size)
-                steps.append(torch.stack([*parts, norm.detach()]))
+                parts["grad_norm"] = self.step_optimizer(loss * share * self.world_size).detach()
+                steps.append(torch.stack(list(parts.values())))
         if self.skipped_batches == skipped:  # else the targets may not be finite either
             self.policy.update_norms(rollout, rollout.value_target)
-        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
-        return dict(zip(names, torch.stack(steps).mean(0).tolist(), strict=True))
+        return dict(zip(parts, torch.stack(steps).mean(0).tolist(), strict=True))
 
     def _batch(self, rollout: Rollout) -> dict[str, Tensor]:
         """Everything the loss reads, (T, B, ...); without memory every step is its own column."""
         advantage = rollout.advantage
         batch = {
             "obs": rollout.obs[:-1],
-            "action": rollout.action,
-            "log_prob": rollout.log_prob,
+            **{name: getattr(rollout, name) for name in self.labels},
             "advantage": (advantage - advantage.mean()) / (advantage.std() + 1e-8),
             "target": self.policy.normalize_value(rollout.value_target),
         }
@@ -125,8 +125,33 @@ class PPO(Algorithm):
             batch[f"memory.{i}"] = (leaf * ~starts.unsqueeze(-1)).unsqueeze(0)
         return batch
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and what to report of it."""
+        pi, value_loss = self._forward(batch)
+        head = self.policy.policy_head
+        log_prob = head.log_prob(pi, batch["action"])
+        policy_loss = ppo_clip_loss(
+            log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
+        )
+        entropy = head.entropy(pi).mean()
+        loss = (
+            policy_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy
+        )
+        with torch.no_grad():
+            log_ratio = log_prob - batch["log_prob"]
+            approx_kl = (log_ratio.exp() - 1 - log_ratio).mean()
+            clipped = (log_ratio.exp() - 1).abs() > self.config.clip
+        report = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "approx_kl": approx_kl,
+            "clip_fraction": clipped.float().mean(),
+        }
+        return loss, {name: x.detach() for name, x in report.items()}
+
+    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Distribution parameters (T, B, P) of a minibatch, and its value loss."""
         previous: Previous | None = None
         if "previous_action" in batch:
             previous = (
@@ -137,21 +162,6 @@ class PPO(Algorithm):
         memory: Memory = tuple(x[0] for name, x in batch.items() if name.startswith("memory."))
         reset = batch.get("reset")
         pi, features, _ = self.policy(batch["obs"], previous, memory, reset)
-        head = self.policy.policy_head
-        log_prob = head.log_prob(pi, batch["action"])
-        policy_loss = ppo_clip_loss(
-            log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
-        )
         shared = self.policy.value_encoder is None
         value = self.policy.value(features if shared else None, batch["obs"], previous, reset)
-        value_loss = 0.5 * (value - batch["target"]).square().mean()
-        entropy = head.entropy(pi).mean()
-        loss = (
-            policy_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy
-        )
-        with torch.no_grad():
-            log_ratio = log_prob - batch["log_prob"]
-            approx_kl = (log_ratio.exp() - 1 - log_ratio).mean()
-            clipped = (log_ratio.exp() - 1).abs() > self.config.clip
-            report = [policy_loss, value_loss, entropy, approx_kl, clipped.float().mean()]
-        return loss, [x.detach() for x in report]
+        return pi, 0.5 * (value - batch["target"]).square().mean()

@@ -16,7 +16,7 @@ from pydantic import Field
 from dmrl_ray.algorithms.ppo import PPO, ClipConfig
 from dmrl_ray.losses.returns import trial_advantage
 from dmrl_ray.rollout import Sampler
-from dmrl_ray.types import Task, Trial
+from dmrl_ray.types import Rollout, Task, Trial
 
 
 class RL2(PPO):
@@ -35,7 +35,10 @@ class RL2(PPO):
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.begin_trial(tasks, self.policy)
-        rollout = sampler.rollout(self.policy, self.distribution.trial_steps)
+        return [self.with_advantage(sampler.rollout(self.policy, self.distribution.trial_steps))]
+
+    def with_advantage(self, rollout: Rollout) -> Rollout:
+        """The rollout of a whole trial, with its advantages and value targets."""
         advantage = trial_advantage(
             torch.from_numpy(rollout.reward),
             torch.from_numpy(rollout.value),
@@ -43,4 +46,4 @@ class RL2(PPO):
             gae_lambda=self.config.gae_lambda,
         ).numpy()
         rollout.advantage, rollout.value_target = advantage, advantage + rollout.value
-        return [rollout]
+        return rollout

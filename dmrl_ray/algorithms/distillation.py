@@ -1,0 +1,62 @@
+"""Imitation of a family's oracle while the policy itself acts.
+
+Source: Ross et al., "A Reduction of Imitation Learning and Structured Prediction to No-Regret
+Online Learning", 2011 (DAgger, arXiv:1011.0686), algorithm 3.1, with the newest iteration's data
+alone in place of all data so far: simulated oracles answer for free. The oracle is fair
+(`TaskVectorEnv.oracle_action`): it knows what it was shown, so that a policy with memory can come
+to do the same. Duan et al. 2016 (arXiv:1611.02779, section 3.1) found that what keeps RL^2 from
+the Gittins index is its optimisation and not its network; this is the way around that.
+
+The value function learns the returns of the policy that acts, so that reinforcement learning can
+take over without a jump.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from dmrl_ray.algorithms.ppo import ClipConfig
+from dmrl_ray.algorithms.rl2 import RL2
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.types import Task, Trial
+
+
+class Distillation(RL2):
+    """Whole trials, in which every step is labelled with what the oracle would have done."""
+
+    class Config(ClipConfig):
+        lr: float = Field(default=2e-3, gt=0)
+        """Step size."""
+
+        epochs: int = Field(default=1, ge=1)
+        """Passes over each batch."""
+
+        teacher: float = Field(default=0.5, ge=0, le=1)
+        """Share of the columns in which the oracle acts at first (beta in the paper)."""
+
+        teacher_until: float = Field(default=0.5, gt=0, le=1)
+        """Share of the budget after which it acts in none; the decline is linear."""
+
+    config: Config
+    labels = ("oracle_action",)
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        sampler.env.remembers = True
+        sampler.begin_trial(tasks, self.policy)
+        share = self.config.teacher * max(0.0, 1 - self.progress / self.config.teacher_until)
+        steps = self.distribution.trial_steps
+        return [self.with_advantage(sampler.rollout(self.policy, steps, teacher=share))]
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative log-likelihood of what the oracle would do."""
+        pi, value_loss = self._forward(batch)
+        head = self.policy.policy_head
+        imitation_loss = -head.log_prob(pi, batch["oracle_action"]).mean()
+        report = {
+            "imitation_loss": imitation_loss,
+            "value_loss": value_loss,
+            "entropy": head.entropy(pi).mean(),
+        }
+        loss = imitation_loss + self.config.value_coef * value_loss
+        return loss, {name: x.detach() for name, x in report.items()}
