@@ -13,6 +13,7 @@ from dmrl_ray.envs.cartpole import CartPole
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.envs.gym_env import GymEnv
 from dmrl_ray.envs.informative_bandit import InformativeBandit
+from dmrl_ray.envs.observe import Observe
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.envs.registration import FAMILIES, SingleEnv, register
 from dmrl_ray.envs.restless_bandit import RestlessBandit
@@ -35,6 +36,11 @@ CASES = {
     "point_goal_sparse": (PointGoal, {"horizon": 30, "goal": "semicircle", "sparse_radius": 0.95}),
     "cartpole": (CartPole, RANGES),
     "gym_discrete": (GymEnv, {"id": "CartPole-v1", "vary": RANGES}),
+    "observe_task": (Observe, {"of": {"type": "cartpole"} | RANGES}),
+    "observe_task_and_belief": (
+        Observe,
+        {"of": {"type": "grid_nav", "held_out": 3}, "show": ["task", "belief"]},
+    ),
     "gym_box": (GymEnv, {"id": "Pendulum-v1", "vary": {"g": [5, 15]}, "max_episode_steps": 9}),
 }
 FEW_TASKS = {"bandit_hard", "informative_bandit"}
@@ -78,7 +84,7 @@ def has(name, method):
     return True
 
 
-BELIEVERS = [name for name in CASES if has(name, "belief")]
+BELIEVERS = [name for name in CASES if has(name, "belief") and CASES[name][0] is not Observe]
 ORACLES = [name for name in CASES if has(name, "oracle_action")]
 
 
@@ -181,7 +187,7 @@ def test_an_end_returns_the_next_first_observation_and_keeps_the_last_one(family
         fresh = family.make_vec(5)
         fresh.np_random = random
         fresh.set_state(state)
-        fresh.begin = lambda columns: None
+        getattr(fresh, "env", fresh).begin = lambda columns: None
         last = fresh.step(action)[0]
         np.testing.assert_array_equal(infos["final_obs"][done], last[done])
         np.testing.assert_array_equal(obs[~done], last[~done])
