@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 def categorical_log_prob(logits: Tensor, action: Tensor) -> Tensor:
@@ -27,6 +28,13 @@ def categorical_entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def categorical_kl(logits: Tensor, other: Tensor) -> Tensor:
+    """KL divergence in nats of categorical distributions from `other`; both (..., A) -> (...)."""
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    log_q = other - other.logsumexp(-1, keepdim=True)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """Log-density of diagonal Gaussian actions; all (..., A) -> (...)."""
     z = (action - mean) * (-log_std).exp()
@@ -36,3 +44,23 @@ def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
 def gaussian_entropy(log_std: Tensor) -> Tensor:
     """Entropy in nats of diagonal Gaussians; (..., A) -> (...)."""
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def squashed_gaussian_log_prob(mean: Tensor, log_std: Tensor, unsquashed: Tensor) -> Tensor:
+    """Log-density of ``tanh(unsquashed)``, where `unsquashed` is diagonal Gaussian.
+
+    log(1 - tanh(u)^2) is written as 2 (log 2 - u - softplus(-2u)), which stays finite where
+    tanh(u) rounds to 1.
+
+    Source: Haarnoja et al., "Soft Actor-Critic", 2018, appendix C (arXiv:1801.01290).
+
+    Args:
+        mean: (..., A).
+        log_std: (..., A).
+        unsquashed: (..., A), the actions before tanh.
+
+    Returns:
+        (...), with respect to the squashed actions.
+    """
+    slope = 2.0 * (math.log(2.0) - unsquashed - softplus(-2.0 * unsquashed))
+    return gaussian_log_prob(mean, log_std, unsquashed) - slope.sum(-1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dmrl_ray.losses.shapes import check_shapes
 
@@ -69,3 +70,52 @@ def chained_kl(mean: Tensor, log_var: Tensor) -> Tensor:
         torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, log_var)
     )
     return gaussian_kl(mean, log_var, prior_mean, prior_log_var)
+
+
+def forecast_loss(foretold: Tensor, target: Tensor, *, binary: bool) -> Tensor:
+    """How badly samples of beliefs foretell whole trials.
+
+    Source: Zintgraf et al., "VariBAD", 2020, eq. 8 (arXiv:1910.08348).
+
+    Args:
+        foretold: (S, T, B, D), by S samples about all T steps of B trials.
+        target: (T, B, D), what came.
+        binary: False takes squared errors; True reads `foretold` as logits of the chance that
+            `target` is positive, and takes minus the log-likelihood.
+
+    Returns:
+        Scalar, sum over T and D, mean over S and B.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
+    check_shapes(target=target, **{"foretold[0]": foretold[0]})
+    target = target.expand_as(foretold)
+    if binary:
+        positive = (target > 0).to(foretold.dtype)
+        error = functional.binary_cross_entropy_with_logits(foretold, positive, reduction="none")
+    else:
+        error = (foretold - target).square()
+    return error.sum((1, 3)).mean()
+
+
+def product_of_gaussians(precision: Tensor, weighted_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The standard normal prior times N Gaussian factors, which is a Gaussian again.
+
+        1 / var = 1 + sum_n precision[n]        mean = var * sum_n precision[n] * mean[n]
+
+    The order of the factors does not matter, their sums suffice, and none at all is the prior,
+    which the paper leaves out of its product.
+
+    Source: Rakelly et al., "Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic
+    Context Variables", 2019, section 4.1 (arXiv:1903.08254).
+
+    Args:
+        precision: (..., N, L), the inverse variance of each factor.
+        weighted_mean: (..., N, L), the mean of each times its precision.
+
+    Returns:
+        Mean and log-variance, (..., L) each.
+    """
+    total = 1.0 + precision.sum(-2)
+    return weighted_mean.sum(-2) / total, -total.log()
