@@ -16,6 +16,7 @@ from dmrl_ray.losses.distributions import (
     gaussian_log_prob,
     squashed_gaussian_log_prob,
 )
+from dmrl_ray.losses.latent import gaussian_kl
 
 LOG_STD_BOUNDS = (-3.0, 1.0)
 """Below e^-3 exploration is lost and the gradient explodes; above e^1 all actions clip."""
