@@ -1,0 +1,55 @@
+"""Recurrent cells in plain tensor operations.
+
+The fused kernels of `nn.LSTM` and `nn.GRU` are fast, but `torch.func.vmap` and second derivatives
+cannot take them. These functions compute the same from the same weights, a step at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dmrl_ray.networks.base import Memory
+
+
+def step_by_step(
+    cell: nn.RNNBase, x: Tensor, memory: Memory, reset: Tensor | None
+) -> tuple[Tensor, Memory]:
+    """What one layer of `nn.LSTM` or `nn.GRU` computes.
+
+    Args:
+        cell: whose weights are used.
+        x: (T, B, D).
+        memory: leaves (B, H): hidden and cell of an LSTM, hidden of a GRU.
+        reset: (T, B) bool, zeroes the memory before a step; None means nowhere.
+
+    Returns:
+        Outputs (T, B, H) and the memory after the last step.
+    """
+    step = _lstm if isinstance(cell, nn.LSTM) else _gru
+    weights = dict(cell.named_parameters())
+    from_input = linear(x, weights["weight_ih_l0"], weights["bias_ih_l0"])
+    out = []
+    for t in range(x.shape[0]):
+        if reset is not None:
+            keep = (~reset[t]).to(x.dtype).unsqueeze(-1)
+            memory = tuple(leaf * keep for leaf in memory)
+        from_memory = linear(memory[0], weights["weight_hh_l0"], weights["bias_hh_l0"])
+        memory = step(from_input[t], from_memory, memory)
+        out.append(memory[0])
+    return torch.stack(out), memory
+
+
+def _lstm(from_input: Tensor, from_memory: Tensor, memory: Memory) -> Memory:
+    write, keep, new, read = (from_input + from_memory).chunk(4, -1)
+    cell = keep.sigmoid() * memory[1] + write.sigmoid() * new.tanh()
+    return read.sigmoid() * cell.tanh(), cell
+
+
+def _gru(from_input: Tensor, from_memory: Tensor, memory: Memory) -> Memory:
+    reset_x, keep_x, new_x = from_input.chunk(3, -1)
+    reset_h, keep_h, new_h = from_memory.chunk(3, -1)
+    keep = (keep_x + keep_h).sigmoid()
+    new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
+    return (new + keep * (memory[0] - new),)
