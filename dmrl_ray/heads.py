@@ -174,6 +174,11 @@ class SquashedGaussianHead(nn.Module):
         each = squashed_gaussian_log_prob(mean[..., None, None], log_std[..., None, None], at)
         return -(each * weights).sum((-1, -2)) / math.sqrt(2 * math.pi)
 
+    def kl(self, pi: Tensor, other: Tensor) -> Tensor:
+        """(...) in nats, of `pi` from `other`; tanh does not change it."""
+        (mean, log_std), (other_mean, other_log_std) = pi.chunk(2, -1), other.chunk(2, -1)
+        return gaussian_kl(mean, 2 * log_std, other_mean, 2 * other_log_std)
+
     def encode(self, action: Tensor) -> Tensor:
         """As it is."""
         return action

@@ -1,4 +1,4 @@
-"""The policy: running normalisation, and the actor-critic that joins encoder and heads.
+"""The policy: the actor-critic that joins normalisation, encoder and heads.
 
 One forward serves acting (T = 1) and learning. Inputs are (T, B, ...); a policy's memory is a
 tuple of tensors (B, ...), empty for encoders without memory.
@@ -17,8 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.config import Component, Settings
-from dmrl_ray.heads import LOG_STD_BOUNDS, CategoricalHead, GaussianHead
+from dmrl_ray.heads import (
+    LOG_STD_BOUNDS,
+    CategoricalHead,
+    GaussianHead,
+    SquashedGaussianHead,
+)
 from dmrl_ray.networks.base import Encoder, Memory, linear
+from dmrl_ray.networks.norm import RunningNorm
 from dmrl_ray.spaces import Packed, scaled_columns
 from dmrl_ray.types import Rollout
 
@@ -26,54 +32,17 @@ Previous: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Previous action, reward and done, each (T, B, ...)."""
 
 
-class RunningNorm(nn.Module):
-    """Mean and standard deviation of a stream of batches, as buffers beside the weights.
-
-    Batch n weighs max(1/n, 1/100): a plain average first, a moving one later, so that returns
-    that grow while the policy learns do not stay scaled by their beginnings.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    batches: Tensor
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("variance", torch.ones(shape))
-        self.register_buffer("batches", torch.zeros(()))
-
-    @property
-    def std(self) -> Tensor:
-        """Never below 1e-4: a constant input becomes 0, not noise."""
-        return self.variance.clamp_min(1e-8).sqrt()
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Take in a batch (N, *shape)."""
-        self.batches += 1
-        weight = float(max(1.0 / self.batches.item(), 0.01))
-        x = x.double()
-        mean, variance = x.mean(0), x.var(0, correction=0)
-        # Of the mixture of both; a running mean of squares would lose what is small beside it.
-        variance += (1 - weight) * (mean - self.mean) ** 2
-        self.variance.lerp_(variance.to(self.variance.dtype), weight)
-        self.mean.lerp_(mean.to(self.mean.dtype), weight)
-
-    def normalize(self, x: Tensor) -> Tensor:
-        """To about unit scale, cut at 10 standard deviations."""
-        return ((x - self.mean) / self.std).clamp(-10.0, 10.0)
-
-    def denormalize(self, x: Tensor) -> Tensor:
-        """Inverse of `normalize` within its bounds."""
-        return x * self.std + self.mean
-
-
 class ActorCritic(nn.Module):
     """Policy and value function over one encoder, or one each.
 
     `auxiliary` is for networks that an algorithm adds, such as decoders and critics of its own:
     they travel with the weights, but another algorithm may start from the rest without them.
+
+    Args:
+        sees_previous: the previous action, reward and episode end join the input.
+        latent: width of a vector for each column that joins the input, such as a guess of its task.
+        squashed: continuous actions are squashed into their box, with a spread that depends on the
+            observation; else they are clipped there.
 
     Normalisation statistics are buffers: they travel with the weights, and only the learner
     updates them, after its gradient steps, so that a policy version means one function.
@@ -110,13 +79,16 @@ class ActorCritic(nn.Module):
         action_space: gym.Space[Any],
         *,
         sees_previous: bool,
+        latent: int = 0,
+        squashed: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(action_space, gym.spaces.Discrete):
             actions = int(action_space.n)
         else:
             actions = math.prod(action_space.shape or ())
-        extra = config.context + (actions + 2 if sees_previous else 0)
+        extra = config.context + latent + (actions + 2 if sees_previous else 0)
+        self.latent = latent
         self.sees_previous = sees_previous
         self.blind_to = config.blind_to
         self.is_image = obs_space.dtype == np.uint8
@@ -131,9 +103,10 @@ class ActorCritic(nn.Module):
         if separate:
             self.value_encoder = build(config.encoder.settings, obs_space, extra)
         discrete = isinstance(action_space, gym.spaces.Discrete)
-        head = CategoricalHead if discrete else GaussianHead
-        self.policy_head: CategoricalHead | GaussianHead = head(
-            self.encoder.action_layer(actions), actions
+        head = CategoricalHead if discrete else SquashedGaussianHead if squashed else GaussianHead
+        self.policy_head: CategoricalHead | GaussianHead | SquashedGaussianHead = head(
+            self.encoder.action_layer(2 * actions if squashed and not discrete else actions),
+            actions,
         )
         if self.hidden is None or separate:
             self.value_head: nn.Module = linear(self.encoder.out_dim, 1, gain=1.0)
@@ -180,10 +153,14 @@ class ActorCritic(nn.Module):
         previous: Previous | None = None,
         memory: Memory = (),
         reset: Tensor | None = None,
+        latent: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Memory]:
-        """The actor: distribution parameters (T, B, P), features (T, B, H) and memory."""
+        """The actor: distribution parameters (T, B, P), features (T, B, H) and memory.
+
+        `latent` (T, B, L) is zero where it is not given.
+        """
         x = self.actor_input(obs)
-        features, memory = self.encoder(x, self.extra(previous, obs), memory, reset)
+        features, memory = self.encoder(x, self.extra(previous, obs, latent), memory, reset)
         return self.policy_head(features), features, memory
 
     def value(
@@ -203,12 +180,12 @@ class ActorCritic(nn.Module):
                 extra = self.extra(previous, obs)
                 features = self.encoder(self.actor_input(obs), extra, (), None)[0]
             if self.hidden is not None:
-                features = torch.cat([features, self._scale(obs)[..., self.hidden]], -1)
+                features = torch.cat([features, self.scale(obs)[..., self.hidden]], -1)
         else:
             memory = self.value_encoder.initial_memory(obs.shape[1])
             memory = tuple(leaf.to(obs.device) for leaf in memory)
             extra = self.extra(previous, obs)
-            features = self.value_encoder(self._scale(obs), extra, memory, reset)[0]
+            features = self.value_encoder(self.scale(obs), extra, memory, reset)[0]
         value: Tensor = self.value_head(features)
         return value.squeeze(-1)
 
@@ -237,7 +214,8 @@ class ActorCritic(nn.Module):
         if self.value_norm is not None and value_target is not None:
             self.value_norm.update(value_target.flatten())
 
-    def _scale(self, obs: Tensor) -> Tensor:
+    def scale(self, obs: Tensor) -> Tensor:
+        """(..., *obs_shape) observations in units that networks read."""
         if self.is_image:
             return obs.to(torch.float32) / 255.0
         if self.obs_norm is None:
@@ -247,11 +225,13 @@ class ActorCritic(nn.Module):
 
     def actor_input(self, obs: Tensor) -> Tensor:
         """(T, B, ...) observations as the actor's encoder reads them."""
-        x = self._scale(obs)
+        x = self.scale(obs)
         return x if self.seen is None else x[..., self.seen]
 
-    def extra(self, previous: Previous | None, obs: Tensor) -> Tensor | None:
-        """(T, B, ...) what joins them: the previous step, and the context."""
+    def extra(
+        self, previous: Previous | None, obs: Tensor, latent: Tensor | None = None
+    ) -> Tensor | None:
+        """(T, B, ...) what joins them: the previous step, the context and the latent."""
         parts = []
         if self.sees_previous:
             assert previous is not None
@@ -266,6 +246,9 @@ class ActorCritic(nn.Module):
             ]
         if self.context is not None:
             parts.append(self.context.expand(*obs.shape[:2], -1))
+        if self.latent:
+            nothing = torch.zeros(*obs.shape[:2], self.latent, device=obs.device)
+            parts.append(nothing if latent is None else latent)
         return torch.cat(parts, -1) if parts else None
 
 

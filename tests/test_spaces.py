@@ -71,7 +71,7 @@ def test_running_statistics_leave_pixels_tokens_and_one_hots_alone():
     net = ActorCritic(ActorCritic.Config(), SPACE, Discrete(2), sees_previous=False)
     obs = torch.from_numpy(SPACE.pack(OBS)).unsqueeze(0)
     net.obs_norm.mean += 100.0
-    scaled = net._scale(obs)
+    scaled = net.scale(obs)
     fixed = ~torch.from_numpy(scaled_columns(SPACE))
     assert torch.equal(scaled[..., fixed], obs[..., fixed])
     assert (scaled[..., ~fixed] == -10.0).all()

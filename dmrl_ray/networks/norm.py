@@ -1,0 +1,49 @@
+"""Running normalisation of what networks read and predict."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningNorm(nn.Module):
+    """Mean and standard deviation of a stream of batches, as buffers beside the weights.
+
+    Batch n weighs max(1/n, 1/100): a plain average first, a moving one later, so that returns
+    that grow while the policy learns do not stay scaled by their beginnings.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape))
+        self.register_buffer("batches", torch.zeros(()))
+
+    @property
+    def std(self) -> Tensor:
+        """Never below 1e-4: a constant input becomes 0, not noise."""
+        return self.variance.clamp_min(1e-8).sqrt()
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in a batch (N, *shape)."""
+        self.batches += 1
+        weight = float(max(1.0 / self.batches.item(), 0.01))
+        x = x.double()
+        mean, variance = x.mean(0), x.var(0, correction=0)
+        # Of the mixture of both; a running mean of squares would lose what is small beside it.
+        variance += (1 - weight) * (mean - self.mean) ** 2
+        self.variance.lerp_(variance.to(self.variance.dtype), weight)
+        self.mean.lerp_(mean.to(self.mean.dtype), weight)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """To about unit scale, cut at 10 standard deviations."""
+        return ((x - self.mean) / self.std).clamp(-10.0, 10.0)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Inverse of `normalize` within its bounds."""
+        return x * self.std + self.mean
