@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from dmrl_ray.losses.latent import chained_kl, gaussian_kl, gaussian_sample
+from dmrl_ray.losses.latent import chained_kl, forecast_loss, gaussian_kl, gaussian_sample
 
 
 def f(x):
@@ -69,3 +69,19 @@ def test_gradients_pass_through_a_sample():
     gaussian_sample(mean, log_var, f([3.0])).sum().backward()
     # d(mean + e^(log_var / 2) noise) / d log_var = std noise / 2 = 3.
     assert (mean.grad.item(), log_var.grad.item()) == (1.0, pytest.approx(3.0))
+
+
+def test_forecasts_by_hand():
+    # Two steps of one trial; errors 1 and 2 of the first sample, 0 and 1 of the second:
+    # (1 + 4 + 0 + 1) / 2 samples = 3.
+    foretold = f([1.0, 3.0, 0.0, 2.0]).reshape(2, 2, 1, 1)
+    target = f([0.0, 1.0]).reshape(2, 1, 1)
+    torch.testing.assert_close(forecast_loss(foretold, target, binary=False), f(3.0))
+
+
+def test_binary_forecasts_by_hand():
+    # Logit ln 3 is a chance of 3/4. The reward 1 came, the reward -0.1 is none: -ln(3/4 * 1/4).
+    foretold = torch.full((1, 2, 1, 1), math.log(3)).double()
+    target = f([1.0, -0.1]).reshape(2, 1, 1)
+    expected = f(-math.log(3 / 16))
+    torch.testing.assert_close(forecast_loss(foretold, target, binary=True), expected)

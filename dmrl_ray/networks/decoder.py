@@ -1,0 +1,121 @@
+"""Decoders: what a belief about the task foretells of the steps of a trial.
+
+Source: Zintgraf et al., "VariBAD: A Very Good Method for Bayes-Adaptive Deep RL via
+Meta-Learning", 2020, section 3.1 (arXiv:1910.08348).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dmrl_ray.config import Settings
+from dmrl_ray.losses.latent import forecast_loss
+from dmrl_ray.networks.base import linear, stack
+
+
+class TrialDecoder(nn.Module):
+    """Foretells the rewards of a whole trial, and if asked its observations, from each belief.
+
+    Args:
+        config: what is foretold, and how.
+        latent: L, dimensions of the latent task.
+        width: D, of an observation.
+        actions: A, of an encoded action.
+    """
+
+    class Config(Settings):
+        """What is foretold, and how."""
+
+        rewards: Literal["squared", "binary"] = "squared"
+        """The reward, by its squared error, or the chance of a positive one, by its
+        log-likelihood."""
+
+        heads: Literal["action", "next_obs"] | None = None
+        """Foretell rewards with one head for each entry of this one-hot vector, from the belief
+        alone; null takes layers that see belief, observation, action and next observation."""
+
+        foretell_obs: bool = False
+        """Foretell the next observation too, for tasks that differ in their dynamics."""
+
+        sizes: tuple[int, ...] = Field(default=(32, 32), min_length=1)
+        """Width of each layer."""
+
+    def __init__(self, config: Config, latent: int, width: int, actions: int) -> None:
+        super().__init__()
+        self.config = config
+        self.reward: StepDecoder | HeadDecoder
+        if config.heads is None:
+            self.reward = StepDecoder(latent, 2 * width + actions, 1, config.sizes)
+        else:
+            heads = actions if config.heads == "action" else width
+            self.reward = HeadDecoder(latent, heads, config.sizes)
+        self.obs: StepDecoder | None = None
+        if config.foretell_obs:
+            self.obs = StepDecoder(latent, width + actions, width, config.sizes)
+
+    def forward(
+        self, latent: Tensor, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss of each kind of forecast, by samples of beliefs about the same B trials.
+
+        Args:
+            latent: (S, B, L).
+            obs: (T, B, D).
+            action: (T, B, A), encoded.
+            next_obs: (T, B, D), true successors.
+            reward: (T, B).
+        """
+        config = self.config
+        if config.heads is None:
+            step = torch.cat([obs, action, next_obs], -1)
+        else:
+            step = action if config.heads == "action" else next_obs
+        target, binary = reward.unsqueeze(-1), config.rewards == "binary"
+        losses = {"reward_loss": forecast_loss(self.reward(latent, step), target, binary=binary)}
+        if self.obs is not None:
+            foretold = self.obs(latent, torch.cat([obs, action], -1))
+            losses["obs_loss"] = forecast_loss(foretold, next_obs, binary=False)
+        return losses
+
+
+class StepDecoder(nn.Module):
+    """Foretells something of every step from every belief, by layers that see both.
+
+    The first layer's halves for belief and step are computed once each and added in pairs.
+    """
+
+    def __init__(self, latent: int, width: int, out: int, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        first, *others = sizes
+        self.of_latent = linear(latent, first, gain=math.sqrt(2))
+        self.of_step = linear(width, first, gain=math.sqrt(2))
+        self.layers = nn.Sequential(
+            nn.ReLU(), *stack(first, tuple(others), "relu"), linear(sizes[-1], out, gain=1.0)
+        )
+
+    def forward(self, latent: Tensor, step: Tensor) -> Tensor:
+        """(S, T, B, out) from samples (S, B, L) and steps (T, B, width)."""
+        pairs = self.of_latent(latent).unsqueeze(1) + self.of_step(step)
+        out: Tensor = self.layers(pairs)
+        return out
+
+
+class HeadDecoder(nn.Module):
+    """Foretells one number of every step by a head for each entry of a one-hot vector.
+
+    Heads depend on the belief alone: much cheaper than `StepDecoder`, where it applies.
+    """
+
+    def __init__(self, latent: int, width: int, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        last = sizes[-1] if sizes else latent
+        self.layers = nn.Sequential(*stack(latent, sizes, "relu"), linear(last, width, gain=1.0))
+
+    def forward(self, latent: Tensor, step: Tensor) -> Tensor:
+        """(S, T, B, 1) from samples (S, B, L) and one-hot steps (T, B, width)."""
+        return torch.einsum("sbw,tbw->stb", self.layers(latent), step).unsqueeze(-1)
