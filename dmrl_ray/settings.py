@@ -40,6 +40,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "cnn": "dmrl_ray.networks.cnn:CNN",
         "lstm": "dmrl_ray.networks.recurrent:LSTM",
         "gru": "dmrl_ray.networks.recurrent:GRU",
+        "transformer": "dmrl_ray.networks.transformer:Transformer",
         "symmetric": "dmrl_ray.networks.symmetric:Symmetric",
     },
     "algorithm": {

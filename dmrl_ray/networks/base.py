@@ -11,9 +11,10 @@ from abc import abstractmethod
 from typing import Literal, TypeAlias
 
 import torch
+from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Component, Settings
 
 Memory: TypeAlias = tuple[Tensor, ...]
 Activation: TypeAlias = Literal["relu", "tanh", "silu", "gelu", "elu", "softplus", "sigmoid"]
@@ -63,6 +64,30 @@ class Encoder(nn.Module):
 
         `reset` (T, B) bool zeroes the memory before a step; None means nowhere.
         """
+
+
+class BodyEncoder(Encoder):
+    """An encoder that may read the observation through another one without memory."""
+
+    class Config(Settings):
+        body: Component | None = None
+        """Encoder before the memory, such as a cnn; None feeds the observation."""
+
+    def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
+        super().__init__()
+        self.body: Encoder | None = None
+        self.in_dim = math.prod(obs_space.shape) + extra
+        if config.body is not None:
+            body: Encoder = config.body.load("encoder")(config.body.settings, obs_space, extra)
+            if body.initial_memory(1):
+                raise ValueError(f"network.encoder.body: {config.body.type} has memory of its own")
+            self.body, self.in_dim = body, body.out_dim
+
+    def read(self, obs: Tensor, extra: Tensor | None) -> Tensor:
+        """(T, B, in_dim): what the memory is fed."""
+        if self.body is None:
+            return join(obs.flatten(2), extra)
+        return self.body(obs, extra, (), None)[0]
 
 
 def join(x: Tensor, extra: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -10,8 +9,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from dmrl_ray.config import Component, Settings
-from dmrl_ray.networks.base import Encoder, Memory, join
+from dmrl_ray.networks.base import BodyEncoder, Memory
 
 
 def over_segments(
@@ -45,27 +43,19 @@ def start_gates(cell: nn.RNNBase) -> None:
             nn.init.zeros_(parameter)
 
 
-class _Recurrent(Encoder):
+class _Recurrent(BodyEncoder):
     """A body, then one recurrent layer; the kernel is fused over steps without a reset."""
 
-    class Config(Settings):
+    class Config(BodyEncoder.Config):
         size: int = 128
         """Width of the memory."""
-
-        body: Component | None = None
-        """Encoder before the recurrent layer, such as a cnn; None feeds the observation."""
 
     kind: type[nn.LSTM] | type[nn.GRU]
     leaves: int
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
-        super().__init__()
-        self.body: Encoder | None = None
-        width = math.prod(obs_space.shape) + extra
-        if config.body is not None:
-            self.body = config.body.load()(config.body.settings, obs_space, extra)
-            width = self.body.out_dim
-        self.cell = self.kind(width, config.size)
+        super().__init__(config, obs_space, extra)
+        self.cell = self.kind(self.in_dim, config.size)
         start_gates(self.cell)
         self.out_dim = config.size
 
@@ -75,11 +65,7 @@ class _Recurrent(Encoder):
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Memory]:
-        if self.body is None:
-            x = join(obs.flatten(2), extra)
-        else:
-            x, _ = self.body(obs, extra, (), None)
-        return over_segments(self._run, x, memory, reset)
+        return over_segments(self._run, self.read(obs, extra), memory, reset)
 
     def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         raise AssertionError
