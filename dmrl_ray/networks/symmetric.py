@@ -41,6 +41,10 @@ class Symmetric(Encoder):
         width: int = Field(default=16, ge=1)
         """Features of each action (F)."""
 
+        ordered: bool = True
+        """Show each action its number, so that equal ones can be told apart: of 50 arms that were
+        never pulled each has a fiftieth of what their sort deserves, and none would be the mode."""
+
         activation: Activation = "relu"
         """Of the features."""
 
@@ -51,12 +55,15 @@ class Symmetric(Encoder):
                 "network.encoder: symmetric needs a policy that sees its previous action and "
                 "reward; use rl2, or an encoder of another type"
             )
+        self.number: Tensor
         self.actions = extra - 2
         self.size, self.width = config.size, config.width
         self.cell = nn.GRU(math.prod(obs_space.shape) + 4, config.size)
         start_gates(self.cell)
         self.common = linear(2 * config.size, config.size, gain=math.sqrt(2))
-        self.own = linear(config.size, config.width, gain=math.sqrt(2))
+        self.own = linear(config.size + 1, config.width, gain=math.sqrt(2))
+        number = 0.1 * torch.arange(self.actions) * float(config.ordered)
+        self.register_buffer("number", number.unsqueeze(-1), persistent=False)
         self.others = nn.Linear(config.size, config.width, bias=False)
         nn.init.orthogonal_(self.others.weight, math.sqrt(2))
         self.activation = ACTIVATIONS[config.activation]()
@@ -101,7 +108,8 @@ class Symmetric(Encoder):
         """(T, B, H + A * F): the common part, and each action's in its light."""
         pooled = torch.cat([hidden.mean(-2), hidden.amax(-2)], -1)
         common = self.activation(self.common(pooled))
-        each = self.activation(self.own(hidden) + self.others(common).unsqueeze(-2))
+        own = torch.cat([hidden, self.number.expand(*hidden.shape[:-1], 1)], -1)
+        each = self.activation(self.own(own) + self.others(common).unsqueeze(-2))
         return torch.cat([common, each.flatten(-2)], -1)
 
 

@@ -24,7 +24,7 @@ def play(seed=0):
 
 
 def symmetric():
-    encoder = make(Symmetric, extra=ACTIONS + 2, size=6, width=4, activation="tanh")
+    encoder = make(Symmetric, extra=ACTIONS + 2, size=6, width=4, activation="tanh", ordered=False)
     return encoder, encoder.action_layer(ACTIONS)
 
 
@@ -94,3 +94,12 @@ def test_a_learner_sees_the_policy_that_acted():
     metrics = learner.update(0, 0, [trial])
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["grad_norm"] > 1e-3
+
+
+def test_equal_actions_can_be_told_apart_by_their_number():
+    encoder = make(Symmetric, extra=ACTIONS + 2, size=6, width=4)
+    nothing = torch.zeros(1, 1, ACTIONS + 2)
+    features, _ = encoder(torch.zeros(1, 1, 3), nothing, encoder.initial_memory(1), None)
+    layer = encoder.action_layer(ACTIONS)
+    torch.nn.init.ones_(layer.layer.weight)
+    assert len(layer(features).unique()) > 1
