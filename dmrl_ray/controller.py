@@ -125,6 +125,7 @@ def check(config: RunConfig) -> None:
             program = build(spec)
             if isinstance(stage, (Pretrain, Finetune)):
                 program.algorithm.prepare_training(spec.trainable)
+                _check_lag(program, spec, stage.max_policy_lag)
             if isinstance(stage, Adapt):
                 check_steps(program.algorithm, stage)
             if source is not None:
@@ -139,6 +140,14 @@ def check(config: RunConfig) -> None:
     ):
         raise ConfigError(
             "learners.device: cuda was asked for, but PyTorch finds no GPU here; use auto or cpu"
+        )
+
+
+def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
+    if lag and not program.algorithm.corrects_for_lag:
+        raise ValueError(
+            f"max_policy_lag: {spec.algorithm_name} learns as if its newest policy had acted; use "
+            "0, or an algorithm that corrects for older ones, such as impala"
         )
 
 

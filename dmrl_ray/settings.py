@@ -45,6 +45,8 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
     },
     "algorithm": {
         "ppo": "dmrl_ray.algorithms.ppo:PPO",
+        "appo": "dmrl_ray.algorithms.impala:APPO",
+        "impala": "dmrl_ray.algorithms.impala:IMPALA",
         "rl2": "dmrl_ray.algorithms.rl2:RL2",
         "maml": "dmrl_ray.algorithms.maml:MAML",
         "distillation": "dmrl_ray.algorithms.distillation:Distillation",

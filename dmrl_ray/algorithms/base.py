@@ -57,6 +57,9 @@ class Algorithm(ABC):
     continues_episodes: bool = False
     """Episodes go on from one collection to the next; else every collection begins afresh."""
 
+    corrects_for_lag: bool = False
+    """Updates allow for actions of an older policy, so that `max_policy_lag` may be above 0."""
+
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         self.config = config
         self.distribution = distribution

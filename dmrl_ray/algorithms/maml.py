@@ -70,6 +70,7 @@ class MAML(Algorithm):
 
     config: Config
     frozen_statistics = True
+    corrects_for_lag = True
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)

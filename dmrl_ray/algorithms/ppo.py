@@ -23,17 +23,11 @@ from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
 
-class ClipConfig(Algorithm.Config):
-    """Settings of the clipped update, shared by every algorithm that uses it."""
-
-    epochs: int = Field(default=4, ge=1)
-    """Passes over each batch."""
+class BatchConfig(Algorithm.Config):
+    """Settings of an update in minibatches, shared by every algorithm that makes one."""
 
     minibatches: int = Field(default=4, ge=1)
-    """Gradient steps per pass."""
-
-    clip: float = Field(default=0.2, gt=0)  # Schulman et al. 2017, table 3
-    """Half-width of the trust interval around ratio 1."""
+    """Gradient steps per pass over a batch."""
 
     gamma: float = Field(default=0.99, ge=0, le=1)
     """Discount per environment step."""
@@ -48,6 +42,16 @@ class ClipConfig(Algorithm.Config):
     """Weight of the value loss, in units of normalised returns."""
 
 
+class ClipConfig(BatchConfig):
+    """Settings of the clipped update, shared by every algorithm that uses it."""
+
+    epochs: int = Field(default=4, ge=1)
+    """Passes over each batch."""
+
+    clip: float = Field(default=0.2, gt=0)  # Schulman et al. 2017, table 3
+    """Half-width of the trust interval around ratio 1."""
+
+
 class PPO(Algorithm):
     """Clipped surrogate on advantages that the worker computed once."""
 
@@ -55,13 +59,14 @@ class PPO(Algorithm):
         num_steps: int = Field(default=128, ge=1)
         """Steps in each column between updates; episodes go on over updates."""
 
-    config: ClipConfig
+    config: BatchConfig
     continues_episodes = True
+    corrects_for_lag = True
     labels: tuple[str, ...] = ("action", "log_prob")
     """What the loss reads of a rollout as it is."""
 
     def __init__(
-        self, config: ClipConfig, distribution: TaskDistribution, policy: ActorCritic
+        self, config: BatchConfig, distribution: TaskDistribution, policy: ActorCritic
     ) -> None:
         super().__init__(config, distribution, policy)
         if policy.recurrent and policy.value_encoder is not None and not self.memory_spans_trial:
@@ -69,6 +74,12 @@ class PPO(Algorithm):
                 "network.separate_value: a value function with a memory of its own needs whole "
                 "trials, which ppo does not collect; use false or null"
             )
+
+    @property
+    def epochs(self) -> int:
+        """Passes over each batch."""
+        assert isinstance(self.config, ClipConfig)
+        return self.config.epochs
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         assert isinstance(self.config, PPO.Config)
@@ -91,7 +102,7 @@ class PPO(Algorithm):
         count = min(self.config.minibatches, columns)
         bounds = [columns * i // count for i in range(count + 1)]
         steps, skipped = [], self.skipped_batches
-        for _ in range(self.config.epochs):
+        for _ in range(self.epochs):
             order = torch.from_numpy(self.rng.permutation(columns)).to(rollout.reward.device)
             shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
             for start, stop in pairwise(bounds):
@@ -127,6 +138,7 @@ class PPO(Algorithm):
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and what to report of it."""
+        assert isinstance(self.config, ClipConfig)
         pi, value_loss = self._forward(batch)
         head = self.policy.policy_head
         log_prob = head.log_prob(pi, batch["action"])
