@@ -38,6 +38,9 @@ class BatchConfig(Algorithm.Config):
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
 
+    anneal_entropy: bool = False
+    """Lower that weight linearly to zero over the budget."""
+
     value_coef: float = Field(default=0.5, ge=0)
     """Weight of the value loss, in units of normalised returns."""
 
@@ -146,9 +149,10 @@ class PPO(Algorithm):
             log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
         )
         entropy = head.entropy(pi).mean()
-        loss = (
-            policy_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy
-        )
+        bonus = self.config.entropy_coef
+        if self.config.anneal_entropy:
+            bonus *= 1.0 - self.progress
+        loss = policy_loss + self.config.value_coef * value_loss - bonus * entropy
         with torch.no_grad():
             log_ratio = log_prob - batch["log_prob"]
             approx_kl = (log_ratio.exp() - 1 - log_ratio).mean()

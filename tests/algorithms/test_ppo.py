@@ -164,6 +164,19 @@ def test_the_gradient_is_the_policy_gradient_of_standardised_advantages():
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.75, 0.25)])
+def test_an_annealed_entropy_bonus_shrinks_with_what_is_left(progress, share):
+    losses = []
+    for coefficient in (0.0, 0.1):
+        learner, trial = collected(make_spec(entropy_coef=coefficient, anneal_entropy=True))
+        algorithm, (rollout,) = learner.algorithm, as_tensors(trial)
+        algorithm.progress = progress
+        loss, report = algorithm._loss(algorithm._batch(rollout))
+        losses.append(loss.item())
+    bonus = 0.1 * share * report["entropy"].item()
+    assert losses[0] - losses[1] == pytest.approx(bonus, rel=1e-3)
+
+
 def test_an_entropy_bonus_raises_the_entropy():
     entropies = []
     for coefficient in (0.0, 10.0):
