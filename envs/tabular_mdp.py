@@ -13,13 +13,14 @@ from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
 from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
-STATES, ACTIONS, HORIZON = 10, 5, 10
+from .memory import RememberingVectorEnv
+from .tabular_oracle import ACTIONS, HORIZON, STATES, optimistic_action, plan, random_return
 
 
-class TabularMDPVectorEnv(TaskVectorEnv):
+class TabularMDPVectorEnv(RememberingVectorEnv):
     """Columns of MDPs that all start in state 0.
 
     * Observation: (10,) the state, one-hot.
@@ -37,9 +38,11 @@ class TabularMDPVectorEnv(TaskVectorEnv):
         "cell",
         "t",
     )
+    memory_fields: ClassVar[tuple[str, ...]] = ("seen", "earned", "steps")
 
-    def __init__(self, num_envs: int):
+    def __init__(self, num_envs: int, episodes: int = 1):
         super().__init__(num_envs, Box(0.0, 1.0, (STATES,), np.float32), Discrete(ACTIONS))
+        self.trial_steps = episodes * HORIZON
         # P(next state <= i) without the last i, where it is 1: one row per state and action.
         uniform = np.arange(1, STATES) / STATES
         self.cumulative = np.tile(uniform.astype(np.float32), (num_envs, STATES * ACTIONS, 1))
@@ -49,12 +52,18 @@ class TabularMDPVectorEnv(TaskVectorEnv):
         self.waiting = np.zeros(num_envs, np.bool_)
         self.cell = np.zeros(num_envs, np.int64)
         self.t = np.zeros(num_envs, np.int64)
+        # What the present tasks have shown: transitions, sums of rewards, steps in all.
+        self.seen = np.zeros((num_envs, STATES * ACTIONS, STATES), np.float32)
+        self.earned = np.zeros((num_envs, STATES * ACTIONS), np.float32)
+        self.steps = np.zeros(num_envs, np.int64)
+        self._columns = np.arange(num_envs)
         self._one_hot = np.eye(STATES, dtype=np.float32)
         self._ones = np.ones(STATES - 1, np.float32)
         self._first_row = np.arange(num_envs) * STATES * ACTIONS
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """One task per column, played from that column's next reset on."""
+        super().set_tasks(tasks)
         shape = self.cumulative.shape
         transition = np.array([task.params["transition"] for task in tasks])
         np.cumsum(transition[..., :-1].reshape(shape), axis=-1, out=self.next_cumulative)
@@ -64,6 +73,7 @@ class TabularMDPVectorEnv(TaskVectorEnv):
 
     def begin(self, columns: np.ndarray) -> None:
         """Put these columns into the first state."""
+        super().begin(columns)
         changed = columns[self.waiting[columns]]
         if len(changed):
             self.cumulative[changed] = self.next_cumulative[changed]
@@ -71,6 +81,12 @@ class TabularMDPVectorEnv(TaskVectorEnv):
             self.waiting[changed] = False
         self.cell[columns] = 0
         self.t[columns] = 0
+
+    def forget(self, columns: np.ndarray) -> None:
+        """No steps of these columns are known."""
+        self.seen[columns] = 0.0
+        self.earned[columns] = 0.0
+        self.steps[columns] = 0
 
     def observe(self) -> np.ndarray:
         """(B, 10) one-hot states."""
@@ -80,7 +96,8 @@ class TabularMDPVectorEnv(TaskVectorEnv):
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One transition of every column."""
-        row = self._first_row + self.cell * ACTIONS + actions
+        pair = self.cell * ACTIONS + actions
+        row = self._first_row + pair
         noise = self.np_random.standard_normal(self.num_envs)
         reward = (self.reward_mean.ravel().take(row) + noise).astype(np.float32)
         cumulative = self.cumulative.reshape(-1, STATES - 1).take(row, axis=0)
@@ -88,10 +105,34 @@ class TabularMDPVectorEnv(TaskVectorEnv):
         # A product counts the passed thresholds three times as fast as a sum of booleans.
         passed = (chance >= cumulative).astype(np.float32) @ self._ones
         self.cell = passed.astype(np.int64)
+        if self.remembers:
+            self.seen[self._columns, pair, self.cell] += 1
+            self.earned[self._columns, pair] += reward
+            self.steps += 1
         self.t += 1
         terminated = self.t >= HORIZON
         obs, infos = self.auto_reset(self.observe(), terminated)
         return obs, reward, terminated, np.zeros(self.num_envs, np.bool_), infos
+
+    def belief(self) -> np.ndarray:
+        """(B, 601) posterior means of the transitions and of the rewards, the visits of each state
+        and action on a log scale, and the share of the trial's steps done."""
+        visits = self.seen.sum(axis=-1)
+        transition = (self.seen + 1) / (visits + STATES)[..., None]
+        reward_mean = (self.earned + 1) / (visits + 1)
+        count = np.log1p(visits) / np.log1p(self.trial_steps)
+        done = (self.steps / self.trial_steps)[:, None]
+        parts = [transition.reshape(self.num_envs, -1), reward_mean, count, done]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
+
+    def oracle_action(self) -> np.ndarray:
+        """(B,) actions of a plan in the mean MDP with a bonus for what is little known.
+
+        The best rule known that is fair: see `optimistic_action`. A Bayes-optimal one is not
+        tractable.
+        """
+        left = np.maximum(self.trial_steps - self.steps, HORIZON - self.t)
+        return optimistic_action(self.seen, self.earned, self.cell, self.t, left)
 
     def render(self) -> Array:
         """Mean rewards by state (across) and action, red to green; the state's column framed."""
@@ -123,7 +164,7 @@ class TabularMDP(TaskDistribution):
 
     def make_vec(self, num_envs: int) -> TabularMDPVectorEnv:
         """A vector environment whose columns play MDPs."""
-        return TabularMDPVectorEnv(num_envs)
+        return TabularMDPVectorEnv(num_envs, self.config.episodes)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
         """n MDPs of a split."""
@@ -144,35 +185,6 @@ class TabularMDP(TaskDistribution):
             random=np.full(episodes, random_return(transition, reward_mean)),
             oracle=np.full(episodes, plan(transition, reward_mean)[1][0]),
         )
-
-
-def plan(transition: np.ndarray, reward_mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Backward induction.
-
-    Args:
-        transition: (..., S, A, S).
-        reward_mean: (..., S, A).
-
-    Returns:
-        Optimal actions (H, ..., S) by step, and the value of the first step (..., S).
-    """
-    value = np.zeros(reward_mean.shape[:-1])
-    policy = np.zeros((HORIZON, *value.shape), np.int64)
-    for t in range(HORIZON - 1, -1, -1):
-        q = reward_mean + (transition @ value[..., None, :, None])[..., 0]
-        policy[t], value = q.argmax(axis=-1), q.max(axis=-1)
-    return policy, value
-
-
-def random_return(transition: np.ndarray, reward_mean: np.ndarray) -> float:
-    """Expected return of an episode of uniformly random actions; exact."""
-    chain, reward = transition.mean(axis=1), reward_mean.mean(axis=1)
-    at = np.eye(STATES)[0]
-    total = 0.0
-    for _ in range(HORIZON):
-        total += float(at @ reward)
-        at = at @ chain
-    return total
 
 
 def psrl_return(episodes: int, trials: int, rng: np.random.Generator) -> np.ndarray:
