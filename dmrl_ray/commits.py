@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeAlias
@@ -172,6 +173,22 @@ def hidden(part: FileRecord) -> FileRecord:
     """A part before its commit: under a name that readers skip."""
     table, name = part.path.split("/")
     return FileRecord(f"{table}/_{name}", part.size_bytes, part.sha256)
+
+
+def committed_parts(run: Path, table: str) -> list[Path]:
+    """The files of a table, those included whose commit was made but not yet followed by a rename.
+
+    So the tables of a run agree with each other at any moment, also after a kill.
+    """
+    parts = {part.name: part for part in (run / table).glob("part-*.parquet")}
+    records = sorted((run / "commits").glob("[0-9]*.json"))
+    if records:
+        with suppress(CorruptRun):
+            for part in map(hidden, Commit.read(records[-1]).parts):
+                path = run / part.path
+                if path.parent.name == table and path.name[1:] not in parts:
+                    parts[path.name[1:]] = path
+    return [parts[name] for name in sorted(parts)]
 
 
 def run_facts(folder: Path) -> Json:

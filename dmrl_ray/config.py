@@ -79,6 +79,9 @@ class Training(Settings):
     max_policy_lag: int = Field(default=0, ge=0)
     """Updates that the acting policy may be behind the learner; 0 is synchronous and exact."""
 
+    record: bool = False
+    """Keep every step of training in the transitions table, in the order of learning."""
+
 
 class Pretrain(Training):
     """Train one policy on the training tasks; keep the best on the validation tasks."""
@@ -187,6 +190,9 @@ class Evaluate(Settings):
 
     greedy: bool = True
     """Take the most probable action where the algorithm does not need to explore by chance."""
+
+    record: bool = False
+    """Keep every step in the transitions table."""
 
 
 Stage = Annotated[Pretrain | Finetune | Adapt | Evaluate, Field(discriminator="type")]

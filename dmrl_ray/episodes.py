@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dmrl_ray.types import Arrays, Columns, Task, tasks_from_array, tasks_to_array
+
+
+@dataclass(frozen=True)
+class Open:
+    """Episodes that are going on: of each column (B,) its task, number and length so far."""
+
+    task: np.ndarray
+    number: np.ndarray
+    length: np.ndarray
 
 
 class Episodes:
@@ -20,6 +30,7 @@ class Episodes:
         self.num_envs = num_envs
         self.number = np.zeros(num_envs, np.int64)
         self._rows: list[dict[str, Any]] = []
+        self.begin(np.empty(num_envs, object))
 
     def clear(self) -> None:
         """Forget the rows that nobody took."""
@@ -73,6 +84,10 @@ class Episodes:
         self._return[ended] = 0.0
         self._length[ended] = 0
         self._task_of[ended] = task_of[ended]
+
+    def open(self) -> Open:
+        """Copies of what is known of the open episodes."""
+        return Open(self._task_of.copy(), self.number.copy(), self._length.copy())
 
     def take(self) -> Columns:
         """Rows of the episodes that ended since the last call, in the order they ended."""

@@ -91,21 +91,29 @@ def evaluate(
     trials: int = 1,
     greedy: bool = True,
     policy_version: int = 0,
+    record: bool = False,
 ) -> Columns:
     """Episode rows of a policy on some tasks, over all workers, in order of the tasks.
 
     Args:
         weights: of the policy, made ready by ``run.workers.put``.
+        record: add every step to the transitions table.
     """
     per_task = build(spec).algorithm.columns_per_task
     size = max(1, EVALUATION_COLUMNS // per_task)
     chunks = [tuple(tasks[i : i + size]) for i in range(0, len(tasks), size)]
     calls = [
-        (EvaluateCall(spec, chunk, trial, i, greedy, policy_version), weights)
+        (EvaluateCall(spec, chunk, trial, i, greedy, policy_version, i * size * per_task), weights)
         for trial in range(trials)
         for i, chunk in enumerate(chunks)
     ]
-    results = dict(run.workers.map("evaluate", calls))
+    results = {}
+    for i, answer in run.workers.map("evaluate_recorded" if record else "evaluate", calls):
+        if record:
+            results[i], steps = answer
+            run.add_steps(spec, steps)
+        else:
+            results[i] = answer
     parts = [results[i] for i in range(len(calls))]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -169,6 +177,8 @@ def _record(
 ) -> None:
     for report in reports:
         run.add_episodes(spec, version, report.episodes)
+        if report.steps is not None:
+            run.add_steps(spec, report.steps)
     metrics["time/collect_s"] = max(report.seconds for report in reports)
     steps = sum(report.env_steps for report in reports)
     metrics["steps_per_s"] = steps / elapsed

@@ -8,7 +8,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmrl_ray.commits import Commit, hidden
-from dmrl_ray.errors import CorruptRun
-from dmrl_ray.tables import schema_of
+from dmrl_ray.commits import committed_parts
+from dmrl_ray.tables import HISTORY, IN_HISTORY, fits, schema_of
 
 _HASH = re.compile(r"_?part-\d{8}-([0-9a-f]{16})\.parquet")
 _READERS = 4
@@ -26,43 +24,35 @@ _TRIES = 5
 
 
 def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd.DataFrame:
-    """All committed rows of a table, over one run or many.
+    """All committed rows of a table, over one run or many; transitions history by history.
 
     Args:
         path: a run folder, a folder of runs, a pattern such as ``runs/*``, or a list of these.
-        table: episodes, metrics, events or tasks.
+        table: episodes, metrics, events, tasks or transitions.
 
     Raises:
-        ValueError: no run is there, the table is unknown, or a file is damaged.
+        ValueError: no run is there, the table is unknown, a file is damaged, or the transitions of
+            runs differ in the kind of their observations or actions.
     """
     schema = schema_of(table)
     runs = find_runs(path)
     for _ in range(_TRIES):
         try:
-            tables = _read_parts([p for run in runs for p in committed_parts(run, table)], schema)
+            tables = _read_parts([p for run in runs for p in committed_parts(run, table)], table)
             break
         except FileNotFoundError as error:  # Renamed since it was listed, or lost.
             missing = error.filename
     else:
         raise ValueError(f"{missing}: is missing, though a commit names it")
-    merged = pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
+    kinds = {field.name: field.type for part in tables[:1] for field in part.schema}
+    first = pa.schema([f.with_type(kinds.get(f.name, f.type)) for f in schema]).empty_table()
+    try:
+        merged = pa.concat_tables([first, *tables], promote_options="default")
+    except pa.ArrowException as error:
+        raise ValueError(f"these runs cannot stand in one table: {error}") from error
+    if table == "transitions":
+        merged = merged.sort_by([(name, "ascending") for name in HISTORY + IN_HISTORY])
     return merged.to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get, ignore_metadata=True)
-
-
-def committed_parts(run: Path, table: str) -> list[Path]:
-    """The files of a table, those included whose commit was made but not yet followed by a rename.
-
-    So the tables of a run agree with each other at any moment, also after a kill.
-    """
-    parts = {part.name: part for part in (run / table).glob("part-*.parquet")}
-    records = sorted((run / "commits").glob("[0-9]*.json"))
-    if records:
-        with suppress(CorruptRun):
-            for part in map(hidden, Commit.read(records[-1]).parts):
-                path = run / part.path
-                if path.parent.name == table and path.name[1:] not in parts:
-                    parts[path.name[1:]] = path
-    return [parts[name] for name in sorted(parts)]
 
 
 def find_runs(path: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -93,14 +83,14 @@ def _suggestion(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _read_parts(paths: list[Path], schema: pa.Schema) -> list[pa.Table]:
+def _read_parts(paths: list[Path], table: str) -> list[pa.Table]:
     if len(paths) < 4 * _READERS:
-        return [_read_part(path, schema) for path in paths]
+        return [_read_part(path, table) for path in paths]
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda path: _read_part(path, schema), paths))
+        return list(pool.map(lambda path: _read_part(path, table), paths))
 
 
-def _read_part(path: Path, schema: pa.Schema) -> pa.Table:
+def _read_part(path: Path, table: str) -> pa.Table:
     data = path.read_bytes()
     match = _HASH.fullmatch(path.name)
     if match and not hashlib.sha256(data).hexdigest().startswith(match[1]):
@@ -108,23 +98,20 @@ def _read_part(path: Path, schema: pa.Schema) -> pa.Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         # Before any data is touched: reading an extension type may run code.
-        _check(path, file.schema_arrow, schema)
+        _check(path, file.schema_arrow, table)
         return file.read(use_threads=False).replace_schema_metadata()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is damaged: {error}") from error
 
 
-def _check(path: Path, found: pa.Schema, schema: pa.Schema) -> None:
+def _check(path: Path, found: pa.Schema, table: str) -> None:
+    schema = schema_of(table)
     for field in found:
-        known = field.name in schema.names
-        kind = field.type
-        extension = isinstance(kind, pa.BaseExtensionType) or (
-            field.metadata and b"ARROW:extension:name" in field.metadata
-        )
-        plain = pa.types.is_primitive(kind) or pa.types.is_string(kind)
-        if extension or not plain or (known and kind != schema.field(field.name).type):
+        named = field.metadata and b"ARROW:extension:name" in field.metadata
+        if named or not fits(table, field.name, field.type):
+            known = field.name in schema.names
             wanted = schema.field(field.name).type if known else "a plain type"
-            raise ValueError(f"{path}: column {field.name!r} is {kind} instead of {wanted}")
+            raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -20,6 +20,7 @@ from dmrl_ray.display import Display
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.faults import sample
 from dmrl_ray.learner import LocalLearners
+from dmrl_ray.recording import Steps
 from dmrl_ray.spec import JobSpec, load_family
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
@@ -134,6 +135,10 @@ class Run:
                 "policy_version": policy_version,
             },
         )
+
+    def add_steps(self, spec: JobSpec, steps: Steps) -> None:
+        """Rows of the transitions table."""
+        self.writer.add("transitions", {**steps, "stage": spec.stage, "job": spec.name})
 
     def add_metrics(
         self, spec: JobSpec, policy_version: int, env_steps: int, metrics: dict[str, float]

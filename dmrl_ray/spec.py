@@ -35,6 +35,8 @@ class JobSpec:
     trainable: tuple[str, ...] = ("",)
     learner_threads: int = 1
     device: str = "cpu"
+    record: bool = False  # every step is a row of the transitions table
+    run_folder: str = ""  # where algorithms find what earlier stages recorded
 
     @property
     def key(self) -> tuple[int | str, ...]:

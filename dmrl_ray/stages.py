@@ -54,13 +54,14 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         trainable=getattr(stage, "trainable", ("",)),
         learner_threads=config.learners.threads,
         device=config.learners.device,
+        record=getattr(stage, "record", False),
     )
 
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
     """One job on the training tasks; leaves the policies `best` and `last`."""
     initial = None if stage.init_from is None else _policy(run, stage.init_from, "best")
-    progress = run_job(run, job_spec(run.config, name), stage, initial)
+    progress = run_job(run, _placed(run, name), stage, initial)
     run.drop(f"{name}.learner")
     run.drop(f"{name}.shards")
     run.state["job"] = None
@@ -79,7 +80,7 @@ def pretrain(run: Run, name: str, stage: Pretrain) -> None:
 def finetune(run: Run, name: str, stage: Finetune) -> None:
     """One job for each held-out task, all of them side by side over the workers."""
     weights = run.workers.put(_policy(run, stage.init_from, stage.checkpoint))
-    spec = job_spec(run.config, name)
+    spec = _placed(run, name)
     tasks = run.tasks(stage.split, stage.tasks)
     specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
     finished: list[str] = list(run.state["job"] or [])
@@ -90,9 +91,12 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
         run.state["job"] = list(finished)
 
     calls = [(s, weights, stage.updates) for s in open_specs]
+    method = "train_recorded" if stage.record else "train"
     with run.committing(snapshot):
-        for i, (rows, trained) in run.workers.map("train", calls):
+        for i, (rows, trained, *recorded) in run.workers.map(method, calls):
             job = open_specs[i]
+            for part in recorded[0] if recorded else ():
+                run.add_steps(job, part)
             run.add_episodes(job, stage.updates, rows)
             run.save(job.name, trained)
             run.event("job_finished", name, job.name, updates=stage.updates)
@@ -171,12 +175,18 @@ def evaluate(run: Run, name: str, stage: Evaluate) -> None:
         run.tasks(stage.split, stage.tasks),
         trials=stage.trials,
         greedy=stage.greedy,
+        record=stage.record,
     )
     run.add_episodes(spec, 0, rows)
     score = None if np.isnan(rows["score"]).any() else float(rows["score"].mean())
     run.display.update(
         name, int(rows["length"].sum()), return_=float(rows["return"].mean()), score=score
     )
+
+
+def _placed(run: Run, name: str) -> JobSpec:
+    """The job of a stage that trains, which may learn from what earlier stages recorded."""
+    return replace(job_spec(run.config, name), run_folder=str(run.writer.folder))
 
 
 def _policy(run: Run, stage: str, checkpoint: str) -> Arrays:

@@ -13,10 +13,14 @@ import pyarrow.parquet as pq
 SCHEMA_VERSION = 1
 """Raised when a column is added or changes its meaning; readers fill missing columns with null."""
 
-Cells: TypeAlias = np.ndarray | Sequence[object] | str | float | None
+Cells: TypeAlias = np.ndarray | pa.Array | Sequence[object] | str | float | None
 """The cells of one column, or one value that stands in all rows."""
 
+ROW_GROUP_BYTES = 1 << 20
+"""Rows are read back in groups of about this size, where they hold vectors or images."""
+
 _TEXT, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_VECTOR, _IMAGE = pa.list_(pa.float32()), pa.list_(pa.uint8())
 _TIME = pa.timestamp("us", tz="UTC")
 
 _COLUMNS: dict[str, dict[str, pa.DataType]] = {
@@ -64,9 +68,50 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "detail": _TEXT,  # JSON
         "time": _TIME,
     },
+    "transitions": {
+        "run_id": _TEXT,
+        "stage": _TEXT,
+        "job": _TEXT,
+        "task_id": _TEXT,
+        "split": _TEXT,
+        "trial": _INT,
+        "column": _INT,  # of the environment, over all shards; rows of one are a history
+        "episode": _INT,
+        "t": _INT,  # step within the episode
+        "policy_version": _INT,
+        "shot": _INT,
+        "obs": _VECTOR,  # or _IMAGE; flat, in C order
+        "action": _INT,  # or _VECTOR
+        "reward": _FLOAT,
+        "terminated": _BOOL,
+        "truncated": _BOOL,
+        "log_prob": _FLOAT,
+        "next_obs": _VECTOR,  # or _IMAGE; null where it is the obs of the next row
+    },
 }
-_NULLABLE = {"success", "score"}
+_NULLABLE = {"success", "score", "next_obs"}
 """Not every family knows success, nor both ends of a score."""
+
+_OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
+"""What a column may be instead, by the task family; it is the same in all rows of a run."""
+
+
+HISTORY = ("run_id", "stage", "job", "column")
+"""Columns of transitions that say whose history a row belongs to ..."""
+
+IN_HISTORY = ("trial", "episode", "t")
+"""... and where in it, in the order in which it was lived."""
+
+
+def fits(table: str, column: str, kind: pa.DataType) -> bool:
+    """Whether a column of this type can stand in a table; columns it does not know must be plain.
+
+    Nested and extension types of others are refused: reading an extension type may run code.
+    """
+    known = _COLUMNS[table].get(column)
+    if known is None:
+        return pa.types.is_primitive(kind) or pa.types.is_string(kind)
+    return kind == known or kind == _OTHER_TYPE.get(column)
 
 
 def _schema(table: str) -> pa.Schema:
@@ -95,6 +140,7 @@ class TableBuffer:
         self._optional = self._types.keys() & _NULLABLE
         self._chunks: list[tuple[int, dict[str, object]]] = []
         self.num_rows = 0
+        self.size_bytes = 0  # of the columns that came as Arrow arrays
 
     def add(self, columns: Mapping[str, Cells]) -> None:
         """Append rows, which are copied; one value stands in all rows.
@@ -107,6 +153,8 @@ class TableBuffer:
         for name, value in columns.items():
             if name not in self._types:
                 raise ValueError(f"{self._name}: {name!r} is not a column of this table")
+            if isinstance(value, pa.Array) and not fits(self._name, name, value.type):
+                raise ValueError(f"{self._name}.{name}: {value.type} is not a type of this column")
             try:
                 cell = cells[name] = _cells(value, self._types[name])
             except (TypeError, ValueError, pa.ArrowException) as error:
@@ -124,6 +172,7 @@ class TableBuffer:
         rows = 1 if rows is None else rows
         self._chunks.append((rows, cells))
         self.num_rows += rows
+        self.size_bytes += sum(c.nbytes for c in cells.values() if isinstance(c, pa.Array))
 
     @property
     def _name(self) -> str:
@@ -132,24 +181,34 @@ class TableBuffer:
     def clear(self) -> None:
         """Forget the rows."""
         self._chunks.clear()
-        self.num_rows = 0
+        self.num_rows = self.size_bytes = 0
 
     def to_parquet(self, metadata: Mapping[str, str]) -> pa.Buffer:
         """The rows as a Parquet file."""
-        schema = self.schema.with_metadata({**self.schema.metadata, **metadata})
-        table = pa.Table.from_arrays([self._column(field) for field in schema], schema=schema)
+        columns = [self._column(field) for field in self.schema]
+        fields = zip(self.schema, columns, strict=True)
+        schema = pa.schema(
+            [field.with_type(column.type) for field, column in fields],
+            {**self.schema.metadata, **metadata},
+        )
+        table = pa.Table.from_arrays(columns, schema=schema)
+        group = None
+        if "obs" in self._types:
+            group = max(1, ROW_GROUP_BYTES * self.num_rows // max(1, table.nbytes))
         out = pa.BufferOutputStream()
-        pq.write_table(table, out, compression="zstd", write_page_checksum=True)
+        pq.write_table(
+            table, out, row_group_size=group, compression="zstd", write_page_checksum=True
+        )
         return out.getvalue()
 
     def _column(self, field: pa.Field) -> pa.Array:
         chunks = [(rows, cells[field.name]) for rows, cells in self._chunks]
-        if field.type in (_TEXT, _BOOL):
+        arrays = [cell for _, cell in chunks if isinstance(cell, pa.Array)]
+        if arrays or field.type not in (_INT, _FLOAT, _TIME):
+            kind = arrays[0].type if arrays else field.type
             return pa.concat_arrays(
                 [
-                    cell
-                    if isinstance(cell, pa.Array)
-                    else pa.repeat(pa.scalar(cell, field.type), n)
+                    cell if isinstance(cell, pa.Array) else pa.repeat(pa.scalar(cell, kind), n)
                     for n, cell in chunks
                 ]
             )
@@ -167,6 +226,8 @@ def _cells(value: Cells, kind: pa.DataType) -> object:
     """An array that nobody else changes, or one plain value."""
     if value is None:
         return None
+    if isinstance(value, pa.Array):
+        return value
     many = isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
     if kind in (_TEXT, _BOOL):
         if many:

@@ -16,8 +16,9 @@ import torch
 
 from dmrl_ray.algorithms.online import live_through
 from dmrl_ray.config import Adapt
-from dmrl_ray.faults import check_lengths, reference, sample
+from dmrl_ray.faults import reference, sample
 from dmrl_ray.learner import Learner
+from dmrl_ray.recording import Steps, episode_rows, take_episodes, transition_rows
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Program, Weights, build, set_weights
 from dmrl_ray.types import Arrays, Columns, Task, Trial, random_stream
@@ -45,6 +46,7 @@ class EvaluateCall:
     chunk: int
     greedy: bool
     policy_version: int
+    first_column: int = 0  # number of the first column, where steps are recorded
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class CollectReport:
     episodes: Columns
     env_steps: int
     seconds: float
+    steps: Steps | None = None  # where the job is recorded
 
 
 class RolloutWorker:
@@ -95,6 +98,7 @@ class RolloutWorker:
             random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
         )
         algorithm.progress = min(1.0, call.env_steps / max(1, spec.env_steps))
+        open_before = sampler.episodes.open() if algorithm.continues_episodes else None
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
@@ -103,11 +107,37 @@ class RolloutWorker:
         episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
         episodes["trial"] = np.full(len(rows["step"]), iteration)
         after = sampler.get_state() if algorithm.continues_episodes else {}
+        recorded = None
+        if spec.record:
+            recorded = transition_rows(
+                trial,
+                tasks,
+                number=iteration,
+                first_column=columns * shard,
+                open_before=open_before,
+                shot_is_episode=algorithm.memory_spans_trial,
+            )
         steps = sum(rollout.reward.size for rollout in trial)
-        return CollectReport(episodes, steps, time.monotonic() - start), trial, after
+        return CollectReport(episodes, steps, time.monotonic() - start, recorded), trial, after
 
     def evaluate(self, call: EvaluateCall, weights: Weights) -> Columns:
         """Rows of one trial on each of the call's tasks."""
+        return self._evaluate(call, weights)[0]
+
+    def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
+        """The same, and every step."""
+        episodes, trial = self._evaluate(call, weights)
+        steps = transition_rows(
+            trial,
+            list(call.tasks),
+            number=call.trial,
+            first_column=call.first_column,
+            open_before=None,
+            shot_is_episode=self._programs[call.spec.key].algorithm.memory_spans_trial,
+        )
+        return episodes, steps
+
+    def _evaluate(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Trial]:
         torch.set_num_threads(1)
         spec = call.spec
         program = self._program(spec, weights)
@@ -116,14 +146,14 @@ class RolloutWorker:
         sampler = program.sampler(columns)
         stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
-        algorithm.evaluate(sampler, list(call.tasks))
+        trial = algorithm.evaluate(sampler, list(call.tasks))
         rows = take_episodes(sampler)
         within = rows["since_begun"] < algorithm.evaluation_episodes
         rows = {name: column[within] for name, column in rows.items()}
         episodes = episode_rows(rows, program, scored=True)
         episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)
         episodes["trial"] = np.full(len(rows["step"]), call.trial)
-        return episodes
+        return episodes, trial
 
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, np.ndarray, np.ndarray]:
         """Meet streams of changing tasks.
@@ -162,9 +192,16 @@ class RolloutWorker:
         Returns the rows of its episodes, with the number of updates done before as their shot,
         and the weights at its end.
         """
+        return self.train_recorded(spec, weights, updates)[:2]
+
+    def train_recorded(
+        self, spec: JobSpec, weights: Arrays, updates: int
+    ) -> tuple[Columns, Arrays, list[Steps]]:
+        """The same, and every step in the order of learning, if the job is recorded."""
         learner = Learner(spec)
         learner.load_weights(weights)
         parts: list[Columns] = []
+        steps: list[Steps] = []
         state: Arrays = {}
         env_steps = 0
         for iteration in range(updates + 1):
@@ -172,12 +209,14 @@ class RolloutWorker:
             report, trial, state = self.collect(call, Weights(iteration, learner.weights()), state)
             report.episodes["shot"] = np.full_like(report.episodes["shot"], iteration)
             parts.append(report.episodes)
+            if report.steps is not None:
+                steps.append({**report.steps, "shot": iteration})
             env_steps += report.env_steps
             if iteration < updates:
                 learner.update(iteration, env_steps, [trial])
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
-        return rows, learner.weights()
+        return rows, learner.weights(), steps
 
     def _program(self, spec: JobSpec, weights: Weights) -> Program:
         key = spec.key
@@ -207,36 +246,6 @@ class RolloutWorker:
         for cache in (self._programs, self._samplers, self._loaded):
             for key in [k for k in cache if k[: len(spec.key)] == spec.key]:
                 del cache[key]
-
-
-def take_episodes(sampler: Sampler) -> Columns:
-    """The sampler's rows, if no episode is longer than its family allows."""
-    check_lengths(sampler.distribution, sampler.episodes)
-    return sampler.take_episodes()
-
-
-def episode_rows(rows: Columns, program: Program, *, scored: bool) -> Columns:
-    """Columns of the episodes table that a worker knows."""
-    tasks: list[Task] = list(rows["task"])
-    score = np.full(len(tasks), np.nan)
-    if scored:
-        known = {
-            t.id: reference(program.distribution, t) for t in {t.id: t for t in tasks}.values()
-        }
-        for i, task in enumerate(tasks):
-            ends = known[task.id]
-            if ends is not None:
-                score[i] = ends.score(rows["episode"][i], rows["return"][i])
-    return {
-        "task_id": np.array([task.id for task in tasks], object),
-        "split": np.array([task.split for task in tasks], object),
-        "episode": rows["episode"].astype(np.int64),
-        "shot": rows["shot"].astype(np.int64),
-        "return": rows["return"].astype(np.float64),
-        "length": rows["length"].astype(np.int64),
-        "success": rows["success"].astype(np.float64),
-        "score": score,
-    }
 
 
 class LocalWorkers:

@@ -39,6 +39,9 @@ from dmrl_ray.run_folder import FolderLock, local_path, make_run, recover
 from dmrl_ray.tables import SCHEMAS, Cells, TableBuffer, schema_of
 from dmrl_ray.types import Arrays
 
+SPILL_BYTES = 64 << 20
+"""Transitions are written, hidden, before their commit when they fill this much memory."""
+
 _FILE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
 
 
@@ -66,6 +69,7 @@ class RunWriter:
         self._config_sha256 = config_sha256
         self._previous_sha256: str | None = None
         self._buffers = {table: TableBuffer(table) for table in SCHEMAS}
+        self._spilled: list[FileRecord] = []  # parts for the next commit, written already
         self._unpublished: list[FileRecord] = []  # committed, but still hidden
         self._kept: list[set[str]] = []  # paths that the newest commits name, newest first
         self._saved: dict[str, int] = {}  # checkpoint files on disk: number of the commit to come
@@ -133,9 +137,13 @@ class RunWriter:
         """
         schema_of(table)
         filled = {"run_id": self.run_id, **columns}
-        if table != "tasks":
+        buffer = self._buffers[table]
+        if "time" in buffer.schema.names:
             filled.setdefault("time", time.time())
-        self._buffers[table].add(filled)
+        buffer.add(filled)
+        if buffer.size_bytes >= SPILL_BYTES:
+            self._spilled.append(self._write_part(table, self.number + 1, buffer))
+            buffer.clear()
 
     def save(
         self, name: str, arrays: Arrays, metadata: Mapping[str, str] | None = None
@@ -183,7 +191,7 @@ class RunWriter:
             assert (self.folder / file.path).is_file(), f"{file.path} is not on disk"
         state = json.loads(json.dumps(state))
         parts = self._write_parts(number)
-        data = self._record(number, state, files, parts).to_bytes()
+        data = self._record(number, state, files, self._spilled + parts).to_bytes()
         won = False
         try:
             won = put_if_absent(commit_path(self.folder, number), data)
@@ -196,7 +204,8 @@ class RunWriter:
         self._previous_sha256 = hashlib.sha256(data).hexdigest()
         for buffer in self._buffers.values():
             buffer.clear()
-        self._unpublished += parts
+        self._unpublished += self._spilled + parts
+        self._spilled = []
         self._publish()
         self._prune()
         return number
@@ -222,7 +231,6 @@ class RunWriter:
             for table, buffer in self._buffers.items():
                 if buffer.num_rows:
                     parts.append(self._write_part(table, number, buffer))
-                    sync_folder(self.folder / table)
         except BaseException:
             self._delete([hidden(part).path for part in parts])
             raise
@@ -232,8 +240,10 @@ class RunWriter:
         data = buffer.to_parquet({"dmrl.writer": self._name})
         digest = hashlib.sha256(data).hexdigest()
         part = FileRecord(f"{table}/part-{number:08d}-{digest[:16]}.parquet", data.size, digest)
-        with synced_file(self.folder / hidden(part).path) as file:
+        path = self.folder / hidden(part).path
+        with synced_file(path) as file:
             file.write(data)
+        sync_folder(path.parent)
         return part
 
     def _publish(self) -> None:
@@ -260,6 +270,8 @@ class RunWriter:
 
     def discard(self) -> None:
         """Drop the rows that were not committed."""
+        self._delete([hidden(part).path for part in self._spilled])
+        self._spilled = []
         for buffer in self._buffers.values():
             buffer.clear()
 

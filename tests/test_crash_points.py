@@ -16,15 +16,22 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+import dmrl_ray.writer as writer_module
 from dmrl_ray.commits import verify
 from dmrl_ray.results import load
 from dmrl_ray.writer import RunWriter
 
 STEPS = 3
 KINDS = ["kill", "power-loss-1", "power-loss-2"]
-TABLES = {"episodes": ["job", "task_id", "trial", "return"], "metrics": ["name", "value"]}
+TABLES = {
+    "episodes": ["job", "task_id", "trial", "return"],
+    "metrics": ["name", "value"],
+    "transitions": ["job", "trial", "reward"],
+}
+writer_module.SPILL_BYTES = 40  # Three vectors of four numbers are more.
 
 
 def weights_at(step):
@@ -62,7 +69,17 @@ def add_rows(writer, step):
         changing = {"trial": trial, "return": trial / 7, "task_id": [f"t{n}" for n in trial]}
         where = {"algorithm": "ppo", "split": "train", **same}
         writer.add("episodes", {**zeros, **where, **changing})
+    add_steps(writer, step)
     writer.add("metrics", {**same, "name": ["loss", "norm"], "value": [step / 3, np.nan]})
+
+
+def add_steps(writer, step):
+    vectors = pa.array(np.zeros((3, 4), np.float32).tolist(), pa.list_(pa.float32()))
+    zeros = dict.fromkeys(["column", "episode", "t", "policy_version", "shot", "action"], 0)
+    ends = {"terminated": False, "truncated": False, "log_prob": 0.0}
+    where = {"stage": "s", "job": f"j{step}", "task_id": "t", "split": "train"}
+    changing = {"trial": np.arange(3), "reward": np.arange(3) / 7 + step, "obs": vectors}
+    writer.add("transitions", {**zeros, **ends, **where, **changing})
 
 
 def rows_of(folder):

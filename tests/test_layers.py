@@ -12,7 +12,7 @@ LAYERS = [
     "spaces tasks faults networks heads policy episodes buffers values rollout replay dataset "
     "tables checkpoint commits run_folder writer",
     "algorithms",
-    "spec worker learner",
+    "spec recording worker learner",
     "stages jobs run cluster connection pool ray_learners display",
     "controller",
     "__main__ results report rllib",

@@ -39,13 +39,21 @@ stages:
   held_out: {type: evaluate, init_from: train, tasks: 4}
 """
 
+RECORDED = f"""
+{CONFIG.partition("stages:")[0]}
+stages:
+  train: {{type: pretrain, env_steps: 1024, validation_tasks: 4, record: true}}
+  again: {{type: finetune, init_from: train, tasks: 2, updates: 2, record: true}}
+  seen: {{type: evaluate, init_from: train, tasks: 3, trials: 2, record: true}}
+"""
+
 
 class Server:
     """Runs of the config above in forked children of one process."""
 
-    def __init__(self, root: Path, workers: int = 0) -> None:
+    def __init__(self, root: Path, workers: int = 0, config: str = CONFIG) -> None:
         self.config = root / "config.yaml"
-        self.config.write_text(CONFIG.replace("{num: 0}", f"{{num: {workers}}}"))
+        self.config.write_text(config.replace("{num: 0}", f"{{num: {workers}}}"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("run_server.py"))],
@@ -107,6 +115,10 @@ def undisturbed(server, tmp_path_factory):
 def rows(folder: Path) -> pd.DataFrame:
     frame = load(folder, table="episodes").drop(columns=["time", "run_id"])
     return frame.sort_values(list(frame.columns)).reset_index(drop=True)
+
+
+def steps(folder: Path) -> pd.DataFrame:
+    return load(folder, table="transitions").drop(columns="run_id")
 
 
 def metrics(folder: Path) -> pd.DataFrame:
@@ -202,6 +214,22 @@ def test_a_run_killed_before_every_file_operation_ends_like_the_undisturbed(
     server, undisturbed, tmp_path
 ):
     crash_before(server, undisturbed, tmp_path, range(1, undisturbed[2] + 1))
+
+
+def test_a_run_that_records_loses_and_doubles_no_step(tmp_path):
+    server = Server(tmp_path, config=RECORDED)
+    try:
+        whole = server.play("run", tmp_path / "whole")
+        assert whole["status"] == 0
+        expected = steps(tmp_path / "whole")
+        assert set(expected["stage"]) == {"train", "again", "seen"}
+        for k in range(11, whole["operations"] + 1, whole["operations"] // 6):
+            folder = tmp_path / str(k)
+            assert os.WIFSIGNALED(server.play("run", folder, crash_at=k)["status"])
+            server.finish(folder)
+            pd.testing.assert_frame_equal(steps(folder), expected)
+    finally:
+        server.process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,147 @@
+"""What was played, as rows of the tables: of every episode and, where asked for, of every step."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from dmrl_ray.episodes import Open
+from dmrl_ray.faults import check_lengths, reference
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.spec import Program
+from dmrl_ray.tables import Cells
+from dmrl_ray.types import Columns, Task, Trial
+
+Steps: TypeAlias = dict[str, Cells]
+"""Rows of the transitions table, without the columns that name the run, the stage and the job."""
+
+
+def take_episodes(sampler: Sampler) -> Columns:
+    """The sampler's rows, if no episode is longer than its family allows."""
+    check_lengths(sampler.distribution, sampler.episodes)
+    return sampler.take_episodes()
+
+
+def episode_rows(rows: Columns, program: Program, *, scored: bool) -> Columns:
+    """Columns of the episodes table that a worker knows."""
+    tasks: list[Task] = list(rows["task"])
+    score = np.full(len(tasks), np.nan)
+    if scored:
+        known = {
+            t.id: reference(program.distribution, t) for t in {t.id: t for t in tasks}.values()
+        }
+        for i, task in enumerate(tasks):
+            ends = known[task.id]
+            if ends is not None:
+                score[i] = ends.score(rows["episode"][i], rows["return"][i])
+    return {
+        "task_id": np.array([task.id for task in tasks], object),
+        "split": np.array([task.split for task in tasks], object),
+        "episode": rows["episode"].astype(np.int64),
+        "shot": rows["shot"].astype(np.int64),
+        "return": rows["return"].astype(np.float64),
+        "length": rows["length"].astype(np.int64),
+        "success": rows["success"].astype(np.float64),
+        "score": score,
+    }
+
+
+def transition_rows(
+    trial: Trial,
+    tasks: list[Task],
+    *,
+    number: int,
+    first_column: int,
+    open_before: Open | None,
+    shot_is_episode: bool,
+) -> Steps:
+    """Every step of a trial, column after column; a function of what was collected alone.
+
+    A step's successor is in ``next_obs`` at the end of an episode and of a rollout, and else is
+    the ``obs`` of the next row, so that nothing is stored twice. Actions are as the policy chose
+    them, before they were clipped where they met the environment.
+
+    Args:
+        trial: rollouts of the same columns, one after the other, as arrays.
+        tasks: of the trial.
+        number: of the trial.
+        first_column: number of the first column within the job.
+        open_before: episodes that the first rollout goes on with; None if it begins afresh.
+        shot_is_episode: True where memory adapts, which is counted in episodes.
+    """
+    columns = np.arange(trial[0].num_columns)
+    episode, step, begun = _clock(trial, open_before)
+    known = [*tasks, *(open_before.task if open_before is not None else ())]
+    task = _rows(np.where(begun, trial[0].task_index, len(tasks) + columns))
+    shot = np.concatenate([np.full(r.reward.shape, r.shot) for r in trial])
+    together = {
+        name: _rows(np.concatenate([getattr(r, name) for r in trial]))
+        for name in ("action", "reward", "terminated", "truncated", "log_prob")
+    }
+    return {
+        **together,
+        "task_id": pa.array([t and t.id for t in known], pa.string()).take(pa.array(task)),
+        "split": pa.array([t and t.split for t in known], pa.string()).take(pa.array(task)),
+        "trial": np.full(step.size, number),
+        "column": np.repeat(first_column + columns, len(step)),
+        "episode": _rows(episode),
+        "t": _rows(step),
+        "policy_version": np.full(step.size, trial[0].policy_version),
+        "shot": _rows(episode if shot_is_episode else shot),
+        "obs": _vectors(_rows(np.concatenate([r.obs[:-1] for r in trial]))),
+        "action": _vectors(action) if (action := together["action"]).ndim > 1 else action,
+        "next_obs": _successors(trial, len(step)),
+    }
+
+
+def _clock(trial: Trial, before: Open | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(T, B): number of the episode, step in it, and whether an episode began since the start."""
+    done = [r.terminated | r.truncated for r in trial]
+    begins = np.concatenate(
+        [np.concatenate([r.previous_done[None], d[:-1]]) for r, d in zip(trial, done, strict=True)]
+    )
+    at = np.arange(len(begins))[:, None]
+    since = np.maximum.accumulate(np.where(begins, at, -1))
+    later = begins.copy()
+    later[0] = False  # The number is that of the first step's episode, whether new or open.
+    number, begun = later.cumsum(0), since >= 0
+    step = at - np.where(begun, since, 0)
+    if before is not None:
+        number, step = number + before.number, step + np.where(begun, 0, before.length)
+    return number, step, begun
+
+
+def _successors(trial: Trial, num_steps: int) -> pa.Array:
+    """What followed each step, where that is not the observation of the next row."""
+    where, what, start = [], [], 0
+    for rollout in trial:
+        columns = np.arange(rollout.num_columns)
+        last = rollout.num_steps - 1
+        ended = (rollout.terminated | rollout.truncated)[last]
+        where += [
+            rollout.final_column * num_steps + start + rollout.final_step,
+            columns[~ended] * num_steps + start + last,
+        ]
+        what += [rollout.final_obs, rollout.obs[-1][~ended]]
+        start += rollout.num_steps
+    rows, obs = np.concatenate(where), np.concatenate(what)
+    order = rows.argsort()
+    present = np.zeros(num_steps * trial[0].num_columns, np.bool_)
+    present[rows] = True
+    return _vectors(obs[order], present)
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """(T, B, ...) to rows, column after column."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def _vectors(x: np.ndarray, present: np.ndarray | None = None) -> pa.Array:
+    """Rows (N, ...) as flat lists; `present` (M,) says which rows of M they are, if not all."""
+    present = np.ones(len(x), np.bool_) if present is None else present
+    width = int(np.prod(x.shape[1:]))
+    offsets = np.concatenate([[0], np.cumsum(present * width)]).astype(np.int32)
+    values = pa.array(np.ascontiguousarray(x).reshape(-1))
+    return pa.ListArray.from_arrays(offsets, values, mask=pa.array(~present))
