@@ -38,8 +38,10 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
     "encoder": {
         "mlp": "dmrl_ray.networks.mlp:MLP",
         "cnn": "dmrl_ray.networks.cnn:CNN",
+        "residual": "dmrl_ray.networks.cnn:Residual",
         "lstm": "dmrl_ray.networks.recurrent:LSTM",
         "gru": "dmrl_ray.networks.recurrent:GRU",
+        "rnn": "dmrl_ray.networks.recurrent:RNN",
         "transformer": "dmrl_ray.networks.transformer:Transformer",
         "symmetric": "dmrl_ray.networks.symmetric:Symmetric",
     },

@@ -17,15 +17,20 @@ from torch import Tensor, nn
 from dmrl_ray.config import Component, Settings
 
 Memory: TypeAlias = tuple[Tensor, ...]
-Activation: TypeAlias = Literal["relu", "tanh", "silu", "gelu", "elu", "softplus", "sigmoid"]
+Activation: TypeAlias = Literal[
+    "relu", "leaky_relu", "elu", "selu", "gelu", "silu", "mish", "softplus", "tanh", "sigmoid"
+]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
+    "selu": nn.SELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
     "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
 
@@ -55,6 +60,18 @@ class Encoder(nn.Module):
     def initial_memory(self, num: int) -> Memory:
         """The memory before the first step of a trial."""
         return ()
+
+    def use_plain_operations(self) -> None:
+        """From now on, compute by what `torch.func.vmap` and second derivatives can take.
+
+        Raises:
+            ValueError: it has memory, and is not known to be able to.
+        """
+        if self.initial_memory(1):
+            raise ValueError(
+                f"network.encoder: gradient steps cannot adapt a {type(self).__name__.lower()}; "
+                "use an mlp, a cnn, an lstm or a gru"
+            )
 
     @abstractmethod
     def forward(

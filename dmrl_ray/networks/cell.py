@@ -1,7 +1,8 @@
 """Recurrent cells in plain tensor operations.
 
-The fused kernels of `nn.LSTM` and `nn.GRU` are fast, but `torch.func.vmap` and second derivatives
-cannot take them. These functions compute the same from the same weights, a step at a time.
+The fused kernels of `nn.LSTM`, `nn.GRU` and `nn.RNN` are fast, but `torch.func.vmap` and second
+derivatives cannot take them. These functions compute the same from the same weights, a step at a
+time.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from dmrl_ray.networks.base import Memory
 def step_by_step(
     cell: nn.RNNBase, x: Tensor, memory: Memory, reset: Tensor | None
 ) -> tuple[Tensor, Memory]:
-    """What one layer of `nn.LSTM` or `nn.GRU` computes.
+    """What one layer of `nn.LSTM`, `nn.GRU` or `nn.RNN` computes.
 
     Args:
         cell: whose weights are used.
         x: (T, B, D).
-        memory: leaves (B, H): hidden and cell of an LSTM, hidden of a GRU.
+        memory: leaves (B, H): hidden and cell of an LSTM, hidden of the others.
         reset: (T, B) bool, zeroes the memory before a step; None means nowhere.
 
     Returns:
         Outputs (T, B, H) and the memory after the last step.
     """
-    step = _lstm if isinstance(cell, nn.LSTM) else _gru
+    step = _STEPS[cell.mode]
     weights = dict(cell.named_parameters())
     from_input = linear(x, weights["weight_ih_l0"], weights["bias_ih_l0"])
     out = []
@@ -53,3 +54,14 @@ def _gru(from_input: Tensor, from_memory: Tensor, memory: Memory) -> Memory:
     keep = (keep_x + keep_h).sigmoid()
     new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
     return (new + keep * (memory[0] - new),)
+
+
+def _tanh(from_input: Tensor, from_memory: Tensor, memory: Memory) -> Memory:
+    return ((from_input + from_memory).tanh(),)
+
+
+def _relu(from_input: Tensor, from_memory: Tensor, memory: Memory) -> Memory:
+    return ((from_input + from_memory).relu(),)
+
+
+_STEPS = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}

@@ -7,24 +7,21 @@ import math
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from dmrl_ray.config import Settings
-from dmrl_ray.networks.base import Activation, Encoder, Memory, join, stack
+from dmrl_ray.networks.base import Encoder, Memory, join
+from dmrl_ray.networks.layers import LayerConfig, dense
 
 
 class MLP(Encoder):
     """Fully connected layers."""
 
-    class Config(Settings):
+    class Config(LayerConfig):
         sizes: tuple[int, ...] = (64, 64)
         """Width of each layer."""
-
-        activation: Activation = "relu"
-        """Between the layers; tanh costs more than a 64-wide layer does on a CPU."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         super().__init__()
         width = math.prod(obs_space.shape) + extra
-        self.layers = stack(width, config.sizes, config.activation)
+        self.layers = dense(width, config.sizes, config)
         self.out_dim = config.sizes[-1] if config.sizes else width
 
     def forward(

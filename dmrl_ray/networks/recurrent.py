@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from gymnasium.spaces import Box
+from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.networks.base import BodyEncoder, Memory
+from dmrl_ray.networks.cell import step_by_step
 
 
 def over_segments(
@@ -50,31 +54,55 @@ class _Recurrent(BodyEncoder):
         size: int = 128
         """Width of the memory."""
 
-    kind: type[nn.LSTM] | type[nn.GRU]
+        layer_norm: bool = False
+        """Normalise the features over their units; the memory itself stays as it is."""
+
+        dropout: float = Field(default=0.0, ge=0, lt=1)
+        """Share of features that are left out in a gradient step of the learner."""
+
     leaves: int
+    plain = False
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         super().__init__(config, obs_space, extra)
-        self.cell = self.kind(self.in_dim, config.size)
+        self.cell = self.build(config)
         start_gates(self.cell)
+        self.norm = nn.LayerNorm(config.size) if config.layer_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
         self.out_dim = config.size
 
     def initial_memory(self, num: int) -> Memory:
         return tuple(torch.zeros(num, self.out_dim) for _ in range(self.leaves))
 
+    def use_plain_operations(self) -> None:
+        self.plain = True
+
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Memory]:
-        return over_segments(self._run, self.read(obs, extra), memory, reset)
+        x = self.read(obs, extra)
+        if self.plain:
+            out, memory = step_by_step(self.cell, x, memory, reset)
+        else:
+            out, memory = over_segments(self._run, x, memory, reset)
+        return self.dropout(self.norm(out)), memory
+
+    @abstractmethod
+    def build(self, config: Config) -> nn.RNNBase:
+        """The recurrent layer."""
 
     def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        raise AssertionError
+        out, hidden = self.cell(x, memory[0].unsqueeze(0))
+        return out, (hidden.squeeze(0),)
 
 
 class LSTM(_Recurrent):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997)."""
 
-    kind, leaves = nn.LSTM, 2
+    leaves = 2
+
+    def build(self, config: _Recurrent.Config) -> nn.RNNBase:
+        return nn.LSTM(self.in_dim, config.size)
 
     def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         out, (hidden, cell) = self.cell(x, (memory[0].unsqueeze(0), memory[1].unsqueeze(0)))
@@ -84,8 +112,21 @@ class LSTM(_Recurrent):
 class GRU(_Recurrent):
     """Gated recurrent unit (Cho et al., 2014)."""
 
-    kind, leaves = nn.GRU, 1
+    leaves = 1
 
-    def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        out, hidden = self.cell(x, memory[0].unsqueeze(0))
-        return out, (hidden.squeeze(0),)
+    def build(self, config: _Recurrent.Config) -> nn.RNNBase:
+        return nn.GRU(self.in_dim, config.size)
+
+
+class RNN(_Recurrent):
+    """Without gates (Elman, 1990): several times as fast, and forgets sooner."""
+
+    class Config(_Recurrent.Config):
+        activation: Literal["tanh", "relu"] = "tanh"
+        """Of the memory."""
+
+    leaves = 1
+
+    def build(self, config: _Recurrent.Config) -> nn.RNNBase:
+        assert isinstance(config, RNN.Config)
+        return nn.RNN(self.in_dim, config.size, nonlinearity=config.activation)

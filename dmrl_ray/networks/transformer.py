@@ -91,7 +91,8 @@ class Transformer(BodyEncoder):
         for layer, block in enumerate(self.blocks):
             query, key, value = block.project(x, before)
             ring[rows, layer, 0, slot], ring[rows, layer, 1, slot] = key[:, 0], value[:, 0]
-            x = block.attend(x, query, *ring[:, layer, :, :filled].unbind(1), mask)
+            keys, values = ring[:, layer, :, :filled].unbind(1)
+            x = block.attend(x, query, keys, values, mask)
         return x, (ring.flatten(1), before + 1)
 
     def _sequence(
