@@ -231,8 +231,8 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, optimizer: sgd, {}}}"
             ["stages.train: rollout.num_envs: 8 columns", "use a multiple of 3"],
         ),
         (
-            ["algorithm={type: maml, episodes_per_task: 4}", "network.encoder={type: lstm}"],
-            ["stages.train: network.encoder: ", "found lstm; use an mlp or a cnn"],
+            ["algorithm={type: cavia, episodes_per_task: 4}"],
+            ["stages.train: network.context: ", "found one of width 0"],
         ),
         (
             ["network.encoder={type: cnn}"],

@@ -1,164 +1,134 @@
 """Model-agnostic meta-learning: parameters from which a few gradient steps suffice.
 
 Source: Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017
-(arXiv:1703.03400), algorithm 3. ``first_order`` gives FOMAML (section 5.2 there);
-``adapt: [policy_head]`` gives ANIL (Raghu et al., 2020, arXiv:1909.09157).
-
-The outer step is a clipped policy gradient in place of the paper's TRPO. The inner loss is an
-importance-weighted surrogate (ProMP, arXiv:1810.06784, eq. 9), so that its gradient stays right
-when the outer loop has moved the parameters away from those that acted. All tasks adapt in one
-batched operation: parameters carry a leading task axis.
+(arXiv:1703.03400), algorithm 3; its lines 5 to 8 are `GradientAdaptation.live`. ``first_order``
+gives FOMAML (section 5.2 there); ``adapt: [policy_head]`` gives ANIL (Raghu et al., 2020,
+arXiv:1909.09157); ``outer: trpo`` is the paper's outer step, for which a clipped policy gradient
+stands in by default.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.base import Algorithm, check_prefixes
+from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     by_task,
-    fitted_advantage,
-    per_task,
-    task_actor,
-    task_gradients,
+    is_actor,
     task_log_prob,
+    task_pi,
 )
-from dmrl_ray.losses.policy_gradient import ppo_clip_loss
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Rollout, Task, Trial
+from dmrl_ray.algorithms.trust_region import trust_region_step
+from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
+from dmrl_ray.types import Rollout, Trial
 
 
-class MAML(Algorithm):
+class MAML(GradientAdaptation):
     """Adapt by gradient steps within a trial; improve where those steps start from."""
 
-    class Config(Algorithm.Config):
-        inner_steps: int = Field(default=1, ge=1)
-        """Gradient steps taken on each task before the post-adaptation rollout."""
-
-        inner_lr: float = Field(default=0.1, gt=0)  # Finn et al. 2017, section 5.3
-        """Step size of those steps (alpha in the paper)."""
-
-        evaluation_steps: int = Field(default=3, ge=1)
-        """Gradient steps taken on each task when evaluating."""
-
+    class Config(GradientAdaptation.Config):
         first_order: bool = False
         """True drops the second derivative (FOMAML): about half the memory, some bias."""
 
-        adapt: tuple[str, ...] = ("",)
-        """Prefixes of the parameter names the inner loop may change.
-        ``[""]`` is everything; ``["policy_head"]`` is ANIL."""
-
-        episodes_per_task: int = Field(default=20, ge=1)
-        """Environment columns that play one task side by side, one episode each per rollout."""
+        outer: Literal["clip", "trpo", "vpg"] = "clip"
+        """The outer step: clipped policy gradient, trust region, or plain policy gradient."""
 
         epochs: int = Field(default=4, ge=1)
-        """Outer gradient steps on each batch; each adapts anew from the moved parameters."""
+        """Outer gradient steps on each batch where they are clipped, else one; each adapts anew
+        from the moved parameters."""
 
         clip: float = Field(default=0.3, gt=0)  # Rothfuss et al. 2019, table of hyper-parameters
         """Half-width of the outer trust interval around ratio 1."""
 
-        gamma: float = Field(default=0.99, ge=0, le=1)
-        """Discount per environment step."""
-
-        gae_lambda: float = Field(default=1.0, ge=0, le=1)
-        """0 trusts the fitted baseline, 1 the returns."""
+        max_kl: float = Field(default=0.01, gt=0)  # Finn et al. 2017, section 5.3
+        """Nats by which a trust-region step may move the adapted policies; it knows no lr."""
 
     config: Config
-    frozen_statistics = True
-    corrects_for_lag = True
-
-    def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
-        super().__init__(config, distribution, policy)
-        if policy.recurrent:
-            raise ValueError(
-                "network.encoder: gradient-based adaptation needs an encoder without memory, "
-                f"found {type(policy.encoder).__name__.lower()}; use an mlp or a cnn"
-            )
-        check_prefixes("algorithm.adapt", config.adapt, per_task(policy, 1))
-
-    @property
-    def columns_per_task(self) -> int:
-        return self.config.episodes_per_task
-
-    @property
-    def evaluation_episodes(self) -> int:
-        return 1
-
-    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        return self._adapt(sampler, tasks, self.config.inner_steps)
-
-    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        return self._adapt(sampler, tasks, self.config.evaluation_steps)
+    outer_parts: tuple[str, ...] = ("",)
+    """Prefixes of the parameters that the outer loop moves."""
 
     def update(self, trial: Trial) -> dict[str, float]:
-        *support, query = trial
-        tasks = query.num_tasks
-        steps, skipped = [], self.skipped_batches
-        for _ in range(self.config.epochs):
-            params = per_task(self.policy, tasks)
-            for rollout in support:
-                params = self.inner_step(params, rollout, create_graph=not self.config.first_order)
-            loss = self._outer_loss(params, query, tasks)
-            norm = self.step_optimizer(loss)
-            steps.append(torch.stack([loss.detach(), norm.detach()]))
+        skipped = self.skipped_batches
+        step = self._trust_region if self.config.outer == "trpo" else self._gradient_steps
+        metrics = step(trial)
         if self.skipped_batches == skipped:
-            self.policy.update_norms(query, None)
-        outer_loss, grad_norm = torch.stack(steps).mean(0).tolist()
-        before, after = (float(r.reward.sum(0).mean()) for r in (support[0], query))
-        return {
-            "outer_loss": outer_loss,
-            "grad_norm": grad_norm,
-            "return/before": before,
-            "return/after": after,
-        }
+            self.policy.update_norms(trial[-1], None)
+        before, after = (float(r.reward.sum(0).mean()) for r in (trial[0], trial[-1]))
+        return metrics | {"return/before": before, "return/after": after}
 
-    def inner_step(self, params: Parameters, rollout: Rollout, *, create_graph: bool) -> Parameters:
-        """One gradient step on every task at once; the same in workers and learners."""
-        moving = [name for name in params if name.startswith(self.config.adapt)]
-        gradients = task_gradients(self.policy, params, rollout, moving, create_graph=create_graph)
-        moved = {
-            name: params[name] - self.config.inner_lr * gradient
-            for name, gradient in gradients.items()
-        }
-        return params | moved
+    def path(self, trial: Trial) -> list[Parameters]:
+        """The parameters of each rollout, as functions of those that all tasks start from."""
+        return self.adaptation(trial[:-1], create_graph=not self.config.first_order)
 
-    def _adapt(self, sampler: Sampler, tasks: list[Task], steps: int) -> list[Rollout]:
-        """Rollout, inner step, rollout, ...: the trial of algorithm 3, lines 5 to 8."""
-        params = per_task(self.policy, len(tasks))
-        sampler.begin_trial(tasks, self.policy)
-        rollouts = []
-        for shot in range(steps + 1):
-            rollout = sampler.rollout(
-                self.policy,
-                self.distribution.max_episode_steps,
-                actor=task_actor(self.policy, params),
-                shot=shot,
-                with_value=False,
-                greedy=False,
+    def outer_loss(self, path: list[Parameters], trial: Trial) -> Tensor:
+        """Of the rollouts that count: the adapted ones, or all within one trial."""
+        pairs = list(zip(path, trial, strict=True))
+        counted = pairs[-1:] if self.config.steps_per_shot is None else pairs
+        return torch.stack([self._surrogate(*pair) for pair in counted]).mean()
+
+    def _surrogate(self, params: Parameters, rollout: Rollout) -> Tensor:
+        log_prob, acted, advantage = (
+            self.mine(x)
+            for x in (
+                task_log_prob(self.policy, params, rollout),
+                by_task(rollout.log_prob, params),
+                by_task(rollout.advantage, params),
             )
-            rollout.advantage = fitted_advantage(
-                rollout, len(tasks), gamma=self.config.gamma, gae_lambda=self.config.gae_lambda
-            )
-            rollouts.append(rollout)
-            if shot < steps:
-                tensors = rollout.map(torch.from_numpy)
-                moved = self.inner_step(params, tensors, create_graph=False)
-                params = {name: p.detach().requires_grad_() for name, p in moved.items()}
-                sampler.begin_episodes()
-        return rollouts
-
-    def _outer_loss(self, params: Parameters, query: Rollout, num_tasks: int) -> Tensor:
-        mine = slice(self.rank, num_tasks, self.world_size)
-        share = len(range(num_tasks)[mine]) * self.world_size / num_tasks
-        loss = ppo_clip_loss(
-            task_log_prob(self.policy, params, query)[:, mine],
-            by_task(query.log_prob, params)[:, mine],
-            by_task(query.advantage, params)[:, mine],
-            clip=self.config.clip,
         )
-        return loss * share
+        if self.config.outer == "clip":
+            loss = ppo_clip_loss(log_prob, acted, advantage, clip=self.config.clip)
+        else:
+            loss = likelihood_ratio_loss(log_prob, acted, advantage)
+        return loss * self.share(rollout.num_tasks)
+
+    def pis(self, path: list[Parameters], trial: Trial) -> list[Tensor]:
+        """(T, N, E, P) distributions of the actions of each rollout."""
+        return [task_pi(self.policy, *pair) for pair in zip(path, trial, strict=True)]
+
+    def mine(self, x: Tensor) -> Tensor:
+        """This learner's tasks of (T, N, ...); for a trust region, whose size is of all, N."""
+        return x if self.config.outer == "trpo" else x[:, self.rank :: self.world_size]
+
+    def share(self, num_tasks: int) -> float:
+        """What the mean over `mine` must weigh for the learners' average to be that over all."""
+        if self.config.outer == "trpo":
+            return 1.0
+        return len(range(self.rank, num_tasks, self.world_size)) * self.world_size / num_tasks
+
+    def _gradient_steps(self, trial: Trial) -> dict[str, float]:
+        steps = []
+        for _ in range(self.config.epochs if self.config.outer == "clip" else 1):
+            loss = self.outer_loss(self.path(trial), trial)
+            norm = self.step_optimizer(loss, self.outer_parts)
+            steps.append(torch.stack([loss.detach(), norm.detach()]))
+        outer_loss, grad_norm = torch.stack(steps).mean(0).tolist()
+        return {"outer_loss": outer_loss, "grad_norm": grad_norm}
+
+    def _trust_region(self, trial: Trial) -> dict[str, float]:
+        head = self.policy.policy_head
+        acted: list[Tensor] = []
+
+        def objective() -> tuple[Tensor, Tensor]:
+            path = self.path(trial)
+            pis = self.pis(path, trial)
+            if not acted:
+                acted.extend(pi.detach() for pi in pis)
+            kls = [head.kl(old, pi).mean() for old, pi in zip(acted, pis, strict=True)]
+            counted = kls[-1:] if self.config.steps_per_shot is None else kls
+            return self.outer_loss(path, trial), torch.stack(counted).mean()
+
+        moving = [
+            parameter
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if is_actor(name) and name.startswith(self.outer_parts)
+        ]
+        metrics = trust_region_step(moving, objective, max_kl=self.config.max_kl)
+        self.policy.project()
+        if metrics["grad_norm"] != metrics["grad_norm"]:
+            self.skipped_batches += 1
+        return metrics

@@ -99,7 +99,7 @@ def _step(
     """Every stream's parameters after one gradient step on its own rollout."""
     num_tasks = len(next(iter(params.values())))
     gamma = float(getattr(algorithm.config, "gamma", 0.99))
-    rollout.advantage = fitted_advantage(rollout, num_tasks, gamma=gamma, gae_lambda=1.0)
+    rollout.advantage = fitted_advantage([rollout], num_tasks, gamma=gamma, gae_lambda=1.0)
     moving = [name for name in params if name.startswith(settings.trainable)]
     gradients = task_gradients(
         algorithm.policy, params, rollout.map(torch.from_numpy), moving, create_graph=False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch.func import functional_call, vmap
 
 from dmrl_ray.losses.returns import generalized_advantage, linear_baseline
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import ActorCritic, Previous
+from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.rollout import Actor
 from dmrl_ray.types import Rollout
 
@@ -31,19 +31,57 @@ def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:
     seen = {
         name: parameter.unsqueeze(0).expand(num_tasks, *parameter.shape)
         for name, parameter in policy.named_parameters()
-        if name.startswith(ACTOR)
+        if is_actor(name)
     }
     return {name: p if p.requires_grad else p.requires_grad_() for name, p in seen.items()}
 
 
-def task_policy(policy: ActorCritic, params: Parameters, obs: Tensor) -> Tensor:
-    """Distribution parameters (T, N, E, P) of observations (T, N, E, ...) under (N, ...)."""
+def is_actor(name: str) -> bool:
+    """Whether a parameter of this name acts."""
+    return name.startswith(ACTOR)
 
-    def one_task(parameters: Parameters, task_obs: Tensor) -> Tensor:
-        pi: Tensor = functional_call(policy, parameters, (task_obs,))[0]
-        return pi
 
-    return vmap(one_task, in_dims=(0, 1), out_dims=1)(params, obs)
+def task_forward(
+    policy: ActorCritic,
+    params: Parameters,
+    obs: Tensor,
+    previous: Previous | None,
+    memory: Memory,
+    reset: Tensor | None,
+) -> tuple[Tensor, Memory]:
+    """`ActorCritic.forward` of every task under its own parameters (N, ...).
+
+    Args:
+        policy: with an encoder in plain operations (`Encoder.use_plain_operations`).
+        params: of each task.
+        obs: (T, B, ...), as all others with the columns of a task side by side.
+        previous: (T, B, ...) each; None where the policy does not see it.
+        memory: leaves (B, ...).
+        reset: (T, B) bool or None.
+
+    Returns:
+        Distribution parameters (T, N, E, P) and the memory after the last step, leaves (B, ...).
+    """
+
+    def one_task(parameters: Parameters, *inputs: Any) -> tuple[Tensor, Memory]:
+        pi, _, memory = functional_call(policy, parameters, inputs)
+        return pi, memory
+
+    inputs = (
+        by_task(obs, params),
+        None if previous is None else tuple(by_task(x, params) for x in previous),
+        tuple(by_task(leaf.unsqueeze(0), params)[0] for leaf in memory),
+        None if reset is None else by_task(reset, params),
+    )
+    dims = (
+        0,
+        1,
+        None if previous is None else 1,
+        0 if memory else None,
+        None if reset is None else 1,
+    )
+    pi, memory = vmap(one_task, in_dims=dims, out_dims=(1, 0))(params, *inputs)
+    return pi, tuple(leaf.flatten(0, 1) for leaf in memory)
 
 
 def task_actor(policy: ActorCritic, params: Parameters) -> Actor:
@@ -52,15 +90,24 @@ def task_actor(policy: ActorCritic, params: Parameters) -> Actor:
     def act(
         obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Memory]:
-        pi = task_policy(policy, params, by_task(obs, params)).flatten(1, 2)
-        return pi, pi, ()
+        pi, memory = task_forward(policy, params, obs, previous, memory, reset)
+        pi = pi.flatten(1, 2)
+        return pi, pi, memory
 
     return act
 
 
+def task_pi(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
+    """(T, N, E, P) distribution parameters at a rollout's steps: N tasks with E columns each."""
+    previous = previous_inputs(rollout) if policy.sees_previous else None
+    reset = rollout.reset_state if policy.recurrent else None
+    obs, memory = rollout.obs[:-1], rollout.initial_state
+    return task_forward(policy, params, obs, previous, memory, reset)[0]
+
+
 def task_log_prob(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
     """(T, N, E) log-probabilities of a rollout's actions: N tasks with E columns each."""
-    pi = task_policy(policy, params, by_task(rollout.obs[:-1], params))
+    pi = task_pi(policy, params, rollout)
     return policy.policy_head.log_prob(pi, by_task(rollout.action, params))
 
 
@@ -88,17 +135,26 @@ def task_gradients(
 
 
 def fitted_advantage(
-    rollout: Rollout, num_tasks: int, *, gamma: float, gae_lambda: float
+    rollouts: list[Rollout], num_tasks: int, *, gamma: float, gae_lambda: float
 ) -> np.ndarray:
-    """(T, B) advantages over a linear baseline fitted per task, standardised per task.
+    """(T, B) advantages of the last rollout over a linear baseline, standardised.
 
-    A fitted baseline knows nothing beyond a time limit, so returns end where episodes do.
+    Baseline and scale are fitted per task to all the rollouts given, which must follow upon one
+    another. A fitted baseline knows nothing beyond a time limit, so returns end where episodes
+    do. Images are no features for it; there it sees the time alone.
     """
-    shape = (rollout.num_steps, num_tasks, rollout.num_columns // num_tasks)
-    obs = torch.from_numpy(rollout.obs[:-1]).reshape(*shape, -1)
-    reward = torch.from_numpy(rollout.reward).reshape(shape)
-    done = torch.from_numpy(rollout.terminated | rollout.truncated).reshape(shape)
-    value = linear_baseline(obs, reward, done, gamma=gamma)
+    shape = (-1, num_tasks, rollouts[0].num_columns // num_tasks)
+    obs, reward, done = (
+        torch.from_numpy(np.concatenate(parts))
+        for parts in zip(
+            *((r.obs[:-1], r.reward, r.terminated | r.truncated) for r in rollouts), strict=True
+        )
+    )
+    features = obs.reshape(*obs.shape[:2], -1)[..., : 0 if obs.dtype == torch.uint8 else None]
+    reward, done = reward.reshape(shape), done.reshape(shape)
+    value = linear_baseline(
+        features.reshape(*reward.shape, features.shape[-1]), reward, done, gamma=gamma
+    )
     advantage = generalized_advantage(
         reward,
         value,
@@ -110,7 +166,8 @@ def fitted_advantage(
     )
     mean = advantage.mean((0, 2), keepdim=True)
     std = advantage.std((0, 2), keepdim=True)
-    return ((advantage - mean) / (std + 1e-8)).flatten(1).numpy()
+    standard = (advantage - mean) / (std + 1e-8)
+    return standard[-rollouts[-1].num_steps :].flatten(1).numpy()
 
 
 def by_task(x: Tensor, params: Parameters) -> Tensor:

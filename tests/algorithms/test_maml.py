@@ -1,66 +1,42 @@
 """Workers and learners adapt alike, and the outer gradient is the right one."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from adaptation_cases import (
+    COLUMNS,
+    HORIZON,
+    in_double,
+    make_algorithm,
+    numbers_of,
+    one_trial,
+    outer_gradient,
+    slope,
+)
 
 from dmrl_ray.algorithms.maml import MAML
 from dmrl_ray.algorithms.task_params import fitted_advantage, per_task, task_log_prob
 from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.envs.bandit import Bandit
-from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.learner import Learner
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
-from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Weights
 from dmrl_ray.types import Rollout
 from dmrl_ray.worker import CollectCall, RolloutWorker
 
-HORIZON, COLUMNS = 6, 4
+MLP = {"type": "mlp", "sizes": [3], "activation": "tanh"}
+LSTM, GRU = ({"type": kind, "size": 2} for kind in ("lstm", "gru"))
+CNN = {"type": "cnn", "channels": [2], "sizes": [4], "activation": "tanh"}
 
 
-def make_maml(encoder=None, tasks="point_goal", **settings):
-    torch.manual_seed(0)
-    family = PointGoal(PointGoal.Config(horizon=HORIZON))
-    if tasks == "bandit":
-        family = Bandit(Bandit.Config(arms=3, pulls=HORIZON))
-    encoder = encoder or {"type": "mlp", "sizes": [8], "activation": "tanh"}
-    network = ActorCritic.Config.model_validate({"encoder": encoder})
-    spaces = family.observation_space, family.action_space
-    policy = ActorCritic(network, *spaces, sees_previous=False)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    maml = MAML(MAML.Config(episodes_per_task=COLUMNS, **settings), family, policy)
-    maml.prepare_training()
-    return maml
+make_maml = partial(make_algorithm, "maml")
 
 
-def one_trial(maml, num_tasks=3, seed=0):
-    sampler = Sampler(maml.distribution, num_tasks * COLUMNS, memory_spans_trial=False)
-    sampler.start(np.random.default_rng(seed), 0)
-    tasks = maml.distribution.sample(np.random.default_rng(seed), num_tasks, "train")
-    return [rollout.map(torch.from_numpy) for rollout in maml.collect(sampler, tasks)]
-
-
-def adapted(maml, trial, create_graph=False):
-    *support, query = trial
-    params = per_task(maml.policy, query.num_tasks)
-    for rollout in support:
-        params = maml.inner_step(params, rollout, create_graph=create_graph)
-    return params
-
-
-def outer_gradient(maml, trial):
-    """The gradient of the outer loss at the parameters that acted, by name."""
-    maml.policy.zero_grad()
-    query = trial[-1]
-    params = adapted(maml, trial, create_graph=not maml.config.first_order)
-    maml._outer_loss(params, query, query.num_tasks).backward()
-    return {n: p.grad.clone() for n, p in maml.policy.named_parameters() if p.grad is not None}
+def adapted(maml, trial):
+    return maml.path(trial)[-1]
 
 
 @pytest.mark.parametrize("tasks", ["point_goal", "bandit"])
@@ -70,7 +46,7 @@ def test_the_learner_adapts_exactly_as_the_worker_did(inner_steps, tasks):
     maml = make_maml(inner_steps=inner_steps, tasks=tasks)
     trial = one_trial(maml)
     assert len(trial) == inner_steps + 1
-    log_prob = task_log_prob(maml.policy, adapted(maml, trial, create_graph=True), trial[-1])
+    log_prob = task_log_prob(maml.policy, adapted(maml, trial), trial[-1])
     torch.testing.assert_close(log_prob.flatten(1), trial[-1].log_prob)
 
 
@@ -163,7 +139,7 @@ def test_first_order_is_the_gradient_at_the_adapted_parameters():
     trial = one_trial(maml)
     gradient = outer_gradient(maml, trial)
     params = {n: p.detach().requires_grad_() for n, p in adapted(maml, trial).items()}
-    maml._outer_loss(params, trial[-1], 3).backward()
+    maml.outer_loss([params] * 2, trial).backward()
     for name in params:
         torch.testing.assert_close(gradient[name], params[name].grad.sum(0), rtol=1e-4, atol=1e-6)
 
@@ -189,35 +165,15 @@ def test_without_an_inner_step_worth_the_name_maml_is_the_plain_policy_gradient(
             torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("inner_steps", [1, 2])
-def test_the_outer_gradient_equals_finite_differences(inner_steps):
-    maml = make_maml({"type": "mlp", "sizes": [3], "activation": "tanh"}, inner_steps=inner_steps)
-    trial = one_trial(maml)
-    maml.policy.double()
-    trial = [r.map(lambda x: x.double() if x.dtype == torch.float32 else x) for r in trial]
+@pytest.mark.parametrize("settings", [{}, {"inner_steps": 2}, {"outer": "vpg"}])
+@pytest.mark.parametrize("encoder", [MLP, LSTM, GRU], ids=lambda encoder: encoder["type"])
+def test_the_outer_gradient_equals_finite_differences(encoder, settings):
+    maml = make_maml(encoder, **settings)
+    trial = in_double(maml, one_trial(maml, num_tasks=2))
     gradient = outer_gradient(maml, trial)
-
-    def loss():
-        return maml._outer_loss(adapted(maml, trial), trial[-1], 3).item()
-
-    for name, parameter in maml.policy.named_parameters():
-        if name not in gradient:
-            continue
-        flat = parameter.data.view(-1)
-        for i in range(len(flat)):
-            value = flat[i].item()
-            ends = []
-            for step in (1e-6, -1e-6):
-                flat[i] = value + step
-                ends.append(loss())
-            flat[i] = value
-            slope = (ends[0] - ends[1]) / 2e-6
-            assert gradient[name].view(-1)[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-7)
-
-
-def test_a_recurrent_encoder_is_refused():
-    with pytest.raises(ValueError, match=r"network\.encoder.*without memory, found lstm"):
-        make_maml({"type": "lstm", "size": 4})
+    for name, i, flat in numbers_of(maml.policy, gradient):
+        expected = slope(lambda: maml.outer_loss(maml.path(trial), trial).item(), flat, i)
+        assert gradient[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 def test_the_shares_of_several_learners_average_to_the_whole_gradient():
@@ -256,7 +212,7 @@ def test_the_outer_loss_is_ppos_over_all_tasks():
         params = {name: p + 0.05 * torch.randn_like(p) for name, p in params.items()}
     log_prob = task_log_prob(maml.policy, params, query).flatten(1)
     expected = ppo_clip_loss(log_prob, query.log_prob, query.advantage, clip=0.3)
-    torch.testing.assert_close(maml._outer_loss(params, query, 3), expected)
+    torch.testing.assert_close(maml.outer_loss([params] * 2, trial), expected)
 
 
 def test_a_frozen_encoder_still_adapts_within_a_trial():
@@ -292,9 +248,9 @@ def test_fitted_advantages_are_standardised_per_task():
 def test_the_scale_of_one_tasks_rewards_does_not_change_the_advantages():
     maml = make_maml()
     rollout = one_trial(maml)[0].map(lambda x: x.numpy())
-    before = fitted_advantage(rollout, 3, gamma=0.99, gae_lambda=1.0)
+    before = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
     rollout.reward[:, rollout.task_index == 1] *= 8
-    after = fitted_advantage(rollout, 3, gamma=0.99, gae_lambda=1.0)
+    after = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
     np.testing.assert_allclose(before, after, rtol=1e-3, atol=1e-4)
 
 

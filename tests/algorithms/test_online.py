@@ -55,7 +55,7 @@ def one_rollout(algorithm, num_streams=2, seed=0):
 
 
 def gradients_of(algorithm, params, rollout):
-    rollout.advantage = fitted_advantage(rollout, 2, gamma=0.99, gae_lambda=1.0)
+    rollout.advantage = fitted_advantage([rollout], 2, gamma=0.99, gae_lambda=1.0)
     tensors = rollout.map(torch.from_numpy)
     return task_gradients(algorithm.policy, params, tensors, list(params), create_graph=False)
 

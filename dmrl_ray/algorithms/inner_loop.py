@@ -1,0 +1,150 @@
+"""The inner loop of all gradient-based methods: act, step on every task, act again.
+
+Workers adapt while they act; learners take the same steps again, by the same function, to see how
+they depend on where they started. All tasks adapt in one batched operation: parameters carry a
+leading task axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dmrl_ray.algorithms.base import Algorithm, check_prefixes
+from dmrl_ray.algorithms.task_params import (
+    Parameters,
+    fitted_advantage,
+    per_task,
+    task_actor,
+    task_gradients,
+)
+from dmrl_ray.policy import ActorCritic
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import Rollout, Task, Trial
+
+
+class GradientAdaptation(Algorithm):
+    """A policy that adapts by gradient steps; what its outer loop makes of them is left open.
+
+    The inner loss is an importance-weighted surrogate (Rothfuss et al. 2019, arXiv:1810.06784,
+    eq. 9), so that its gradient stays right when the outer loop has moved the parameters away
+    from those that acted.
+    """
+
+    class Config(Algorithm.Config):
+        inner_steps: int = Field(default=1, ge=1)
+        """Gradient steps taken on each task before the post-adaptation rollout."""
+
+        inner_lr: float = Field(default=0.1, gt=0)  # Finn et al. 2017, section 5.3
+        """Step size of those steps (alpha in the paper)."""
+
+        evaluation_steps: int = Field(default=3, ge=1)
+        """Gradient steps taken on each task when evaluating."""
+
+        adapt: tuple[str, ...] = ("",)
+        """Prefixes of the parameter names the inner loop may change.
+        ``[""]`` is everything; ``["policy_head"]`` is ANIL."""
+
+        episodes_per_task: int = Field(default=20, ge=1)
+        """Environment columns that play one task side by side, one episode each per rollout."""
+
+        steps_per_shot: int | None = Field(default=None, ge=1)
+        """Environment steps between two gradient steps of one trial, which goes on; null lets
+        each gradient step follow a whole episode and begins the next ones afresh. The trial's
+        length says how many steps there are, and all rollouts count, not the last alone."""
+
+        gamma: float = Field(default=0.99, ge=0, le=1)
+        """Discount per environment step."""
+
+        gae_lambda: float = Field(default=1.0, ge=0, le=1)
+        """0 trusts the fitted baseline, 1 the returns."""
+
+    config: Config
+    frozen_statistics = True
+    corrects_for_lag = True
+
+    def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
+        super().__init__(config, distribution, policy)
+        policy.encoder.use_plain_operations()
+        check_prefixes("algorithm.adapt", config.adapt, per_task(policy, 1))
+        steps = config.steps_per_shot
+        if steps is not None and steps >= distribution.trial_steps:
+            raise ValueError(
+                f"algorithm.steps_per_shot: no gradient step fits between {steps} steps and the "
+                f"end of a trial of {distribution.trial_steps}; use fewer, or null"
+            )
+
+    @property
+    def columns_per_task(self) -> int:
+        return self.config.episodes_per_task
+
+    @property
+    def evaluation_episodes(self) -> int:
+        within = self.config.steps_per_shot is not None
+        return self.distribution.episodes_per_trial if within else 1
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        return self.live(sampler, tasks, self.config.inner_steps + 1)
+
+    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        return self.live(sampler, tasks, self.config.evaluation_steps + 1)
+
+    def live(self, sampler: Sampler, tasks: list[Task], shots: int) -> Trial:
+        """Rollout, inner step, rollout, ...: `shots` rollouts with a step between any two."""
+        config = self.config
+        within = config.steps_per_shot is not None
+        params = per_task(self.policy, len(tasks))
+        sampler.begin_trial(tasks, self.policy)
+        trial: Trial = []
+        for shot, num_steps in enumerate(self._lengths(shots)):
+            if shot > 0:
+                moved = self.inner_step(params, trial[-1].map(torch.from_numpy), create_graph=False)
+                params = {name: p.detach().requires_grad_() for name, p in moved.items()}
+                if not within:
+                    sampler.begin_episodes()
+            past = sum(r.num_steps for r in trial)
+            rollout = sampler.rollout(
+                self.policy,
+                num_steps,
+                actor=task_actor(self.policy, params),
+                shot=past // self.distribution.max_episode_steps if within else shot,
+                with_value=False,
+                greedy=False,
+            )
+            trial.append(rollout)
+            seen = trial if within else trial[-1:]
+            rollout.advantage = fitted_advantage(
+                seen, len(tasks), gamma=config.gamma, gae_lambda=config.gae_lambda
+            )
+        return trial
+
+    def inner_step(self, params: Parameters, rollout: Rollout, *, create_graph: bool) -> Parameters:
+        """One gradient step on every task at once; the same in workers and learners."""
+        moving = [name for name in params if name.startswith(self.config.adapt)]
+        gradients = task_gradients(self.policy, params, rollout, moving, create_graph=create_graph)
+        moved = {
+            name: params[name] - self.inner_rate(name) * gradient
+            for name, gradient in gradients.items()
+        }
+        return params | moved
+
+    def inner_rate(self, name: str) -> float | Tensor:
+        """Step size of an inner step for the parameter of this name."""
+        return self.config.inner_lr
+
+    def adaptation(self, rollouts: Trial, *, create_graph: bool) -> list[Parameters]:
+        """The learner's way through what a worker lived: parameters before and after each step."""
+        path = [per_task(self.policy, rollouts[0].num_tasks)]
+        for rollout in rollouts:
+            path.append(self.inner_step(path[-1], rollout, create_graph=create_graph))
+        return path
+
+    def _lengths(self, shots: int) -> list[int]:
+        """Environment steps of each rollout of a trial."""
+        part = self.config.steps_per_shot
+        if part is None:
+            return [self.distribution.max_episode_steps] * shots
+        total = self.distribution.trial_steps
+        return [min(part, total - start) for start in range(0, total, part)]
