@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from dmrl_ray.config import Component, Count, RunConfig, Settings
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.settings import did_you_mean
+from dmrl_ray.settings import SHORT_NAMES, did_you_mean
 from dmrl_ray.yaml_config import expanded, load_config, parse_config, resolved
 from dmrl_ray.yaml_text import dump, parse
 
@@ -194,8 +194,7 @@ CORPUS = {
     "short name of another setting": (
         (f"type: {__name__}:Tasks", "type: ppo"),
         "run.yaml:3:3: tasks.type: 'ppo' stands under 'algorithm', not here; choose one of "
-        "bandit, tabular_mdp, grid_nav, point_goal, cartpole, gym or give an import path "
-        "'module:Class'",
+        f"{', '.join(SHORT_NAMES['tasks'])} or give an import path 'module:Class'",
     ),
     "missing module": (
         (f"type: {__name__}:Tasks", "type: no_such_module.x:Y"),
