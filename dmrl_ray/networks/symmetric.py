@@ -42,8 +42,9 @@ class Symmetric(Encoder):
         """Features of each action (F)."""
 
         ordered: bool = True
-        """Show each action its number, so that equal ones can be told apart: of 50 arms that were
-        never pulled each has a fiftieth of what their sort deserves, and none would be the mode."""
+        """Show each action the memory of the one before it, so that equal ones can be told apart:
+        of 50 arms never pulled each deserves a fiftieth of what their sort does, and a worse one
+        that was pulled would be the mode. Now the first of them can have it all."""
 
         activation: Activation = "relu"
         """Of the features."""
@@ -55,15 +56,14 @@ class Symmetric(Encoder):
                 "network.encoder: symmetric needs a policy that sees its previous action and "
                 "reward; use rl2, or an encoder of another type"
             )
-        self.number: Tensor
         self.actions = extra - 2
         self.size, self.width = config.size, config.width
         self.cell = nn.GRU(math.prod(obs_space.shape) + 4, config.size)
         start_gates(self.cell)
         self.common = linear(2 * config.size, config.size, gain=math.sqrt(2))
-        self.own = linear(config.size + 1, config.width, gain=math.sqrt(2))
-        number = 0.1 * torch.arange(self.actions) * float(config.ordered)
-        self.register_buffer("number", number.unsqueeze(-1), persistent=False)
+        self.ordered = config.ordered
+        seen = config.size * (2 if config.ordered else 1)
+        self.own = linear(seen, config.width, gain=math.sqrt(2))
         self.others = nn.Linear(config.size, config.width, bias=False)
         nn.init.orthogonal_(self.others.weight, math.sqrt(2))
         self.activation = ACTIVATIONS[config.activation]()
@@ -108,7 +108,10 @@ class Symmetric(Encoder):
         """(T, B, H + A * F): the common part, and each action's in its light."""
         pooled = torch.cat([hidden.mean(-2), hidden.amax(-2)], -1)
         common = self.activation(self.common(pooled))
-        own = torch.cat([hidden, self.number.expand(*hidden.shape[:-1], 1)], -1)
+        own = hidden
+        if self.ordered:
+            before = torch.cat([torch.ones_like(hidden[..., :1, :]), hidden[..., :-1, :]], -2)
+            own = torch.cat([hidden, before], -1)
         each = self.activation(self.own(own) + self.others(common).unsqueeze(-2))
         return torch.cat([common, each.flatten(-2)], -1)
 
