@@ -204,15 +204,19 @@ class ActorCritic(nn.Module):
             self.policy_head.log_std.clamp_(*LOG_STD_BOUNDS)
 
     def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
-        """Take a rollout's statistics in; called by the learner after its gradient steps.
+        """Take a rollout's statistics in; called by the learner after its gradient steps."""
+        self.update_obs_norm(rollout.obs[:-1].flatten(0, 1))
+        if self.value_norm is not None and value_target is not None:
+            self.value_norm.update(value_target.flatten())
+
+    def update_obs_norm(self, obs: Tensor) -> None:
+        """Take observations (N, ...) in, as `update_norms` does.
 
         A frozen encoder's input stays scaled as it is: it would no longer be the same function.
         """
         frozen = not any(p.requires_grad for p in self.encoder.parameters())
         if self.obs_norm is not None and not frozen:
-            self.obs_norm.update(rollout.obs[:-1].flatten(0, 1))
-        if self.value_norm is not None and value_target is not None:
-            self.value_norm.update(value_target.flatten())
+            self.obs_norm.update(obs)
 
     def scale(self, obs: Tensor) -> Tensor:
         """(..., *obs_shape) observations in units that networks read."""

@@ -64,7 +64,7 @@ class Sampler:
 
     def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
         """Begin a collection: all randomness until the next start comes from `rng`."""
-        env_rng, self._rng = rng.spawn(2)
+        env_rng, self.rng = rng.spawn(2)
         self.env.np_random = env_rng
         self._policy_version = policy_version
         self._greedy = greedy
@@ -76,7 +76,7 @@ class Sampler:
         self.set_tasks(tasks)
         self.episodes.begin_trial()
         self.begin_episodes()
-        self._memory = policy.initial_memory(self.num_envs)
+        self.memory = policy.initial_memory(self.num_envs)
 
     def begin_episodes(self, *, forget: bool = True) -> None:
         """Reset every column, dropping open episodes; `forget` resets the memory with them."""
@@ -133,7 +133,7 @@ class Sampler:
         """
         greedy = self._greedy if greedy is None else greedy
         before = (self._previous_action, self._previous_reward, self._previous_done)
-        buffers = Buffers(num_steps, self._obs, before, self._reset, self._memory)
+        buffers = Buffers(num_steps, self._obs, before, self._reset, self.memory)
         if teacher is not None:
             buffers.teach(math.ceil(teacher * self.num_envs))
         with torch.no_grad():
@@ -161,7 +161,7 @@ class Sampler:
             return {}
         of_env = answer_of(self.distribution, self.env.get_state)
         state: Arrays = {f"env.{name}": array for name, array in of_env.items()}
-        state |= {f"memory.{i}": leaf.numpy() for i, leaf in enumerate(self._memory)}
+        state |= {f"memory.{i}": leaf.numpy() for i, leaf in enumerate(self.memory)}
         state |= {name: getattr(self, f"_{name}") for name in _STATE}
         state |= self.episodes.get_state()
         state["pending_task_of"] = tasks_to_array(list(self._pending_task_of))
@@ -177,7 +177,7 @@ class Sampler:
         of_env = {k[4:]: v for k, v in state.items() if k.startswith("env.")}
         answer_of(self.distribution, self.env.set_state, of_env)
         leaves = sorted(k for k in state if k.startswith("memory."))
-        self._memory = tuple(torch.from_numpy(np.array(state[k])) for k in leaves)
+        self.memory = tuple(torch.from_numpy(np.array(state[k])) for k in leaves)
         for name in _STATE:
             setattr(self, f"_{name}", np.array(state[name]))
 
@@ -193,11 +193,11 @@ class Sampler:
         """The loop over steps; returns pi (T, B, P), features and values peeked at truncations."""
         head = policy.policy_head
         num_steps = buffers.num_steps
-        noise = None if greedy else head.noise(self._rng, num_steps, self.num_envs)
+        noise = None if greedy else head.noise(self.rng, num_steps, self.num_envs)
         pis, features, peeks = [], [], []
         keep_features = with_value and policy.value_encoder is None
         peek = with_value and policy.recurrent and not self.memory_spans_trial
-        memory = self._memory
+        memory = self.memory
         for t in range(num_steps):
             previous = buffers.previous(t) if policy.sees_previous else None
             reset = torch.from_numpy(buffers.reset[t : t + 1]) if buffers.reset[t].any() else None
@@ -214,7 +214,7 @@ class Sampler:
             done = self._step_env(buffers, t, shot)
             if peek and done is not None:
                 peeks.append(peek_value(policy, buffers, t, memory))
-        self._memory = memory
+        self.memory = memory
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
 
@@ -256,7 +256,7 @@ class Sampler:
     def _carried(self) -> Carried:
         """What the policy would be shown at the step after the last one."""
         before = (self._previous_action, self._previous_reward, self._previous_done)
-        return Carried(self._memory, before, self._reset)
+        return Carried(self.memory, before, self._reset)
 
     def _carry(self, buffers: Buffers) -> None:
         """What the next rollout starts from."""

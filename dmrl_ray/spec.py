@@ -85,7 +85,7 @@ def build(spec: JobSpec) -> Program:
             spec.network.settings,
             distribution.observation_space,
             distribution.action_space,
-            sees_previous=kind.sees_previous,
+            **kind.policy_options(spec.algorithm.settings),
         )
         algorithm = kind(spec.algorithm.settings, distribution, policy)
     policy.eval()

@@ -203,3 +203,20 @@ def test_the_deviation_of_actions_stays_in_its_bounds():
     with torch.no_grad():
         head.log_std.copy_(torch.tensor([-9.0, 9.0]))
     assert head(torch.zeros(1, 1, 2))[0, 0, 2:].tolist() == [-3, 1]
+
+
+def test_a_latent_that_is_not_given_is_zero():
+    torch.manual_seed(0)
+    spaces = VECTOR, Box(-1, 1, (2,), np.float32)
+    policy = ActorCritic(ActorCritic.Config(), *spaces, sees_previous=False, latent=4)
+    obs = torch.randn(5, 6, 3)
+    torch.testing.assert_close(policy(obs)[0], policy(obs, latent=torch.zeros(5, 6, 4))[0])
+    assert not torch.equal(policy(obs)[0], policy(obs, latent=torch.ones(5, 6, 4))[0])
+
+
+def test_squashed_actions_have_a_spread_of_their_own_for_each_observation():
+    torch.manual_seed(0)
+    spaces = VECTOR, Box(-1, 1, (2,), np.float32)
+    policy = ActorCritic(ActorCritic.Config(), *spaces, sees_previous=False, squashed=True)
+    log_std = policy(torch.randn(1, 6, 3))[0].chunk(2, -1)[1]
+    assert log_std.std(1).min() > 0

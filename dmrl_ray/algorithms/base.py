@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,6 +69,11 @@ class Algorithm(ABC):
         self.rank, self.world_size = 0, 1
         self.average_gradients: Callable[[list[nn.Parameter]], None] | None = None
         self.skipped_batches = 0
+
+    @classmethod
+    def policy_options(cls, config: Any) -> dict[str, Any]:
+        """How its policy is made: what `ActorCritic` takes by keyword."""
+        return {"sees_previous": cls.sees_previous}
 
     @property
     def columns_per_task(self) -> int:
@@ -148,6 +153,8 @@ class Algorithm(ABC):
         moving = [
             p for n, p in zip(self.names, self.parameters, strict=True) if n.startswith(parts)
         ]
+        if not moving:
+            return torch.zeros(())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=moving)  # type: ignore[no-untyped-call]
         if self.average_gradients is not None:

@@ -85,3 +85,12 @@ def test_auxiliary_networks_begin_the_same_for_the_same_seed():
     ours, theirs = (get_weights(program(TWO_RATES).policy) for _ in range(2))
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name])
+
+
+def test_a_loss_whose_parts_are_all_frozen_moves_nothing():
+    algorithm = program().algorithm
+    algorithm.prepare_training(("policy_head",))
+    before = {n: p.detach().clone() for n, p in algorithm.policy.named_parameters()}
+    loss = sum(p.sum() for p in algorithm.policy.parameters())
+    assert algorithm.step_optimizer(loss, ("value_head",)) == 0
+    assert all(torch.equal(p, before[n]) for n, p in algorithm.policy.named_parameters())
