@@ -183,14 +183,16 @@ class PointGoal(TaskDistribution):
             goal = stream.uniform(-EXTENT["square"], EXTENT["square"], (n, 2))
         return make_tasks(self.family, split, {"goal": goal})
 
-    def reference(self, task: Task) -> Reference:
-        """The oracle knows the goal."""
+    def reference(self, task: Task) -> Reference | None:
+        """The oracle knows the goal; None if the horizon is too short to be paid at all."""
         goal, episodes = np.asarray(task.params["goal"]), self.config.episodes
-        ends = [
+        random, oracle = (
             of(goal, self.config.horizon, self.config.sparse_radius)
             for of in (random_return, known_goal_return)
-        ]
-        return Reference(*(np.full(episodes, end) for end in ends))
+        )
+        if oracle == 0 and self.config.sparse_radius > 0:
+            return None
+        return Reference(np.full(episodes, random), np.full(episodes, oracle))
 
 
 def _observation_space(horizon: int) -> Box:

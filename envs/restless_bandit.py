@@ -1,8 +1,8 @@
 """Two arms whose chances drift, slowly in some trials and fast in others.
 
 The restless bandits of Wang et al. 2016 (arXiv:1611.05763, sec. 3.1.4): how fast to forget must be
-found out while being paid. The paper does not say how large the steps of the drift are; with
-those of here Rescorla and Wagner's rule does best at the rate that it found best, 0.5.
+found out while being paid. The paper does not say how large the steps of the drift are; with the
+defaults, Rescorla and Wagner's rule does best at the rate that the paper found best, 0.5.
 """
 
 from __future__ import annotations

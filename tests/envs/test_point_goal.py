@@ -85,7 +85,7 @@ def test_the_end_is_a_time_limit():
 
 @pytest.mark.parametrize(("horizon", "mean"), [(20, 13.38), (60, 53.38), (100, 93.38)])
 def test_mean_oracle_of_the_sparse_half_circle_is_the_known_one(horizon, mean):
-    # A goal at angle a is a walk of 10 max(|cos a|, |sin a|) moves away; notes of 13.4 and 93.38.
+    # The first 7 to 10 moves reach the goal, whatever the horizon, and the others pay 1.
     angle = np.pi * (np.arange(4000) + 0.5) / 4000
     goals = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     returns = [known_goal_return(goal, horizon, 0.2) for goal in goals]
@@ -97,6 +97,16 @@ def test_a_sparse_goal_pays_within_its_radius_alone():
     reward = [env.step(np.array([[0.0, 0.98]]))[1][0] for _ in range(10)]
     np.testing.assert_allclose(reward[:8], 0)
     np.testing.assert_allclose(reward[8:], [1 - 0.118, 1 - 0.02], atol=1e-6)
+
+
+def test_a_goal_too_far_to_be_met_has_no_reference():
+    task = Task("a", "point_goal", "train", {"goal": np.array([0.0, 1.0])})
+    near, far = (
+        PointGoal(PointGoal.Config(goal="semicircle", sparse_radius=0.25, horizon=horizon))
+        for horizon in (8, 7)
+    )
+    assert near.reference(task).oracle[0] == pytest.approx(0.8)
+    assert far.reference(task) is None
 
 
 def test_random_return_of_a_sparse_goal_is_that_of_random_play():
