@@ -51,6 +51,10 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "impala": "dmrl_ray.algorithms.impala:IMPALA",
         "rl2": "dmrl_ray.algorithms.rl2:RL2",
         "maml": "dmrl_ray.algorithms.maml:MAML",
+        "promp": "dmrl_ray.algorithms.promp:ProMP",
+        "reptile": "dmrl_ray.algorithms.reptile:Reptile",
+        "cavia": "dmrl_ray.algorithms.cavia:CAVIA",
+        "meta_sgd": "dmrl_ray.algorithms.meta_sgd:MetaSGD",
         "distillation": "dmrl_ray.algorithms.distillation:Distillation",
     },
 }

@@ -1,0 +1,34 @@
+"""CAVIA: only a context vector adapts to a task; everything else is shared by all tasks.
+
+Source: Zintgraf et al., "Fast Context Adaptation via Meta-Learning", 2019 (arXiv:1810.03642),
+algorithm 2. The context joins the policy's input. It is zero where a task begins, moves in the
+inner loop alone, and the rest moves in the outer loop alone.
+"""
+
+from __future__ import annotations
+
+from dmrl_ray.algorithms.maml import MAML
+from dmrl_ray.policy import ActorCritic
+from dmrl_ray.tasks import TaskDistribution
+
+
+class CAVIA(MAML):
+    """MAML that adapts ``network.context`` numbers."""
+
+    class Config(MAML.Config):
+        adapt: tuple[str, ...] = ("context",)
+        """Prefixes of the parameter names the inner loop may change."""
+
+        inner_lr: float = 1.0  # Zintgraf et al. 2019, section 4.3
+        """Step size of the inner loop."""
+
+    config: Config
+    outer_parts = ("encoder.", "policy_head.")
+
+    def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
+        if policy.context is None:
+            raise ValueError(
+                "network.context: cavia adapts a context of the policy, found one of width 0; "
+                "set network: {context: 8, ...}"
+            )
+        super().__init__(config, distribution, policy)

@@ -1,0 +1,45 @@
+"""Reptile: move towards where a few gradient steps lead, task by task.
+
+Source: Nichol et al., "On First-Order Meta-Learning Algorithms", 2018 (arXiv:1803.02999),
+algorithm 2, with the mean over tasks of (theta - phi) / inner_lr as a gradient for the outer
+optimiser (section 2 there). With one inner step this is joint training on all tasks; with more,
+tasks whose gradients agree from step to step count more. There is no rollout after the last
+inner step: the step itself is what is learned from.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from dmrl_ray.algorithms.inner_loop import GradientAdaptation
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.types import Task, Trial
+
+
+class Reptile(GradientAdaptation):
+    """Adapt by gradient steps; follow them."""
+
+    class Config(GradientAdaptation.Config):
+        inner_steps: int = Field(default=3, ge=1)
+        """Gradient steps taken on each task; with one, nothing is learned about adaptation."""
+
+    config: Config
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        return self.live(sampler, tasks, self.config.inner_steps)
+
+    def update(self, trial: Trial) -> dict[str, float]:
+        skipped = self.skipped_batches
+        start, *_, end = self.adaptation(trial, create_graph=False)
+        mine, tasks = slice(self.rank, None, self.world_size), trial[0].num_tasks
+        with torch.no_grad():
+            scale = self.world_size / (tasks * self.config.inner_lr)
+            gradient = {n: (start[n] - end[n])[mine].sum(0) * scale for n in start}
+        own = dict(self.policy.named_parameters())
+        loss = torch.stack([(own[n] * g).sum() for n, g in gradient.items()]).sum()
+        norm = self.step_optimizer(loss)
+        if self.skipped_batches == skipped:
+            self.policy.update_norms(trial[-1], None)
+        first, last = (float(r.reward.sum(0).mean()) for r in (trial[0], trial[-1]))
+        return {"grad_norm": float(norm), "return/before": first, "return/last": last}

@@ -1,0 +1,117 @@
+"""ProMP is MAML with a penalty before adaptation."""
+
+import pytest
+import torch
+from adaptation_cases import (
+    in_double,
+    make_algorithm,
+    numbers_of,
+    one_trial,
+    outer_gradient,
+    slope,
+)
+
+from dmrl_ray.algorithms.task_params import task_log_prob
+
+SMALL = {"type": "mlp", "sizes": [3], "activation": "tanh"}
+
+
+def gradient(algorithm, trial):
+    algorithm._acted = []  # as at the beginning of an update
+    return outer_gradient(algorithm, trial)
+
+
+def moved(algorithm, amount=0.05):
+    """As later outer steps see it: no longer at the parameters that acted."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in algorithm.policy.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += amount * noise
+
+
+def test_the_likelihood_ratio_is_one_at_the_first_outer_step():
+    promp = make_algorithm("promp", inner_steps=2)
+    trial = one_trial(promp)
+    for params, rollout in zip(promp.path(trial), trial, strict=True):
+        ratio = (task_log_prob(promp.policy, params, rollout).flatten(1) - rollout.log_prob).exp()
+        torch.testing.assert_close(ratio, torch.ones_like(ratio))
+
+
+@pytest.mark.parametrize("kl_penalty", [0.0, 5.0])
+def test_the_first_outer_step_is_mamls_whatever_the_penalty(kl_penalty):
+    # The divergence from the policies that acted is zero there, and flat.
+    maml = make_algorithm("maml", inner_steps=2, clip=1e6)
+    promp = make_algorithm("promp", inner_steps=2, clip=1e6, kl_penalty=kl_penalty)
+    trial = one_trial(maml)
+    expected, found = outer_gradient(maml, trial), gradient(promp, trial)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_penalty_and_clip_later_steps_are_mamls_too():
+    maml = make_algorithm("maml", outer="vpg")
+    promp = make_algorithm("promp", clip=1e6, kl_penalty=0.0)
+    trial = one_trial(maml)
+    gradient(promp, trial)
+    for algorithm in (maml, promp):
+        moved(algorithm)
+    expected, found = (outer_gradient(a, trial) for a in (maml, promp))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_penalty_is_the_divergence_of_every_policy_that_acted_before_the_last_step():
+    promp = make_algorithm("promp", SMALL, inner_steps=2, kl_penalty=2.0)
+    free = make_algorithm("promp", SMALL, inner_steps=2, kl_penalty=0.0)
+    trial = one_trial(promp)
+    head, acted = promp.policy.policy_head, []
+    for params, rollout in zip(promp.path(trial)[:-1], trial[:-1], strict=True):
+        acted.append(promp.pis([params], [rollout])[0].detach())
+    for algorithm in (promp, free):
+        gradient(algorithm, trial)
+        moved(algorithm)
+    pis = promp.pis(promp.path(trial)[:-1], trial[:-1])
+    expected = sum(head.kl(old, pi).mean() for old, pi in zip(acted, pis, strict=True)) / 2
+    losses = [a.outer_loss(a.path(trial), trial) for a in (promp, free)]
+    assert expected > 0.01
+    torch.testing.assert_close(losses[0] - losses[1], 2.0 * expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_penalised_gradient_equals_finite_differences():
+    promp = make_algorithm("promp", SMALL, clip=1e6, kl_penalty=1.0)
+    trial = in_double(promp, one_trial(promp, num_tasks=2))
+    gradient(promp, trial)
+    moved(promp)
+    found = outer_gradient(promp, trial)
+    for name, i, flat in numbers_of(promp.policy, found):
+        expected = slope(lambda: promp.outer_loss(promp.path(trial), trial).item(), flat, i)
+        assert found[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_a_heavy_penalty_keeps_the_start_where_it_is():
+    distances = []
+    for kl_penalty in (0.0, 100.0):
+        promp = make_algorithm("promp", kl_penalty=kl_penalty, epochs=20)
+        promp.policy.update_norms = lambda *_: None  # they move policies too
+        trial = one_trial(promp)
+        acted = promp.pis(promp.path(trial)[:1], trial[:1])[0].detach()
+        promp.update(trial)
+        after = promp.pis(promp.path(trial)[:1], trial[:1])[0]
+        distances.append(promp.policy.policy_head.kl(acted, after).mean().item())
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_the_shares_of_several_learners_average_to_the_whole_penalty():
+    promp = make_algorithm("promp", kl_penalty=3.0)
+    trial = one_trial(promp)
+    gradient(promp, trial)
+    moved(promp)
+    whole = outer_gradient(promp, trial)
+    parts = []
+    for rank in range(2):
+        promp.rank, promp.world_size = rank, 2
+        parts.append(outer_gradient(promp, trial))
+    for name in whole:
+        average = (parts[0][name] + parts[1][name]) / 2
+        torch.testing.assert_close(average, whole[name], rtol=1e-4, atol=1e-6)
