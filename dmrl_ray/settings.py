@@ -39,6 +39,8 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "mlp": "dmrl_ray.networks.mlp:MLP",
         "cnn": "dmrl_ray.networks.cnn:CNN",
         "residual": "dmrl_ray.networks.cnn:Residual",
+        "embedding": "dmrl_ray.networks.embedding:Embedding",
+        "combined": "dmrl_ray.networks.combined:Combined",
         "lstm": "dmrl_ray.networks.recurrent:LSTM",
         "gru": "dmrl_ray.networks.recurrent:GRU",
         "rnn": "dmrl_ray.networks.recurrent:RNN",

@@ -91,7 +91,7 @@ def scaled_columns(space: Box) -> np.ndarray:
 def _shape(part: gym.Space[Any]) -> tuple[int, ...]:
     if isinstance(part, Discrete):
         return (int(part.n),)
-    return tuple(part.shape or ())
+    return tuple(part.shape or (1,))
 
 
 def _width(name: str, part: gym.Space[Any]) -> int:

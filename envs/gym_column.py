@@ -11,9 +11,12 @@ from typing import Any, Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Discrete, MultiDiscrete
 
+from dmrl_ray.spaces import Packed
 from dmrl_ray.types import EnvironmentFault
+
+from .gym_spaces import action_map, contents, leaves, observation_space
 
 Apply = Literal["attributes", "kwargs", "set_task"]
 Values = Mapping[str, bool | int | float]
@@ -102,24 +105,42 @@ class GymColumn:
 
     def _observation(self, raw: Any) -> np.ndarray:
         space = self.env.observation_space
-        if isinstance(space, Discrete):
-            if not (np.ndim(raw) == 0 and np.asarray(raw) in space):
-                self._fail("observation", f"is {raw!r}, not in {space}")
-            one_hot = np.zeros(self._space.shape, np.float32)
-            one_hot[int(raw) - int(space.start)] = 1.0
-            return one_hot
+        if not isinstance(self._space, Packed):
+            array = self._checked("observation", space, self._space, raw)
+            if isinstance(space, Discrete):
+                return (np.arange(int(space.n)) == int(array) - int(space.start)).astype(np.float32)
+            return array
+        try:
+            inside = list(contents(space, raw))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            found = f"{type(error).__name__}: {error}"
+            self._fail("observation", f"is not built as {space} ({found})", error)
+        arrays = {}
+        for (name, part), value in zip(leaves(space), inside, strict=True):
+            seen = self._space.parts[name]
+            arrays[name] = self._checked(f"observation[{name!r}]", part, seen, value)[None]
+        return self._space.pack(arrays)[0]
+
+    def _checked(
+        self, field: str, space: gym.Space[Any], seen: gym.Space[Any], raw: Any
+    ) -> np.ndarray:
+        """What the environment gave for a space, as an array that can be `seen`."""
         array = np.asarray(raw)
+        if isinstance(space, Discrete | MultiDiscrete):
+            if not (array.shape == space.shape and array.dtype.kind in "iu" and array in space):
+                self._fail(field, f"is {raw!r}, not in {space}")
+            return array
         if array.dtype.kind not in "fiub":
-            self._fail("observation", f"is {raw!r}, not an array of numbers")
-        if array.shape != self._space.shape:
-            self._fail("observation", f"has shape {array.shape}, its space has {self._space.shape}")
-        if self._space.dtype == np.uint8 and array.dtype != np.uint8:
-            self._fail("observation", f"is {array.dtype}, its space is uint8")
+            self._fail(field, f"is {raw!r}, not an array of numbers")
+        if array.shape != seen.shape:
+            self._fail(field, f"has shape {array.shape}, its space has {seen.shape}")
+        if seen.dtype == np.uint8 and array.dtype != np.uint8:
+            self._fail(field, f"is {array.dtype}, its space is uint8")
         with np.errstate(over="ignore"):  # becomes infinite and is found in the next line
-            array = array.astype(self._space.dtype)
+            array = array.astype(seen.dtype)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             index = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
-            self._fail("observation", f"is {np.asarray(raw)[index]} at {list(index)}")
+            self._fail(field, f"is {np.asarray(raw)[index]} at {list(index)}")
         return array
 
     def _reward(self, reward: Any) -> float:
@@ -140,45 +161,6 @@ class GymColumn:
     def _name(self) -> str:
         spec = self.env.unwrapped.spec
         return spec.id if spec else type(self.env.unwrapped).__name__
-
-
-def observation_space(space: gym.Space[Any]) -> Box:
-    """What the policy sees: bytes as they are, other boxes in float32, integers one-hot."""
-    if isinstance(space, Discrete):
-        return Box(0.0, 1.0, (int(space.n),), np.float32)
-    if isinstance(space, Box) and space.dtype == np.uint8:
-        return space
-    if isinstance(space, Box):
-        low, high = (_to_float32(bound) for bound in (space.low, space.high))
-        return Box(low, high, dtype=np.float32)
-    raise ValueError(f"observations are a {type(space).__name__}; a Box or Discrete is needed")
-
-
-def _to_float32(bound: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, as it should
-        return bound.astype(np.float32)
-
-
-def action_space(space: gym.Space[Any]) -> gym.Space[Any]:
-    """What the policy chooses from: Discrete from 0, or a Box [-1, 1]."""
-    if isinstance(space, Discrete):
-        return Discrete(int(space.n))
-    if not isinstance(space, Box):
-        raise ValueError(f"actions are a {type(space).__name__}; a Box or Discrete is needed")
-    if not space.is_bounded():
-        raise ValueError(f"actions are unbounded, {space}; a Box with finite bounds is needed")
-    return Box(-1.0, 1.0, space.shape, np.float32)
-
-
-def action_map(space: gym.Space[Any]) -> Callable[[Any], Any]:
-    """From `action_space` to the environment's own."""
-    if isinstance(space, Discrete):
-        start = int(space.start)
-        return lambda action: int(action) + start
-    assert isinstance(space, Box)
-    middle, half = (space.high + space.low) / 2.0, (space.high - space.low) / 2.0
-    dtype = space.dtype
-    return lambda action: (middle + half * np.clip(action, -1.0, 1.0)).astype(dtype)
 
 
 def find_attribute(env: gym.Env[Any, Any], name: str) -> tuple[Any, str]:

@@ -20,13 +20,15 @@ from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_st
 from dmrl_ray.types import Array, Arrays, Reference, Split, Task
 
 from .gym_check import check_behaviour, check_vary, find_max_episode_steps, first_make
-from .gym_column import Apply, GymColumn, Values, action_space, close, obs_digest, observation_space
+from .gym_column import Apply, GymColumn, Values, close, obs_digest
+from .gym_spaces import action_space, observation_space
 
 
 class GymVectorEnv(TaskVectorEnv):
     """Columns of ordinary environments, stepped one after the other.
 
-    * Observation: the environment's; integers one-hot, other numbers than bytes in float32.
+    * Observation: the environment's; integers one-hot, other numbers than bytes in float32;
+      dictionaries and tuples as named parts of one vector.
     * Action: integers from 0, or [-1, 1] rescaled to the environment's bounds.
     * Reward: the environment's.
     * End: the environment's; truncated at the latest after `max_episode_steps`.

@@ -196,8 +196,12 @@ def test_scores_come_from_the_config():
         ({"id": "Overwriting-v0", "vary": {"size": [0, 1]}}, "overwrites this attribute at reset"),
         ({"id": "Endless-v0"}, "max_episode_steps: .*without a limit"),
         (
-            {"id": "Toy-v0", "kwargs": {"space": gym.spaces.Dict(a=gym.spaces.Discrete(2))}},
-            "observations are a Dict",
+            {"id": "Toy-v0", "kwargs": {"space": gym.spaces.Sequence(gym.spaces.Discrete(2))}},
+            "observations are a Sequence",
+        ),
+        (
+            {"id": "Toy-v0", "kwargs": {"space": gym.spaces.Dict(note=gym.spaces.Text(3))}},
+            "part 'note' of the observations is a Text",
         ),
         ({"id": "Toy-v0", "kwargs": {"action_space": gym.spaces.MultiBinary(2)}}, "actions are a"),
         (
