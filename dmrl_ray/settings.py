@@ -43,6 +43,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "combined": "dmrl_ray.networks.combined:Combined",
         "lstm": "dmrl_ray.networks.recurrent:LSTM",
         "gru": "dmrl_ray.networks.recurrent:GRU",
+        "belief": "dmrl_ray.networks.belief:Belief",
         "rnn": "dmrl_ray.networks.recurrent:RNN",
         "transformer": "dmrl_ray.networks.transformer:Transformer",
         "symmetric": "dmrl_ray.networks.symmetric:Symmetric",
@@ -57,6 +58,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "reptile": "dmrl_ray.algorithms.reptile:Reptile",
         "cavia": "dmrl_ray.algorithms.cavia:CAVIA",
         "meta_sgd": "dmrl_ray.algorithms.meta_sgd:MetaSGD",
+        "varibad": "dmrl_ray.algorithms.varibad:VariBAD",
         "distillation": "dmrl_ray.algorithms.distillation:Distillation",
     },
 }
