@@ -122,8 +122,9 @@ class Finetune(Training):
     """Updates on each task; the return before update n is reported as shot n."""
 
     trainable: tuple[str, ...] = ("",)
-    """Prefixes of the parameter names that move; the rest is frozen. ``[""]`` is everything,
-    ``["policy_head", "value_head"]`` the heads only."""
+    """Parameters that move, by prefixes of their names; the rest is frozen. ``[""]`` is everything,
+    ``[policy_head, value_head]`` or ``["last:1"]`` the heads, ``["last:2"]`` and the last layer
+    before them, ``["*adapter*"]`` what matches: adapters that ``network`` adds here."""
 
 
 class Adapt(Settings):

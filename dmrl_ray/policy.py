@@ -212,9 +212,9 @@ class ActorCritic(nn.Module):
     def update_obs_norm(self, obs: Tensor) -> None:
         """Take observations (N, ...) in, as `update_norms` does.
 
-        A frozen encoder's input stays scaled as it is: it would no longer be the same function.
+        The input of frozen layers stays scaled as it is: they would no longer be the same function.
         """
-        frozen = not any(p.requires_grad for p in self.encoder.parameters())
+        frozen = not all(p.requires_grad for p in self.encoder.parameters())
         if self.obs_norm is not None and not frozen:
             self.obs_norm.update(obs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dmrl_ray.algorithms.parts import check_prefixes as check_prefixes
+from dmrl_ray.algorithms.parts import select
 from dmrl_ray.config import Settings
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
@@ -118,11 +120,11 @@ class Algorithm(ABC):
         """Freeze the parameters outside `trainable` and make the optimiser for the rest.
 
         Raises:
-            ValueError: a prefix matches no parameter.
+            ValueError: a part matches no parameter.
         """
-        check_prefixes("trainable", trainable, [n for n, _ in self.policy.named_parameters()])
+        chosen = select("trainable", trainable, [n for n, _ in self.policy.named_parameters()])
         for name, parameter in self.policy.named_parameters():
-            parameter.requires_grad_(name.startswith(trainable))
+            parameter.requires_grad_(name in chosen)
         moving = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(moving), list(moving.values())
         config = self.config
@@ -169,14 +171,3 @@ class Algorithm(ABC):
         self.optimizer.step()
         self.policy.project()
         return norm
-
-
-def check_prefixes(setting: str, prefixes: tuple[str, ...], names: Iterable[str]) -> None:
-    """Raise ValueError if a prefix begins the name of no parameter."""
-    names = list(names)
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(
-                f"{setting}: no parameter's name starts with {prefix!r}; parts that can be chosen "
-                f"are {', '.join(sorted({name.split('.')[0] for name in names}))}"
-            )
