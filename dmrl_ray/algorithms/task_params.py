@@ -150,11 +150,11 @@ def fitted_advantage(
             *((r.obs[:-1], r.reward, r.terminated | r.truncated) for r in rollouts), strict=True
         )
     )
-    features = obs.reshape(*obs.shape[:2], -1)[..., : 0 if obs.dtype == torch.uint8 else None]
     reward, done = reward.reshape(shape), done.reshape(shape)
-    value = linear_baseline(
-        features.reshape(*reward.shape, features.shape[-1]), reward, done, gamma=gamma
-    )
+    features = obs.reshape(*reward.shape, -1)
+    if obs.dtype == torch.uint8:
+        features = torch.zeros_like(reward).unsqueeze(-1)
+    value = linear_baseline(features, reward, done, gamma=gamma)
     advantage = generalized_advantage(
         reward,
         value,

@@ -18,10 +18,19 @@ from adaptation_cases import (
 )
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.algorithms.task_params import fitted_advantage, per_task, task_log_prob
+from dmrl_ray.algorithms.task_params import (
+    fitted_advantage,
+    per_task,
+    task_forward,
+    task_log_prob,
+    task_pi,
+)
 from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.learner import Learner
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
+from dmrl_ray.networks.base import Encoder
+from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Weights
 from dmrl_ray.types import Rollout
@@ -39,15 +48,24 @@ def adapted(maml, trial):
     return maml.path(trial)[-1]
 
 
-@pytest.mark.parametrize("tasks", ["point_goal", "bandit"])
 @pytest.mark.parametrize("inner_steps", [1, 3])
-def test_the_learner_adapts_exactly_as_the_worker_did(inner_steps, tasks):
+@pytest.mark.parametrize(
+    ("encoder", "tasks"),
+    [(MLP, "point_goal"), (MLP, "bandit"), (LSTM, "point_goal"), (GRU, "bandit"), (CNN, "images")],
+)
+def test_the_learner_adapts_exactly_as_the_worker_did(inner_steps, encoder, tasks):
     # So that the importance ratio on the post-adaptation rollout is one in the first epoch.
-    maml = make_maml(inner_steps=inner_steps, tasks=tasks)
+    maml = make_maml(encoder, tasks, inner_steps=inner_steps)
     trial = one_trial(maml)
     assert len(trial) == inner_steps + 1
-    log_prob = task_log_prob(maml.policy, adapted(maml, trial), trial[-1])
-    torch.testing.assert_close(log_prob.flatten(1), trial[-1].log_prob)
+    assert_same_policies(maml, trial)
+
+
+def assert_same_policies(maml, trial):
+    """The learner's way through a trial ends, after every step, in the policies that acted."""
+    for params, rollout in zip(maml.path(trial), trial, strict=True):
+        log_prob = task_log_prob(maml.policy, params, rollout)
+        torch.testing.assert_close(log_prob.flatten(1), rollout.log_prob)
 
 
 def test_a_worker_and_a_learner_built_apart_adapt_alike():
@@ -165,8 +183,17 @@ def test_without_an_inner_step_worth_the_name_maml_is_the_plain_policy_gradient(
             torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"inner_steps": 2}, {"outer": "vpg"}])
-@pytest.mark.parametrize("encoder", [MLP, LSTM, GRU], ids=lambda encoder: encoder["type"])
+@pytest.mark.parametrize(
+    ("encoder", "settings"),
+    [
+        (MLP, {}),
+        (MLP, {"inner_steps": 2}),
+        (MLP, {"outer": "vpg"}),
+        (MLP, {"steps_per_shot": 2}),
+        (LSTM, {}),
+        (GRU, {}),
+    ],
+)
 def test_the_outer_gradient_equals_finite_differences(encoder, settings):
     maml = make_maml(encoder, **settings)
     trial = in_double(maml, one_trial(maml, num_tasks=2))
@@ -174,6 +201,111 @@ def test_the_outer_gradient_equals_finite_differences(encoder, settings):
     for name, i, flat in numbers_of(maml.policy, gradient):
         expected = slope(lambda: maml.outer_loss(maml.path(trial), trial).item(), flat, i)
         assert gradient[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+class Counter(Encoder):
+    """An encoder with a memory that nobody knows how to differentiate twice."""
+
+    out_dim = 1
+
+    def __init__(self, config, obs_space, extra):
+        super().__init__()
+
+    def initial_memory(self, num):
+        return (torch.zeros(num, 1),)
+
+    def forward(self, obs, extra, memory, reset):
+        return obs[..., :1], memory
+
+
+def test_an_encoder_with_memory_is_refused_unless_it_is_known_to_adapt():
+    with pytest.raises(ValueError, match=r"network\.encoder.*counter.*an lstm or a gru"):
+        make_maml({"type": f"{__name__}:Counter"})
+
+
+@pytest.mark.parametrize("encoder", [LSTM, GRU], ids=lambda encoder: encoder["type"])
+def test_a_memory_is_carried_through_an_episode_and_emptied_at_its_end(encoder):
+    maml = make_maml(encoder)
+    support, query = one_trial(maml)
+    for rollout in (support, query):
+        assert rollout.reset_state[0].all()
+        assert not rollout.reset_state[1:].any()
+    params = per_task(maml.policy, 3)
+    whole = task_pi(maml.policy, params, support)
+    memory, parts = maml.policy.initial_memory(12), []
+    for t in range(HORIZON):
+        obs = support.obs[t : t + 1]
+        emptied, _ = task_forward(maml.policy, params, obs, None, memory, support.reset_state[:1])
+        pi, memory = task_forward(maml.policy, params, obs, None, memory, None)
+        assert torch.equal(pi, emptied) == (t == 0)
+        parts.append(pi)
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_within_a_trial_the_episode_goes_on_over_the_gradient_steps():
+    maml = make_maml(tasks="bandit", steps_per_shot=4, episodes_per_task=2)
+    sampler = Sampler(maml.distribution, 6, memory_spans_trial=False)
+    sampler.start(np.random.default_rng(0), 0)
+    tasks = maml.distribution.sample(np.random.default_rng(0), 3, "train")
+    trial = maml.collect(sampler, tasks)
+    rows = sampler.take_episodes()
+    assert [rollout.num_steps for rollout in trial] == [4, HORIZON - 4]
+    rewards = sum(rollout.reward.sum(0) for rollout in trial)
+    np.testing.assert_allclose(rows["return"], rewards)
+    assert rows["length"].tolist() == [HORIZON] * 6
+    assert rows["shot"].tolist() == [0] * 6
+
+
+def test_a_memory_goes_on_over_the_gradient_steps_of_a_trial():
+    maml = make_maml(LSTM, "bandit", steps_per_shot=2)
+    trial = one_trial(maml)
+    assert trial[0].reset_state[0].all()
+    assert not any(rollout.reset_state.any() for rollout in trial[1:])
+    assert_same_policies(maml, trial)
+
+
+class ShuffledMAML(MAML):
+    """Adapts to advantages that have nothing to do with the actions."""
+
+    def inner_step(self, params, rollout, *, create_graph):
+        order = torch.from_numpy(np.random.default_rng(0).permutation(rollout.advantage.numel()))
+        shuffled = rollout.advantage.flatten()[order].reshape(rollout.advantage.shape)
+        return super().inner_step(
+            params, replace(rollout, advantage=shuffled), create_graph=create_graph
+        )
+
+
+def late_rewards(kind):
+    """Mean reward of the last 10 of 100 pulls, with a gradient step every 10."""
+    family = Bandit(Bandit.Config(arms=5, pulls=100))
+    settings = kind.Config(episodes_per_task=1, steps_per_shot=10, gamma=0.0, inner_lr=8.0)
+    torch.manual_seed(0)
+    network = ActorCritic.Config.model_validate({"encoder": {"type": "mlp", "sizes": [16]}})
+    spaces = family.observation_space, family.action_space
+    maml = kind(settings, family, ActorCritic(network, *spaces, sees_previous=False))
+    return one_trial(maml, num_tasks=300)[-1].reward.mean().item()
+
+
+def test_gradient_steps_find_a_better_arm_unless_rewards_are_shuffled():
+    # Of 5 arms with uniform chances, any one pays 0.5 and the best 5/6 on average.
+    assert late_rewards(MAML) > 0.75
+    assert late_rewards(ShuffledMAML) == pytest.approx(0.5, abs=0.05)
+
+
+def test_within_a_trial_every_rollout_counts():
+    maml = make_maml(tasks="bandit", steps_per_shot=2, gamma=0.0)
+    trial = one_trial(maml)
+    whole = maml.outer_loss(maml.path(trial), trial)
+    parts = []
+    for params, rollout in zip(maml.path(trial), trial, strict=True):
+        log_prob = task_log_prob(maml.policy, params, rollout).flatten(1)
+        parts.append(ppo_clip_loss(log_prob, rollout.log_prob, rollout.advantage, clip=0.3))
+    torch.testing.assert_close(whole, torch.stack(parts).mean())
+
+
+def test_a_trial_without_room_for_a_gradient_step_is_refused():
+    with pytest.raises(ValueError, match=r"algorithm\.steps_per_shot.*6 steps.*trial of 6"):
+        make_maml(tasks="bandit", steps_per_shot=HORIZON)
 
 
 def test_the_shares_of_several_learners_average_to_the_whole_gradient():
@@ -254,15 +386,32 @@ def test_the_scale_of_one_tasks_rewards_does_not_change_the_advantages():
     np.testing.assert_allclose(before, after, rtol=1e-3, atol=1e-4)
 
 
-class ShuffledMAML(MAML):
-    """Adapts to advantages that have nothing to do with the actions."""
+def part_of(rollout, steps):
+    names = ("reward", "terminated", "truncated")
+    obs = rollout.obs[:-1][steps]
+    return replace(
+        rollout,
+        obs=np.concatenate([obs, obs[-1:]]),
+        **{name: getattr(rollout, name)[steps] for name in names},
+    )
 
-    def inner_step(self, params, rollout, *, create_graph):
-        order = torch.from_numpy(np.random.default_rng(0).permutation(rollout.advantage.numel()))
-        shuffled = rollout.advantage.flatten()[order].reshape(rollout.advantage.shape)
-        return super().inner_step(
-            params, replace(rollout, advantage=shuffled), create_graph=create_graph
-        )
+
+def test_advantages_within_a_trial_are_those_of_its_last_steps_in_the_light_of_all():
+    maml = make_maml()
+    rollout = one_trial(maml)[0].map(lambda x: x.numpy())
+    whole = fitted_advantage([rollout], 3, gamma=0.0, gae_lambda=1.0)
+    parts = [part_of(rollout, slice(0, 4)), part_of(rollout, slice(4, None))]
+    last = fitted_advantage(parts, 3, gamma=0.0, gae_lambda=1.0)
+    np.testing.assert_allclose(last, whole[4:], rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_are_no_features_of_the_baseline():
+    maml = make_maml(CNN, "images")
+    rollout = one_trial(maml)[0].map(lambda x: x.numpy())
+    before = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
+    rollout.obs[:] = 255 - rollout.obs
+    after = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.fixture(scope="module")
