@@ -92,6 +92,9 @@ class IMPALA(VTrace):
     class Config(VTraceConfig):
         """V-trace and nothing else."""
 
+        lr: float = Field(default=5e-4, gt=0)  # CartPole is lost at 2e-3: nothing clips a step
+        """Step size."""
+
     config: Config
     epochs = 1
 
