@@ -140,9 +140,9 @@ def test_learning_is_measured(command, here, monkeypatch, capsys):
     small = [word for word in smaller(["run", str(config)])[2:] if word.count("=")]
     out = command[command.index("--out") :]
     figures = benchmark(
-        command[2], [str(config), *small, "--seeds", "0", *out], monkeypatch, capsys
+        f"{command[2]}.__main__", [str(config), *small, "--seeds", "0", *out], monkeypatch, capsys
     )
-    assert figures["held_out"]["tasks"] == SMALLER["evaluate"]["tasks"]
+    assert figures["stages"]["held_out"]["tasks"] == SMALLER["evaluate"]["tasks"]
 
 
 @pytest.mark.parametrize("command", beginning("python", "-m", BENCHMARKS[1]))

@@ -1,0 +1,1 @@
+"""What a config learns, over several seeds, on held-out tasks."""

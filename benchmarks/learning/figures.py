@@ -1,0 +1,127 @@
+"""The figures of some runs of one config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dmrl_ray.config import Evaluate, Finetune, Pretrain, RunConfig
+from dmrl_ray.results import load
+from dmrl_ray.spec import load_family
+from dmrl_ray.stages import job_spec
+from dmrl_ray.yaml_config import load_config
+
+SAMPLED = 500
+"""Held-out tasks over which reference points are averaged."""
+
+
+def figures(folders: Sequence[Path]) -> dict[str, object]:
+    """Of every stage that meets held-out tasks, and what its training cost.
+
+    Args:
+        folders: runs that are done, of one config and several seeds.
+    """
+    config = load_config(folders[0] / "config.yaml")
+    episodes = pd.concat([load(folder) for folder in folders])
+    events = pd.concat([load(folder, table="events") for folder in folders])
+    stages: dict[str, object] = {}
+    for name, stage in config.stages.items():
+        if not isinstance(stage, (Evaluate, Finetune)):
+            continue
+        spec = job_spec(config, name)
+        whole = bool(spec.algorithm.load().memory_spans_trial)
+        rows = episodes[episodes["stage"] == name]
+        columns = getattr(spec.algorithm.settings, "episodes_per_task", 1)
+        stages[name] = {
+            "method": spec.algorithm_name,
+            "measure": "return of a trial" if whole else "return at the last shot",
+            **returns(rows, None if isinstance(stage, Finetune) else columns, whole=whole),
+            **reference_points(config, whole=whole),
+            **cost(events, sources(config, name)),
+        }
+    return {"problem": load_family(config.tasks).family, "stages": stages, **machine(folders[0])}
+
+
+def returns(rows: pd.DataFrame, columns: int | None, *, whole: bool) -> dict[str, object]:
+    """Mean return with its 95 % interval over all tasks of all seeds, and of each seed and shot.
+
+    Args:
+        columns: environments that played one drawn task side by side; None if each task has a job
+            of its own, which counts once.
+        whole: sum the shots of a trial; else the last shot alone counts.
+    """
+    keys = ["run_id", "job", "task_id", "trial"]
+    by_shot = rows.groupby("shot")[["return", "score"]].mean().round(4)
+    counted = rows if whole else rows[rows["shot"] == rows["shot"].max()]
+    trials = counted.groupby([*keys, "shot"])["return"].mean().groupby(keys).sum()
+    draws = pd.Series(1.0, trials.index)
+    if columns is not None:  # Small families draw a task more than once; every draw counts.
+        draws = counted.groupby(keys).size() / counted["shot"].nunique() / columns
+    seeds = (trials * draws).groupby("run_id").sum() / draws.groupby("run_id").sum()
+    error = np.sqrt(np.average((trials - seeds.mean()) ** 2, weights=draws) / draws.sum())
+    return {
+        "mean": round(float(seeds.mean()), 4),
+        "interval": round(1.96 * float(error), 4),
+        "per_seed": [round(float(x), 4) for x in seeds],
+        "per_shot": by_shot["return"].to_dict(),
+        "score_per_shot": by_shot["score"].to_dict(),
+        "tasks": round(float(draws.sum()) / rows["run_id"].nunique()),
+    }
+
+
+def reference_points(config: RunConfig, *, whole: bool) -> dict[str, float]:
+    """Mean returns of random play and of the family's oracle, where it knows them."""
+    family = load_family(config.tasks)
+    tasks = family.sample(np.random.default_rng(config.seed), SAMPLED, "test")
+    known = [ends for task in tasks if (ends := family.reference(task)) is not None]
+    if not known:
+        return {}
+    return {
+        name: round(
+            float(
+                np.mean([e.sum() if whole else e[-1] for e in (getattr(k, name) for k in known)])
+            ),
+            4,
+        )
+        for name in ("random", "oracle")
+    }
+
+
+def sources(config: RunConfig, name: str) -> Iterator[str]:
+    """The stages that trained what a stage begins with."""
+    source = getattr(config.stages[name], "init_from", None)
+    while source is not None:
+        yield source
+        stage = config.stages[source]
+        source = stage.init_from if isinstance(stage, Pretrain) else None
+
+
+def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
+    """Environment steps and seconds of training, of each seed."""
+    ended = events[events["stage"].isin(list(stages)) & (events["event"] == "job_finished")]
+    details = pd.DataFrame([json.loads(detail) for detail in ended["detail"]])
+    sums = details.groupby(ended["run_id"].to_numpy())[["env_steps", "seconds"]].sum()
+    return {
+        "env_steps": int(sums["env_steps"].mean()),
+        "seconds": [round(seconds) for seconds in sums["seconds"]],
+    }
+
+
+def machine(folder: Path) -> dict[str, object]:
+    """What a run ran on, and with which of our commits."""
+    facts = json.loads((folder / "run.json").read_text())["facts"]
+    config = load_config(folder / "config.yaml")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": cpu or facts["machine"],
+        "cores": facts["cpus"],
+        "workers": config.workers.num,
+        "threads": config.learners.threads,
+        "torch": facts["versions"]["torch"],
+        "commit": facts["git"] or "unknown",
+    }
