@@ -74,7 +74,7 @@ def test_a_recurrent_layer_is_one_layer():
 
 @pytest.mark.parametrize("part", ["*adaptor*", "haed", "last:0"])
 def test_what_chooses_nothing_is_refused_with_what_there_is(part):
-    with pytest.raises(ValueError, match="trainable: no parameter's name .*policy_head"):
+    with pytest.raises(ValueError, match=r"trainable: no parameter's name .*policy_head"):
         make_learner(trainable=(part,))
 
 
