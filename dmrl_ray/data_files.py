@@ -1,0 +1,245 @@
+"""Blocks of recorded transitions: the row groups of Parquet files, with an index of what they hold.
+
+Blocks are read whole, and nothing else is read of the steps in them.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmrl_ray.commits import committed_parts
+from dmrl_ray.tables import HISTORY, IN_HISTORY, fits
+
+CONTENT = ("obs", "action", "reward", "terminated", "truncated", "next_obs")
+KEYS = ("episode", "trial", "history", "task_id")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps in memory: arrays (n, ...), observations flat."""
+
+    obs: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    next_obs: np.ndarray  # (m, D) successors that are not the observation of the next row ...
+    next_row: np.ndarray  # (n,) ... and each step's row in them, or -1
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory it takes."""
+        return sum(int(array.nbytes) for array in vars(self).values())
+
+    def check(self, obs_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        """Raise ValueError if the steps cannot be of a family with these spaces."""
+        width, shape = self.obs.shape[1], tuple(obs_space.shape or ())
+        if width != math.prod(shape):
+            raise ValueError(
+                f"data: observations have {width} numbers, but those of the task family have shape "
+                f"{shape}; use the family that was recorded"
+            )
+        action = self.action
+        fits = action.shape[1:] == tuple(action_space.shape or ())
+        if isinstance(action_space, gym.spaces.Discrete):
+            fits = fits and np.issubdtype(action.dtype, np.integer)
+            fits = fits and bool(action.min() >= 0 and action.max() < action_space.n)
+        if not fits:
+            raise ValueError("data: there are actions that the task family does not have")
+
+
+class Source(ABC):
+    """Blocks of steps, numbered from 0; histories are put in order by their names."""
+
+    num_blocks: int
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._task_numbers: dict[str, int] = {}
+
+    @property
+    def histories(self) -> list[tuple[Any, ...]]:
+        """Names of the histories, by number."""
+        return list(self._numbers)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, by number."""
+        return list(self._task_numbers)
+
+    @abstractmethod
+    def pieces(self, block: int) -> np.ndarray:
+        """(P, 7) history, trial, episode, t, task, row, length of unbroken parts of episodes."""
+
+    @abstractmethod
+    def read(self, block: int) -> Block:
+        """The steps of a block."""
+
+    def history_number(self, history: tuple[Any, ...]) -> int:
+        """The number of a history, a new one if it is met for the first time."""
+        return self._numbers.setdefault(history, len(self._numbers))
+
+    def task_number(self, task: str) -> int:
+        """The number of a task, likewise."""
+        return self._task_numbers.setdefault(task, len(self._task_numbers))
+
+
+class ParquetSource(Source):
+    """Row groups of files.
+
+    Args:
+        paths: the files.
+        names: our names of the columns that are read, and theirs.
+
+    Raises:
+        ValueError: a file cannot be read, or lacks a column.
+    """
+
+    def __init__(self, paths: Sequence[Path], names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.paths, self.names = list(paths), dict(names)
+        self._opened: tuple[int, Any] = (-1, None)
+        groups = [self.file(i).num_row_groups for i in range(len(self.paths))]
+        self.place = [(i, group) for i, count in enumerate(groups) for group in range(count)]
+        self.num_blocks = len(self.place)
+
+    def read(self, block: int) -> Block:
+        names = [name for name in CONTENT if name in self.names]
+        table = self.table(block, names)
+        size = table.num_rows
+        next_row, next_obs = np.full(size, -1), np.empty((0, 1), np.float32)
+        if "next_obs" in names:
+            column = table["next_obs"].combine_chunks()
+            present = column.is_valid().to_numpy(zero_copy_only=False)
+            next_obs = _flat(column.drop_null())
+            next_row[present] = np.arange(len(next_obs))
+        zero, never = np.zeros(size, np.float32), np.zeros(size, np.bool_)
+        column = {name: _flat(table[name].combine_chunks()) for name in names if name != "next_obs"}
+        obs = column["obs"].reshape(size, -1)
+        return Block(
+            obs=obs,
+            action=column["action"],
+            reward=column.get("reward", zero).astype(np.float32),
+            terminated=column.get("terminated", never).astype(np.bool_),
+            truncated=column.get("truncated", never).astype(np.bool_),
+            next_obs=next_obs.reshape(-1, obs.shape[1]),
+            next_row=next_row,
+        )
+
+    def table(self, block: int, names: Sequence[str]) -> pa.Table:
+        """Some columns of a row group, under our names."""
+        file, group = self.place[block]
+        theirs = [self.names[name] for name in names]
+        table = self.file(file).read_row_group(group, columns=theirs, use_threads=False)
+        return table.select(theirs).rename_columns(list(names))
+
+    def file(self, number: int) -> Any:
+        """One of the files, checked and opened."""
+        if self._opened[0] != number:
+            path = self.paths[number]
+            try:
+                file = pq.ParquetFile(path, page_checksum_verification=True)
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"{path}: cannot be read: {error}") from error
+            self._check(path, file.schema_arrow)  # Before any data: some types run code.
+            self._opened = (number, file)
+        return self._opened[1]
+
+    def _check(self, path: Path, schema: pa.Schema) -> None:
+        for ours, theirs in self.names.items():
+            if theirs not in schema.names:
+                raise ValueError(
+                    f"{path}: has no column {theirs!r} for {ours!r}, but {', '.join(schema.names)}"
+                )
+            field = schema.field(theirs)
+            if not _plain(field):
+                raise ValueError(f"{path}: column {theirs!r} is {field.type}, which is not plain")
+
+
+class Recorded(ParquetSource):
+    """Transitions tables of run folders.
+
+    Args:
+        runs: folders, or patterns.
+        stage: None takes all that were recorded.
+
+    Raises:
+        ValueError: nothing was recorded there.
+    """
+
+    def __init__(self, runs: Sequence[str], stage: str | None) -> None:
+        folders = [Path(path) for run in runs for path in sorted(glob.glob(run))]
+        paths = [part for folder in folders for part in committed_parts(folder, "transitions")]
+        if not paths:
+            raise ValueError(
+                f"data: {', '.join(runs)}: no transitions are recorded there; record a stage with "
+                "record: true"
+            )
+        self._stage = stage
+        known = ("task_id", *HISTORY, *IN_HISTORY, *CONTENT)
+        super().__init__(paths, {name: name for name in known})
+
+    def pieces(self, block: int) -> np.ndarray:
+        table = self.table(block, ("task_id", *HISTORY, *IN_HISTORY))
+        codes = {name: _codes(table[name]) for name in ("task_id", "run_id", "stage", "job")}
+        columns = {name: code for name, (code, _) in codes.items()}
+        columns |= {name: table[name].to_numpy() for name in ("column", *IN_HISTORY)}
+        t = columns.pop("t")
+        breaks = np.diff(t) != 1
+        for column in columns.values():
+            breaks |= np.diff(column) != 0
+        row = np.flatnonzero(np.concatenate([[True], breaks]))
+        length = np.diff(np.append(row, len(t)))
+        at = {name: column[row] for name, column in columns.items()}
+        names = [codes[name][1][at[name]] for name in ("run_id", "stage", "job")]
+        labels = zip(*names, at["column"].tolist(), strict=True)
+        history = np.array([self.history_number(label) for label in labels])
+        tasks = np.array([self.task_number(name) for name in codes["task_id"][1]])
+        found = np.stack(
+            [history, at["trial"], at["episode"], t[row], tasks[at["task_id"]], row, length], 1
+        )
+        return found if self._stage is None else found[names[1] == self._stage]
+
+    def _check(self, path: Path, schema: pa.Schema) -> None:
+        super()._check(path, schema)
+        for name in self.names:
+            if not fits("transitions", name, schema.field(name).type):
+                raise ValueError(f"{path}: column {name!r} is {schema.field(name).type}")
+
+
+def _plain(field: pa.Field) -> bool:
+    kind = field.type
+    while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    named = field.metadata and b"ARROW:extension:name" in field.metadata
+    return not named and (pa.types.is_primitive(kind) or pa.types.is_string(kind))
+
+
+def _flat(column: pa.Array) -> np.ndarray:
+    """Numbers (n,), or lists as (n, width)."""
+    size, nested = len(column), False
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        column, nested = column.flatten(), True
+    values = column.to_numpy(zero_copy_only=False)
+    if not nested or size == 0:
+        return np.asarray(values)
+    if len(values) % size:
+        raise ValueError("data: lists of one column differ in length")
+    return np.asarray(values).reshape(size, -1)
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the words, and the words."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy(), np.array(encoded.dictionary.to_pylist(), object)

@@ -1,0 +1,300 @@
+"""Recorded transitions as batches of sequences, for algorithms that learn from data.
+
+A dataset is one long row of steps in a fixed order: history after history (an environment column
+of a job), in each the order in which it was lived. What is drawn from it is a function of a random
+stream alone: not of how rows were spread over files, nor of what was read before. Blocks are read
+when a step in them is wanted, and the last ones are kept, up to a number of bytes; of the rest only
+an index is held, of where episodes and blocks begin.
+
+Rollout workers read, each for its shards, and several learners take their share of what was read:
+nothing has to be split beforehand, as Ray Data's ``streaming_split`` would, and a run that goes on
+after a kill needs to know nothing of where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import gymnasium as gym
+import numpy as np
+
+from dmrl_ray.data_files import Block, Source
+from dmrl_ray.types import Arrays, Rollout
+
+Unit: TypeAlias = Literal["episode", "trial", "history"]
+Segment: TypeAlias = tuple[int, int, bool]
+"""First step, the one after the last, and whether memory is forgotten before the first."""
+
+
+class Dataset:
+    """Steps in a fixed order, and where their episodes, trials and histories begin.
+
+    Args:
+        source: the blocks.
+        obs_space: of the task family; what is read must fit it.
+        action_space: likewise.
+        memory_bytes: of blocks kept.
+
+    Raises:
+        ValueError: there are no steps, or they do not fit the family.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        obs_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        memory_bytes: int = 256 << 20,
+    ) -> None:
+        self._source, self._memory_bytes = source, memory_bytes
+        self._spaces = (obs_space, action_space)
+        self._discrete = isinstance(action_space, gym.spaces.Discrete)
+        self._shapes = (tuple(obs_space.shape or ()), tuple(action_space.shape or ()))
+        self._obs_dtype = obs_space.dtype
+        self._action_dtype = np.int64 if self._discrete else np.float32
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        found = [source.pieces(block) for block in range(source.num_blocks)]
+        block = np.repeat(np.arange(len(found)), [len(pieces) for pieces in found])
+        pieces = np.concatenate(found) if found else np.empty((0, 7), np.int64)
+        if len(pieces) == 0:
+            raise ValueError("data: no steps were recorded there; record a stage with record: true")
+        self._index(pieces, block)
+        self._block(int(self._piece_block[0]))
+
+    def _index(self, pieces: np.ndarray, block: np.ndarray) -> None:
+        rank, task_rank = _ranks(self._source.histories), _ranks(self._source.tasks)
+        history, trial, episode, t, *_ = pieces.T
+        order = np.lexsort((t, episode, trial, rank[history]))
+        history, trial, episode, t, task, row, length = pieces[order].T
+        block = block[order]
+        end = length.cumsum()
+        first = end - length
+        new = {"history": _changes(history)}
+        new["trial"] = new["history"] | _changes(trial)
+        # What goes on in the next collection is one episode still.
+        new["episode"] = new["history"] | (t != np.append(0, (t + length)[:-1]))
+        self.num_steps = int(end[-1])
+        self.starts: dict[str, np.ndarray] = {
+            unit: np.append(first[begins], self.num_steps) for unit, begins in new.items()
+        }
+        self.task_names = sorted(self._source.tasks)
+        self._task_of = task_rank[task[new["episode"]]]
+        apart = _changes(block)
+        apart[1:] |= row[1:] != row[:-1] + length[:-1]
+        self._piece_first = np.append(first[apart], self.num_steps)
+        self._piece_block, self._piece_row = block[apart], row[apart]
+
+    def windows(self, rng: np.random.Generator, columns: int, steps: int) -> Rollout:
+        """Steps that follow each other, from anywhere: each step is as likely as any other."""
+        drawn = []
+        for start in rng.integers(self.num_steps, size=columns).tolist():
+            segments: list[Segment] = []
+            at, left = start, steps
+            while left:
+                stop = min(self._end("episode", at), at + left)
+                segments.append((at, stop, True))
+                left -= stop - at
+                at = stop % self.num_steps
+            drawn.append(segments)
+        return self.rollout(drawn, steps)
+
+    def units(self, rng: np.random.Generator, unit: Unit, columns: int, steps: int) -> Rollout:
+        """Whole units, one behind the other and each from its beginning; the last ones are cut."""
+        starts = self.starts[unit]
+        drawn = []
+        for _ in range(columns):
+            segments: list[Segment] = []
+            left = steps
+            while left:
+                i = int(rng.integers(len(starts) - 1))
+                stop = min(int(starts[i + 1]), int(starts[i]) + left)
+                segments.append((int(starts[i]), stop, True))
+                left -= stop - int(starts[i])
+            drawn.append(segments)
+        return self.rollout(drawn, steps)
+
+    def histories(
+        self, rng: np.random.Generator, columns: int, steps: int, *, every: int
+    ) -> Rollout:
+        """Episodes of a history in the order in which they were lived, as one sequence.
+
+        What is too short for all steps is followed by another sequence.
+
+        Args:
+            every: of a history only every n-th episode counts, beginning with one of the first n.
+        """
+        drawn = []
+        for _ in range(columns):
+            segments: list[Segment] = []
+            left = steps
+            while left:
+                fresh = True
+                for start, end in self._excerpt(rng, left, every):
+                    stop = min(end, start + left)
+                    segments.append((start, stop, fresh))
+                    left, fresh = left - (stop - start), False
+                    if left == 0:
+                        break
+            drawn.append(segments)
+        return self.rollout(drawn, steps)
+
+    def _excerpt(self, rng: np.random.Generator, steps: int, every: int) -> list[tuple[int, int]]:
+        """Episodes of one history, from one after which enough steps follow if there is one."""
+        episodes, histories = self.starts["episode"], self.starts["history"]
+        i = int(rng.integers(len(histories) - 1))
+        first, last = np.searchsorted(episodes, histories[i : i + 2]).tolist()
+        kept = np.arange(first + int(rng.integers(min(every, last - first))), last, every)
+        begin, end = episodes[kept], episodes[kept + 1]
+        enough = (end - begin)[::-1].cumsum()[::-1] >= steps
+        start = int(rng.integers(max(1, int(enough.sum()))))
+        return list(zip(begin[start:].tolist(), end[start:].tolist(), strict=True))
+
+    def of_tasks(
+        self, rng: np.random.Generator, tasks: Sequence[str], steps: int, *, newest: float = 1.0
+    ) -> Rollout:
+        """For each task a column of stretches of its episodes, from anywhere in them.
+
+        Args:
+            tasks: names.
+            newest: share of each history, its end, that is drawn from.
+        """
+        drawn = []
+        for task in tasks:
+            begin, end = self._stretches(task, newest)
+            ends = (end - begin).cumsum()
+            segments: list[Segment] = []
+            left = steps
+            while left:
+                at = int(rng.integers(ends[-1]))
+                i = int(np.searchsorted(ends, at, "right"))
+                start = int(end[i]) - (int(ends[i]) - at)
+                stop = min(int(end[i]), start + left)
+                segments.append((start, stop, True))
+                left -= stop - start
+            drawn.append(segments)
+        return self.rollout(drawn, steps)
+
+    def _stretches(self, task: str, newest: float) -> tuple[np.ndarray, np.ndarray]:
+        """Where the task's episodes begin and end, within the newest part of their histories."""
+        episodes, histories = self.starts["episode"], self.starts["history"]
+        mine = np.flatnonzero(self._task_of == self.task_names.index(task))
+        of = np.searchsorted(histories, episodes[mine], "right")
+        size = histories[of] - histories[of - 1]
+        begin = np.maximum(episodes[mine], histories[of] - np.ceil(size * newest).astype(np.int64))
+        kept = begin < episodes[mine + 1]
+        return begin[kept], episodes[mine + 1][kept]
+
+    def rollout(self, drawn: Sequence[Sequence[Segment]], steps: int) -> Rollout:
+        """Segments, end to end in their columns, `steps` in each; their successors are the true."""
+        columns = len(drawn)
+        obs_shape, action_shape = self._shapes
+        arrays, final = self._gather(drawn, steps)
+        none = np.full((columns, *action_shape), -1 if self._discrete else 0, self._action_dtype)
+        where = np.array(list(final), np.int64)
+        final_obs = np.stack(list(final.values())).astype(self._obs_dtype)
+        obs = arrays.pop("obs").reshape(steps + 1, columns, *obs_shape)
+        never_said = ("log_prob", "value", "next_value", "advantage", "value_target")
+        return Rollout(
+            task_index=np.zeros(columns, np.int64),
+            policy_version=0,
+            shot=0,
+            obs=obs,
+            final_step=where[:, 0],
+            final_column=where[:, 1],
+            final_obs=final_obs.reshape(-1, *obs_shape),
+            previous_action=none,
+            previous_reward=np.zeros(columns, np.float32),
+            previous_done=np.ones(columns, np.bool_),
+            initial_state=(),
+            **arrays,
+            **{name: np.empty((steps, 0), np.float32) for name in (*never_said, "oracle_action")},
+        )
+
+    def _gather(
+        self, drawn: Sequence[Sequence[Segment]], steps: int
+    ) -> tuple[Arrays, dict[tuple[int, int], np.ndarray]]:
+        """Arrays of the steps, and the successors known at (t, b), among them all last steps'."""
+        shape = (steps, len(drawn))
+        obs_shape, action_shape = self._shapes
+        arrays: Arrays = {
+            "obs": np.empty((steps + 1, len(drawn), math.prod(obs_shape)), self._obs_dtype),
+            "action": np.empty((*shape, *action_shape), self._action_dtype),
+            "reward": np.empty(shape, np.float32),
+            "terminated": np.empty(shape, np.bool_),
+            "truncated": np.empty(shape, np.bool_),
+        }
+        reset = np.zeros(shape, np.bool_)
+        copies, ends = [], []
+        for b, segments in enumerate(drawn):
+            t = 0
+            for start, stop, fresh in segments:
+                reset[t, b] = fresh
+                copies += [(*piece, t + at, b) for *piece, at in self._pieces(start, stop)]
+                t += stop - start
+                ends.append((t - 1, b, stop - 1))
+        final: dict[tuple[int, int], np.ndarray] = {}
+        for number, row, size, t, b in sorted(copies):
+            block = self._block(number)
+            for name, array in arrays.items():
+                array[t : t + size, b] = getattr(block, name)[row : row + size]
+            known = block.next_row[row : row + size]
+            final |= {(t + int(i), b): block.next_obs[known[i]] for i in np.flatnonzero(known >= 0)}
+        for t, b, at in ends:
+            if (t, b) not in final:
+                final[t, b] = self._next(at)
+            if t == steps - 1:
+                arrays["obs"][steps, b] = final[t, b]
+        return {**arrays, "reset_state": reset}, dict(sorted(final.items()))
+
+    def _end(self, unit: Unit, step: int) -> int:
+        """Where the unit that a step belongs to ends."""
+        starts = self.starts[unit]
+        return int(starts[np.searchsorted(starts, step, "right")])
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+        """Block, row, size and distance from `start` of what steps consist of."""
+        found, at = [], start
+        i = int(np.searchsorted(self._piece_first, start, "right")) - 1
+        while at < stop:
+            first, end = (int(x) for x in self._piece_first[i : i + 2])
+            size = min(stop, end) - at
+            row = int(self._piece_row[i]) + at - first
+            found.append((int(self._piece_block[i]), row, size, at - start))
+            at, i = at + size, i + 1
+        return found
+
+    def _next(self, step: int) -> np.ndarray:
+        """The observation after a step that is not told its successor; its own if it is the last.
+
+        It is in the middle of an episode, or its successor was never recorded.
+        """
+        last = step + 1 == self._end("episode", step)
+        ((number, row, _, _),) = self._pieces(step + (not last), step + 1 + (not last))
+        return np.asarray(self._block(number).obs[row])
+
+    def _block(self, number: int) -> Block:
+        if number not in self._blocks:
+            block = self._source.read(number)
+            block.check(*self._spaces)
+            self._blocks[number] = block
+            size = sum(b.size_bytes for b in self._blocks.values())
+            while size > self._memory_bytes and len(self._blocks) > 1:
+                size -= self._blocks.popitem(last=False)[1].size_bytes
+        self._blocks.move_to_end(number)
+        return self._blocks[number]
+
+
+def _ranks(names: Sequence[Any]) -> np.ndarray:
+    """The place of each name in their order."""
+    rank = np.empty(len(names), np.int64)
+    rank[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    return rank
+
+
+def _changes(x: np.ndarray) -> np.ndarray:
+    """(n,) bool: where a value differs from the one before; True at the first."""
+    return np.append(True, x[1:] != x[:-1])
