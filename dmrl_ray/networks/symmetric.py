@@ -10,6 +10,7 @@ between the cells within the recurrence, which would forbid a kernel that is fus
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from gymnasium.spaces import Box
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.config import Settings
-from dmrl_ray.networks.base import ACTIVATIONS, Activation, Encoder, Memory, linear
+from dmrl_ray.networks.base import ACTIVATIONS, Activation, Encoder, Memory, join, linear
 from dmrl_ray.networks.recurrent import over_segments, start_gates
 
 
@@ -46,6 +47,10 @@ class Symmetric(Encoder):
         of 50 arms never pulled each deserves a fiftieth of what their sort does, and a worse one
         that was pulled would be the mode. Now the first of them can have it all."""
 
+        updates: Literal["all", "taken"] = "all"
+        """Cells that a step changes: all, or that of the previous action alone, which with many
+        actions is several times as fast; the others then learn of the time from the common part."""
+
         activation: Activation = "relu"
         """Of the features."""
 
@@ -58,9 +63,12 @@ class Symmetric(Encoder):
             )
         self.actions = extra - 2
         self.size, self.width = config.size, config.width
-        self.cell = nn.GRU(math.prod(obs_space.shape) + 4, config.size)
+        self.taken = config.updates == "taken"
+        shared = math.prod(obs_space.shape) + 2
+        self.cell = nn.GRU(shared + 2, config.size)
         start_gates(self.cell)
-        self.common = linear(2 * config.size, config.size, gain=math.sqrt(2))
+        pooled = 2 * config.size + (shared if self.taken else 0)
+        self.common = linear(pooled, config.size, gain=math.sqrt(2))
         self.ordered = config.ordered
         seen = config.size * (2 if config.ordered else 1)
         self.own = linear(seen, config.width, gain=math.sqrt(2))
@@ -84,29 +92,50 @@ class Symmetric(Encoder):
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Memory]:
         assert extra is not None
-        x = self._by_action(obs, extra).flatten(1, 2)  # (T, B * A, D)
+        cells = memory[0].reshape(len(memory[0]), self.actions, self.size)
+        mine, shared = extra[..., : self.actions], extra[..., self.actions :]
+        shared = torch.cat([shared, obs.flatten(2)], -1)  # reward, done, observation
+        run = self._step_taken if self.taken else self._step_all
+        hidden, cells = run(mine, shared, cells, reset)
+        features = self._compare(hidden, shared if self.taken else None)
+        return features, (cells.reshape(memory[0].shape),)
+
+    def _step_all(
+        self, mine: Tensor, shared: Tensor, cells: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Memories (T, B, A, H) after each step, and the last; all actions are one batch."""
+        mine = mine.unsqueeze(-1)
+        reward = shared[..., None, :1]
+        every = shared.unsqueeze(-2).expand(*mine.shape[:-1], -1)
+        x = torch.cat([mine, mine * reward, every], -1).flatten(1, 2)  # (T, B * A, D)
         if reset is not None:
             reset = reset.repeat_interleave(self.actions, 1)
-        cells: Memory = (memory[0].reshape(-1, self.size),)  # (B * A, H)
-        hidden, cells = over_segments(self._run, x, cells, reset)
-        hidden = hidden.reshape(*obs.shape[:2], self.actions, self.size)
-        return self._compare(hidden), (cells[0].reshape(memory[0].shape),)
+        hidden, last = over_segments(self._run, x, (cells.flatten(0, 1),), reset)
+        return hidden.reshape(len(x), *cells.shape), last[0].reshape(cells.shape)
 
-    def _by_action(self, obs: Tensor, extra: Tensor) -> Tensor:
-        """(T, B, A, D): what the cell of each action sees."""
-        mine = extra[..., : self.actions].unsqueeze(-1)
-        reward = extra[..., None, self.actions : self.actions + 1]
-        shared = torch.cat([extra[..., self.actions :], obs.flatten(2)], -1).unsqueeze(-2)
-        shared = shared.expand(*mine.shape[:-1], -1)
-        return torch.cat([mine, mine * reward, shared], -1)
+    def _step_taken(
+        self, mine: Tensor, shared: Tensor, cells: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, where a step changes the memory of the previous action alone."""
+        x = torch.cat([torch.ones_like(shared[..., :1]), shared[..., :1], shared], -1)
+        taken, action = (mine > 0.5).unsqueeze(-1), mine.argmax(-1)
+        rows, weights = torch.arange(x.shape[1], device=x.device), list(self.cell.parameters())
+        hidden = []
+        for t in range(len(x)):
+            if reset is not None:
+                cells = cells * (~reset[t])[:, None, None]
+            now = torch.gru_cell(x[t], cells[rows, action[t]], *weights)
+            cells = torch.where(taken[t], now.unsqueeze(1), cells)
+            hidden.append(cells)
+        return torch.stack(hidden), cells
 
     def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         out, hidden = self.cell(x, memory[0].unsqueeze(0))
         return out, (hidden.squeeze(0),)
 
-    def _compare(self, hidden: Tensor) -> Tensor:
+    def _compare(self, hidden: Tensor, shared: Tensor | None) -> Tensor:
         """(T, B, H + A * F): the common part, and each action's in its light."""
-        pooled = torch.cat([hidden.mean(-2), hidden.amax(-2)], -1)
+        pooled = join(torch.cat([hidden.mean(-2), hidden.amax(-2)], -1), shared)
         common = self.activation(self.common(pooled))
         own = hidden
         if self.ordered:

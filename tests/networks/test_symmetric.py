@@ -23,13 +23,15 @@ def play(seed=0):
     return extra
 
 
-def symmetric():
-    encoder = make(Symmetric, extra=ACTIONS + 2, size=6, width=4, activation="tanh", ordered=False)
+def symmetric(updates="all"):
+    settings = {"size": 6, "width": 4, "activation": "tanh", "ordered": False, "updates": updates}
+    encoder = make(Symmetric, extra=ACTIONS + 2, **settings)
     return encoder, encoder.action_layer(ACTIONS)
 
 
-def test_permuted_actions_have_permuted_logits():
-    encoder, layer = symmetric()
+@pytest.mark.parametrize("updates", ["all", "taken"])
+def test_permuted_actions_have_permuted_logits(updates):
+    encoder, layer = symmetric(updates)
     order = torch.tensor([3, 0, 4, 1, 2])
     extra, (memory,) = play(), random_memory(encoder)
     memory_moved = memory.unflatten(1, (ACTIONS, -1))[:, order].flatten(1)
@@ -41,8 +43,9 @@ def test_permuted_actions_have_permuted_logits():
     assert not torch.allclose(layer(moved), layer(features))
 
 
-def test_actions_that_were_never_taken_have_one_logit():
-    encoder, layer = symmetric()
+@pytest.mark.parametrize("updates", ["all", "taken"])
+def test_actions_that_were_never_taken_have_one_logit(updates):
+    encoder, layer = symmetric(updates)
     extra = play()
     extra[..., 1:4] = 0  # as if 1, 2 and 3 had never been taken
     logits = layer(encoder(sequence(), extra, encoder.initial_memory(COLUMNS), None)[0])
@@ -51,8 +54,9 @@ def test_actions_that_were_never_taken_have_one_logit():
     assert not torch.allclose(logits[..., 1], logits[..., 4])
 
 
-def test_an_action_is_judged_in_the_light_of_the_others():
-    encoder, layer = symmetric()
+@pytest.mark.parametrize("updates", ["all", "taken"])
+def test_an_action_is_judged_in_the_light_of_the_others(updates):
+    encoder, layer = symmetric(updates)
     memory = encoder.initial_memory(COLUMNS)
     extra = play()
     extra[..., :ACTIONS] = 0
@@ -63,13 +67,35 @@ def test_an_action_is_judged_in_the_light_of_the_others():
     assert (one[2:, :, 0] != two[2:, :, 0]).all()
 
 
+@pytest.mark.parametrize("updates", ["all", "taken"])
 @pytest.mark.parametrize("reset", [None, "some"])
-def test_a_whole_sequence_in_one_call_equals_step_by_step(reset):
-    encoder, _ = symmetric()
+def test_a_whole_sequence_in_one_call_equals_step_by_step(reset, updates):
+    encoder, _ = symmetric(updates)
     memory, extra = random_memory(encoder), play()
     reset = None if reset is None else some_resets()
     whole = encoder(sequence(), extra, memory, reset)
     torch.testing.assert_close(whole, step_by_step(encoder, sequence(), memory, reset, extra))
+
+
+def test_the_cells_of_taken_actions_alone_can_be_the_ones_that_move():
+    encoder, _ = symmetric("taken")
+    (before,), extra = random_memory(encoder), play()
+    _, (after,) = encoder(sequence()[1:2], extra[1:2], (before,), None)
+    moved = (after != before).reshape(COLUMNS, ACTIONS, -1)
+    assert torch.equal(moved.all(-1), extra[1, :, :ACTIONS].bool())
+    assert torch.equal(moved.any(-1), moved.all(-1))
+    _, (none,) = encoder(sequence()[:1], extra[:1], (before,), None)
+    assert torch.equal(none, before)  # nothing was taken before the first step
+
+
+def test_a_cell_moves_the_same_whether_the_others_do_or_not():
+    both = [symmetric(updates)[0] for updates in ("all", "taken")]
+    both[1].cell.load_state_dict(both[0].cell.state_dict())
+    memory, extra = random_memory(both[0]), play()[1:2]
+    afters = [encoder(sequence()[1:2], extra, memory, None)[1][0] for encoder in both]
+    every, taken = (after.reshape(COLUMNS, ACTIONS, -1) for after in afters)
+    mine = extra[0, :, :ACTIONS].bool()
+    torch.testing.assert_close(taken[mine], every[mine])
 
 
 def test_it_counts_actions_and_says_what_it_does_not_support():
@@ -79,11 +105,12 @@ def test_it_counts_actions_and_says_what_it_does_not_support():
         make(Symmetric, extra=ACTIONS + 3 + 2).action_layer(ACTIONS)
 
 
-def test_a_learner_sees_the_policy_that_acted():
+@pytest.mark.parametrize("updates", ["all", "taken"])
+def test_a_learner_sees_the_policy_that_acted(updates):
     # Ratio one on the first minibatch, in trials of which none begins at the first step.
     parts = (
         {"type": "cartpole"},
-        {"type": "actor_critic", "encoder": {"type": "symmetric", "size": 8}},
+        {"type": "actor_critic", "encoder": {"type": "symmetric", "updates": updates}},
         {"type": "rl2", "epochs": 1, "minibatches": 1},
     )
     parts = [Component.model_validate(part) for part in parts]
