@@ -22,6 +22,7 @@ from dmrl_ray.algorithms.task_params import (
     is_actor,
     task_log_prob,
     task_pi,
+    trial_advantages,
 )
 from dmrl_ray.algorithms.trust_region import trust_region_step
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
@@ -48,6 +49,10 @@ class MAML(GradientAdaptation):
         max_kl: float = Field(default=0.01, gt=0)  # Finn et al. 2017, section 5.3
         """Nats by which a trust-region step may move the adapted policies; it knows no lr."""
 
+        outer_gamma: float = Field(default=0.99, ge=0, le=1)
+        """Discount of what a rollout earns in later ones of its trial, where it goes on
+        (`steps_per_shot`): what is found out early pays late, and `gamma` is the inner loop's."""
+
     config: Config
     outer_parts: tuple[str, ...] = ("",)
     """Prefixes of the parameters that the outer loop moves."""
@@ -57,7 +62,8 @@ class MAML(GradientAdaptation):
         step = self._trust_region if self.config.outer == "trpo" else self._gradient_steps
         metrics = step(trial)
         if self.skipped_batches == skipped:
-            self.policy.update_norms(trial[-1], None)
+            seen = trial[-1:] if self.config.steps_per_shot is None else trial
+            self.policy.update_obs_norm(torch.cat([r.obs[:-1].flatten(0, 1) for r in seen]))
         before, after = (float(r.reward.sum(0).mean()) for r in (trial[0], trial[-1]))
         return metrics | {"return/before": before, "return/after": after}
 
@@ -67,17 +73,20 @@ class MAML(GradientAdaptation):
 
     def outer_loss(self, path: list[Parameters], trial: Trial) -> Tensor:
         """Of the rollouts that count: the adapted ones, or all within one trial."""
-        pairs = list(zip(path, trial, strict=True))
-        counted = pairs[-1:] if self.config.steps_per_shot is None else pairs
-        return torch.stack([self._surrogate(*pair) for pair in counted]).mean()
+        if self.config.steps_per_shot is None:
+            return self._surrogate(path[-1], trial[-1], trial[-1].advantage)
+        gamma, gae_lambda = self.config.outer_gamma, self.config.gae_lambda
+        advantages = trial_advantages(trial, gamma=gamma, gae_lambda=gae_lambda)
+        losses = [self._surrogate(*part) for part in zip(path, trial, advantages, strict=True)]
+        return torch.stack(losses).mean()
 
-    def _surrogate(self, params: Parameters, rollout: Rollout) -> Tensor:
+    def _surrogate(self, params: Parameters, rollout: Rollout, advantage: Tensor) -> Tensor:
         log_prob, acted, advantage = (
             self.mine(x)
             for x in (
                 task_log_prob(self.policy, params, rollout),
                 by_task(rollout.log_prob, params),
-                by_task(rollout.advantage, params),
+                by_task(advantage, params),
             )
         )
         if self.config.outer == "clip":

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from dmrl_ray.losses.returns import generalized_advantage, linear_baseline
+from dmrl_ray.losses.returns import (
+    generalized_advantage,
+    linear_baseline,
+    trial_advantage,
+)
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.rollout import Actor
@@ -168,6 +172,25 @@ def fitted_advantage(
     std = advantage.std((0, 2), keepdim=True)
     standard = (advantage - mean) / (std + 1e-8)
     return standard[-rollouts[-1].num_steps :].flatten(1).numpy()
+
+
+def trial_advantages(rollouts: list[Rollout], *, gamma: float, gae_lambda: float) -> list[Tensor]:
+    """(T, B) advantages of each rollout of trials that go on, with returns to the trials' end.
+
+    The baseline is fitted to all tasks together. It sees the time and what a trial has paid so
+    far, also for each step that is left: most of what returns differ by is how good a task is.
+    """
+    reward = torch.cat([rollout.reward for rollout in rollouts])
+    steps = torch.arange(len(reward), device=reward.device).unsqueeze(-1)
+    paid = (reward.cumsum(0) - reward) / steps.clamp_min(1)
+    features = torch.stack([paid, paid * (1 - steps / len(reward))], -1)
+    open_end = torch.zeros_like(reward, dtype=torch.bool)
+    value = linear_baseline(
+        features.unsqueeze(1), reward.unsqueeze(1), open_end.unsqueeze(1), gamma=gamma
+    )
+    advantage = trial_advantage(reward, value.squeeze(1), gamma=gamma, gae_lambda=gae_lambda)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    return list(torch.split(advantage, [rollout.num_steps for rollout in rollouts]))
 
 
 def by_task(x: Tensor, params: Parameters) -> Tensor:

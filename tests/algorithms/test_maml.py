@@ -24,6 +24,7 @@ from dmrl_ray.algorithms.task_params import (
     task_forward,
     task_log_prob,
     task_pi,
+    trial_advantages,
 )
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.envs.bandit import Bandit
@@ -223,6 +224,14 @@ def test_an_encoder_with_memory_is_refused_unless_it_is_known_to_adapt():
         make_maml({"type": f"{__name__}:Counter"})
 
 
+def test_within_a_trial_all_of_it_scales_the_observations():
+    maml = make_maml(tasks="bandit", steps_per_shot=2)
+    trial = one_trial(maml)
+    maml.update(trial)
+    seen = torch.cat([rollout.obs[:-1] for rollout in trial])
+    torch.testing.assert_close(maml.policy.obs_norm.mean, seen.mean((0, 1)))
+
+
 @pytest.mark.parametrize("encoder", [LSTM, GRU], ids=lambda encoder: encoder["type"])
 def test_a_memory_is_carried_through_an_episode_and_emptied_at_its_end(encoder):
     maml = make_maml(encoder)
@@ -293,14 +302,43 @@ def test_gradient_steps_find_a_better_arm_unless_rewards_are_shuffled():
 
 
 def test_within_a_trial_every_rollout_counts():
-    maml = make_maml(tasks="bandit", steps_per_shot=2, gamma=0.0)
+    maml = make_maml(tasks="bandit", steps_per_shot=2, outer_gamma=0.9, gae_lambda=0.5)
     trial = one_trial(maml)
-    whole = maml.outer_loss(maml.path(trial), trial)
+    path = [{name: p + 0.05 for name, p in params.items()} for params in maml.path(trial)]
+    whole = maml.outer_loss(path, trial)
     parts = []
-    for params, rollout in zip(maml.path(trial), trial, strict=True):
+    advantages = trial_advantages(trial, gamma=0.9, gae_lambda=0.5)
+    for params, rollout, advantage in zip(path, trial, advantages, strict=True):
         log_prob = task_log_prob(maml.policy, params, rollout).flatten(1)
-        parts.append(ppo_clip_loss(log_prob, rollout.log_prob, rollout.advantage, clip=0.3))
+        parts.append(ppo_clip_loss(log_prob, rollout.log_prob, advantage, clip=0.3))
     torch.testing.assert_close(whole, torch.stack(parts).mean())
+
+
+def paying(rewards):
+    """Two rollouts of a trial whose columns are paid these rewards at every step."""
+    maml = make_maml(tasks="bandit", steps_per_shot=3)
+    trial = one_trial(maml, num_tasks=len(rewards) // COLUMNS)
+    for rollout in trial:
+        rollout.reward[:] = torch.tensor(rewards)
+    return trial
+
+
+def test_how_good_a_task_is_explains_what_its_trials_return():
+    # Left to explain are the first steps, before which nothing was paid.
+    trial = paying([0.0, 1.0, 0.3, 0.6] * 2)
+    first, second = trial_advantages(trial, gamma=1.0, gae_lambda=1.0)
+    assert second.abs().max() < 0.2 * first[0].abs().max()
+
+
+def test_a_late_reward_is_credited_to_the_steps_before_it_in_all_rollouts():
+    trial = paying([0.5] * 8)
+    before = trial_advantages(trial, gamma=1.0, gae_lambda=1.0)
+    trial[1].reward[-1, 3] += 1
+    after = trial_advantages(trial, gamma=1.0, gae_lambda=1.0)
+    for rollout in range(2):
+        others = [b for b in range(8) if b != 3]
+        gain = after[rollout] - before[rollout]
+        assert (gain[:, 3] > gain[:, others].max(1).values).all()
 
 
 def test_a_trial_without_room_for_a_gradient_step_is_refused():
