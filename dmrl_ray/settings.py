@@ -53,6 +53,8 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "appo": "dmrl_ray.algorithms.impala:APPO",
         "impala": "dmrl_ray.algorithms.impala:IMPALA",
         "rl2": "dmrl_ray.algorithms.rl2:RL2",
+        "sac": "dmrl_ray.algorithms.sac:SAC",
+        "pearl": "dmrl_ray.algorithms.pearl:PEARL",
         "maml": "dmrl_ray.algorithms.maml:MAML",
         "promp": "dmrl_ray.algorithms.promp:ProMP",
         "reptile": "dmrl_ray.algorithms.reptile:Reptile",
@@ -60,6 +62,13 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "meta_sgd": "dmrl_ray.algorithms.meta_sgd:MetaSGD",
         "varibad": "dmrl_ray.algorithms.varibad:VariBAD",
         "distillation": "dmrl_ray.algorithms.distillation:Distillation",
+        "cloning": "dmrl_ray.algorithms.cloning:Cloning",
+        "trial_cloning": "dmrl_ray.algorithms.cloning:TrialCloning",
+        "algorithm_distillation": "dmrl_ray.algorithms.learning_histories:AlgorithmDistillation",
+        "dpt": "dmrl_ray.algorithms.dpt:DPT",
+        "gail": "dmrl_ray.algorithms.gail:GAIL",
+        "autoencoder": "dmrl_ray.algorithms.representation:Autoencoder",
+        "vae": "dmrl_ray.algorithms.representation:VAE",
     },
 }
 """Short names of the built-in classes, by the setting they stand under."""

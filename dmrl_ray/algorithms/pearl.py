@@ -1,0 +1,150 @@
+"""PEARL: soft actor-critic that is told a guess of the task, drawn from a belief about it.
+
+Source: Rakelly et al., "Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context
+Variables", 2019 (arXiv:1903.08254), algorithms 1 and 2.
+
+Every transition that was seen of a task is a Gaussian factor; their product with the standard
+normal prior is the belief, whatever their order. The encoder learns from the critics' loss alone.
+Critics learn from whole trials, beliefs from the beginnings of trials, which is what a policy knows
+when it needs them. With `belief_steps` the belief is renewed within episodes, too: in the paper it
+waits for their ends.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from dmrl_ray.algorithms.sac import SAC, SoftConfig
+from dmrl_ray.losses.latent import gaussian_kl, gaussian_sample, product_of_gaussians
+from dmrl_ray.networks.base import Memory, linear, stack
+from dmrl_ray.policy import ActorCritic, Previous
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import Rollout, Task, Trial
+
+
+class PEARL(SAC):
+    """Soft actor-critic given a latent task."""
+
+    class Config(SoftConfig):
+        latent: int = Field(default=5, ge=1)
+        """Dimensions of the latent task."""
+
+        context_sizes: tuple[int, ...] = (64, 64)
+        """Width of each layer between a transition and its factor."""
+
+        context_episodes: int = Field(default=1, ge=1)
+        """Episodes at the start of a trial that contexts to learn from are taken from."""
+
+        belief_steps: int | None = Field(default=None, ge=1)
+        """Steps between renewals of the belief; null is an episode. The noise by which a latent is
+        drawn from it stays the same for an episode."""
+
+        kl_weight: float = Field(default=0.1, ge=0)  # Rakelly et al. 2019; 1 for sparse rewards
+        """Price of each nat by which a belief differs from the prior."""
+
+    config: Config
+    continues_episodes = False
+
+    def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
+        super().__init__(config, distribution, policy)
+        if config.context_episodes > distribution.episodes_per_trial:
+            raise ValueError(
+                f"algorithm.context_episodes: {config.context_episodes}, but trials of the family "
+                f"have {distribution.episodes_per_trial} episodes"
+            )
+        width = math.prod(distribution.observation_space.shape or ())
+        sizes = (width + policy.policy_head.num_actions + 1, *config.context_sizes)
+        self.context_encoder = nn.Sequential(
+            *stack(sizes[0], sizes[1:], "relu"), linear(sizes[-1], 2 * config.latent, gain=1.0)
+        )
+        policy.auxiliary["context_encoder"] = self.context_encoder
+
+    @classmethod
+    def policy_options(cls, config: Any) -> dict[str, Any]:
+        return super().policy_options(config) | {"latent": config.latent}
+
+    @property
+    def evaluation_episodes(self) -> int:
+        return 1
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        sampler.begin_trial(tasks, self.policy)
+        return self.play(sampler, self.distribution.trial_steps)
+
+    def play(self, sampler: Sampler, num_steps: int) -> Trial:
+        """Whole episodes, each with a latent drawn from what earlier ones have shown."""
+        horizon = self.distribution.max_episode_steps
+        span = self.config.belief_steps or horizon
+        shape = (sampler.num_envs, self.config.latent)
+        belief: Memory = sampler.memory or (torch.zeros(shape), torch.zeros(shape))
+        trial = []
+        for shot in range(num_steps // horizon):
+            sampler.begin_episodes()
+            noise = torch.from_numpy(sampler.rng.standard_normal(shape, dtype=np.float32))
+            for start in range(0, horizon, span):
+                mean, log_var = product_of_gaussians(*(x.unsqueeze(1) for x in belief))
+                latent = gaussian_sample(mean, log_var, noise).unsqueeze(0)
+                rollout = sampler.rollout(
+                    self.policy,
+                    min(span, horizon - start),
+                    actor=partial(self._act, latent),
+                    shot=shot,
+                    with_value=False,
+                )
+                belief = self._extend(belief, rollout)
+                trial.append(rollout)
+        sampler.memory = belief
+        return trial
+
+    @torch.no_grad()
+    def _extend(self, belief: Memory, rollout: Rollout) -> Memory:
+        """A belief is the sums of its factors, (B, L) each."""
+        seen = (rollout.obs[:-1], rollout.action, rollout.reward)
+        factors = self.factors(*(torch.from_numpy(x) for x in seen))
+        return tuple(x + factor.sum(0) for x, factor in zip(belief, factors, strict=True))
+
+    def factors(self, obs: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
+        """Precision and precision-weighted mean (T, B, L) of what each transition says."""
+        parts = (self.policy.scale(obs).flatten(2), self.policy.policy_head.encode(action))
+        x = torch.cat([*parts, reward.unsqueeze(-1)], -1)
+        mean, raw = self.context_encoder(x).chunk(2, -1)
+        # Weak at first: many factors that know nothing yet shall not make a belief sharp.
+        precision = softplus(raw - 3.0)
+        return precision, precision * mean
+
+    def infer(self, slots: np.ndarray, mine: slice) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Latents drawn from what the first steps of trials show, however many are known."""
+        length = self.config.context_episodes * self.distribution.max_episode_steps
+        known = self.rng.integers(length + 1, size=(len(slots), 1, 1))[mine]
+        noise = self.rng.standard_normal((len(slots), self.config.latent), dtype=np.float32)[mine]
+        context = self.replay.take(slots[mine], slice(length))
+        device = context.reward.device
+        is_known = torch.from_numpy(np.arange(length)[:, None] < known).to(device)
+        factors = self.factors(context.obs, context.action, context.reward)
+        mean, log_var = product_of_gaussians(*(factor * is_known for factor in factors))
+        prior = torch.zeros_like(mean)
+        kl = gaussian_kl(mean, log_var, prior, prior).mean()
+        latent = gaussian_sample(mean, log_var, torch.from_numpy(noise).to(device))
+        latent = latent.unsqueeze(1).expand(-1, self.config.batch_steps, -1)
+        return latent, {"kl_cost": self.config.kl_weight * kl}
+
+    def _act(
+        self,
+        latent: Tensor,
+        obs: Tensor,
+        previous: Previous | None,
+        memory: Memory,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """The actor on a given task; the belief is not the encoder's memory, and stays."""
+        pi, features, _ = self.policy(obs, latent=latent)
+        return pi, features, memory
