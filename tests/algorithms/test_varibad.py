@@ -277,19 +277,19 @@ def test_what_cannot_work_is_refused(changes, message):
 
 @pytest.mark.slow
 def test_varibad_searches_the_grid_better_than_it_began():
-    # Random moves give -0.9 an episode; what is known after the first pays in the second.
+    # Random moves give -1.2 an episode; the best are 4.0 in the first, 11.1 in the second.
     spec = make_spec(
         num_envs=128,
-        encoder={"history": {"type": "gru", "size": 64}},
+        encoder={"history": {"type": "gru", "size": 64}, "latent": 10},
         decoder=HEADS,
-        lr=2e-3,
+        lr=3e-3,
+        belief_lr=1e-2,
         gamma=0.95,
         gae_lambda=0.9,
-        kl_weight=0.01,
         entropy_coef=0.03,
         replay_trials=1000,
-        belief_trials=50,
-        belief_updates=8,
+        belief_trials=25,
+        belief_updates=10,
     )
     learner = Learner(spec)
     for version in range(120):
@@ -299,5 +299,5 @@ def test_varibad_searches_the_grid_better_than_it_began():
         EvaluateCall(spec, tasks, 0, 0, True, 0), Weights(0, learner.weights())
     )
     first, second = (rows["return"][rows["shot"] == shot].mean() for shot in (0, 1))
-    assert first > 0.5
-    assert second > 1.5
+    assert first > 2.5
+    assert second > 4.5
