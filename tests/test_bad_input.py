@@ -256,7 +256,7 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, optimizer: sgd, {}}}"
         ),
         (
             ["algorithm={type: rl2}", ADAPTED.format("lr: 1")],
-            ["stages.met: optimizer: 'sgd' needs a policy without memory", "optimizer none"],
+            ["stages.met: optimizer: 'sgd' needs a policy that sees", "optimizer none"],
         ),
         (
             [

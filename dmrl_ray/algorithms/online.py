@@ -29,19 +29,21 @@ Moments: TypeAlias = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def check_steps(algorithm: Algorithm, settings: Adapt) -> None:
-    """See that gradient steps can be taken on this policy.
+    """See that gradient steps can be taken on this policy, and prepare it.
 
     Raises:
-        ValueError: it has memory or sees the previous step, or a part to move does not exist.
+        ValueError: it sees the previous step, or has a memory that gradient steps cannot adapt, or
+            a part to move does not exist.
     """
     policy = algorithm.policy
     if settings.optimizer == "none":
         return
-    if policy.recurrent or policy.sees_previous:
+    if policy.sees_previous:
         raise ValueError(
-            f"optimizer: {settings.optimizer!r} needs a policy without memory that sees the "
-            "observation alone; one with memory adapts by itself, with optimizer none"
+            f"optimizer: {settings.optimizer!r} needs a policy that sees the observation alone; "
+            "one that sees its previous step adapts by its memory, with optimizer none"
         )
+    policy.encoder.use_plain_operations()
     check_prefixes("trainable", settings.trainable, per_task(policy, 1))
 
 

@@ -144,6 +144,27 @@ def test_a_gradient_step_raises_what_follows_it():
     assert per_episode[-1] > per_episode[0] + 0.1
 
 
+def test_a_policy_with_memory_takes_the_steps_of_its_fused_kernel():
+    algorithm = make_algorithm("ppo", {"type": "lstm", "size": 4})
+    policy, settings = algorithm.policy, make_settings()
+    fused = {n: p for n, p in policy.named_parameters() if n.startswith(("encoder", "policy"))}
+    streams = make_streams(2, 1)
+    sampler = make_sampler(algorithm, streams, settings)
+    live_through(algorithm, sampler, streams, settings)
+    sampler.begin_trial([s[0] for s in streams], policy)
+    rollout = sampler.rollout(policy, HORIZON, with_value=False)
+    gradients = gradients_of(algorithm, per_task(policy, 2), rollout)
+    policy.encoder.plain = False
+    tensors = rollout.map(torch.from_numpy)
+    pi = policy(tensors.obs[:-1], None, tensors.initial_state, tensors.reset_state)[0]
+    weighed = policy.policy_head.log_prob(pi, tensors.action) * tensors.advantage
+    for n in range(2):
+        loss = -weighed[:, tensors.task_index == n].mean()
+        own = torch.autograd.grad(loss, list(fused.values()), retain_graph=True)
+        for name, expected in zip(fused, own, strict=True):
+            torch.testing.assert_close(gradients[name][n], expected, rtol=1e-4, atol=1e-6)
+
+
 def memory_at_the_change(algorithm):
     """Reset flags, memory and previous reward that the first step after a change starts from."""
     settings = make_settings(optimizer="none", episodes_per_task=1)
