@@ -76,6 +76,8 @@ class _Recurrent(BodyEncoder):
 
     def use_plain_operations(self) -> None:
         self.plain = True
+        if self.body is not None:
+            self.body.use_plain_operations()
 
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None

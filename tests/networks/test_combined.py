@@ -9,6 +9,7 @@ from sequences import COLUMNS, STEPS
 from dmrl_ray.config import Component
 from dmrl_ray.networks.combined import Combined
 from dmrl_ray.networks.embedding import Embedding
+from dmrl_ray.networks.recurrent import GRU
 from dmrl_ray.spaces import Packed
 
 WORDS = MultiDiscrete([5, 7, 7], start=[2, 2, 2])
@@ -109,3 +110,13 @@ def test_a_mistake_names_its_setting(space, settings, message):
 def test_parts_keep_settings_of_their_own():
     component = Component.model_validate({"type": "embedding", "size": 9})
     assert make(Combined, SPACE, parts={"word": component}).parts[2].out_dim == 9
+
+
+def test_plain_operations_reach_the_parts_of_a_body():
+    parts = {"word": {"type": "embedding", "pool": "gru"}}
+    encoder = make(GRU, SPACE, size=4, body={"type": "combined", "parts": parts})
+    memory = encoder.initial_memory(4)
+    fused = encoder(packed(), None, memory, None)
+    encoder.use_plain_operations()
+    assert encoder.body.parts[2].plain
+    torch.testing.assert_close(encoder(packed(), None, memory, None), fused)
