@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.algorithms.online import check_steps
 from dmrl_ray.config import Adapt, Finetune, Pretrain, RunConfig
+from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs import evaluate as evaluate_policy
@@ -128,6 +130,7 @@ def check(config: RunConfig) -> None:
                 _check_lag(program, spec, stage.max_policy_lag)
             if isinstance(stage, Adapt):
                 check_steps(program.algorithm, stage)
+            _check_data(config, name, program)
             if source is not None:
                 _check_start(program, spec, job_spec(config, source))
             rehearse(program, spec)
@@ -149,6 +152,31 @@ def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
             f"max_policy_lag: {spec.algorithm_name} learns as if its newest policy had acted; use "
             "0, or an algorithm that corrects for older ones, such as impala"
         )
+
+
+def _check_data(config: RunConfig, name: str, program: Program) -> None:
+    """See that a stage that learns from data will find them, and that it records what it plays."""
+    algorithm = program.algorithm
+    stages, stage = list(config.stages), config.stages[name]
+    recorded = isinstance(stage, (Pretrain, Finetune)) and stage.record
+    if recorded and not algorithm.recordable:
+        raise ValueError("record: this algorithm does not play by the environment's rewards alone")
+    for field in type(algorithm.config).model_fields:
+        data = getattr(algorithm.config, field)
+        if not isinstance(data, DataSettings):
+            continue
+        if data.stage is None or data.runs:
+            open_dataset(algorithm, data)
+        elif data.stage not in stages[: stages.index(name)]:
+            raise ValueError(
+                f"algorithm.{field}.stage: there is no earlier stage {data.stage!r}"
+                + did_you_mean(data.stage, stages[: stages.index(name)])
+            )
+        elif not getattr(config.stages[data.stage], "record", False):
+            raise ValueError(
+                f"algorithm.{field}.stage: stage {data.stage!r} is not recorded; give it "
+                "record: true"
+            )
 
 
 def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:

@@ -203,13 +203,15 @@ class Recorded(ParquetSource):
         length = np.diff(np.append(row, len(t)))
         at = {name: column[row] for name, column in columns.items()}
         names = [codes[name][1][at[name]] for name in ("run_id", "stage", "job")]
-        labels = zip(*names, at["column"].tolist(), strict=True)
-        history = np.array([self.history_number(label) for label in labels])
-        tasks = np.array([self.task_number(name) for name in codes["task_id"][1]])
-        found = np.stack(
-            [history, at["trial"], at["episode"], t[row], tasks[at["task_id"]], row, length], 1
+        task = codes["task_id"][1][at["task_id"]]
+        mine = np.ones(len(row), np.bool_) if self._stage is None else names[1] == self._stage
+        labels = zip(*(n[mine] for n in names), at["column"][mine].tolist(), strict=True)
+        numbers = (
+            np.array([self.history_number(label) for label in labels], np.int64),
+            np.array([self.task_number(name) for name in task[mine]], np.int64),
         )
-        return found if self._stage is None else found[names[1] == self._stage]
+        rest = np.stack([at["trial"], at["episode"], t[row], row, length], 1)[mine]
+        return np.column_stack([numbers[0], rest[:, :3], numbers[1], rest[:, 3:]])
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
         super()._check(path, schema)

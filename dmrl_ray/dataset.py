@@ -3,12 +3,10 @@
 A dataset is one long row of steps in a fixed order: history after history (an environment column
 of a job), in each the order in which it was lived. What is drawn from it is a function of a random
 stream alone: not of how rows were spread over files, nor of what was read before. Blocks are read
-when a step in them is wanted, and the last ones are kept, up to a number of bytes; of the rest only
-an index is held, of where episodes and blocks begin.
+when a step in them is wanted, and the last ones are kept, up to a number of bytes.
 
 Rollout workers read, each for its shards, and several learners take their share of what was read:
-nothing has to be split beforehand, as Ray Data's ``streaming_split`` would, and a run that goes on
-after a kill needs to know nothing of where it was.
+nothing has to be split beforehand, as by Ray Data's ``streaming_split``, and nothing remembered.
 """
 
 from __future__ import annotations
@@ -178,6 +176,10 @@ class Dataset:
             drawn.append(segments)
         return self.rollout(drawn, steps)
 
+    def tasks_of(self, newest: float) -> list[str]:
+        """Tasks that `of_tasks` can draw from."""
+        return [name for name in self.task_names if len(self._stretches(name, newest)[0])]
+
     def _stretches(self, task: str, newest: float) -> tuple[np.ndarray, np.ndarray]:
         """Where the task's episodes begin and end, within the newest part of their histories."""
         episodes, histories = self.starts["episode"], self.starts["history"]
@@ -268,10 +270,7 @@ class Dataset:
         return found
 
     def _next(self, step: int) -> np.ndarray:
-        """The observation after a step that is not told its successor; its own if it is the last.
-
-        It is in the middle of an episode, or its successor was never recorded.
-        """
+        """The observation after a step whose successor is not told; its own if it is the last."""
         last = step + 1 == self._end("episode", step)
         ((number, row, _, _),) = self._pieces(step + (not last), step + 1 + (not last))
         return np.asarray(self._block(number).obs[row])

@@ -209,7 +209,8 @@ def _validate(
     run.add_metrics(spec, progress.updates, progress.env_steps, {f"validation_{kind}": score})
     if kind == "score":
         run.display.update(spec.stage, progress.env_steps, score=score)
-    if progress.best_score is None or score > progress.best_score:
+    newest = not spec.algorithm.load().learns_to_act
+    if newest or progress.best_score is None or score > progress.best_score:
         progress.best_score, progress.best_version = score, progress.updates
         _save_policy(run, spec, "best", learners)
         run.event("best_policy", spec.stage, spec.name, update=progress.updates, score=score)

@@ -88,6 +88,7 @@ def build(spec: JobSpec) -> Program:
             **kind.policy_options(spec.algorithm.settings),
         )
         algorithm = kind(spec.algorithm.settings, distribution, policy)
+    algorithm.run_folder = spec.run_folder
     policy.eval()
     columns = algorithm.columns_per_task
     if spec.rollout.num_envs % columns:

@@ -62,6 +62,15 @@ class Algorithm(ABC):
     corrects_for_lag: bool = False
     """Updates allow for actions of an older policy, so that `max_policy_lag` may be above 0."""
 
+    recordable: bool = True
+    """What `collect` returns was played, with the rewards that the environment gave."""
+
+    learns_to_act: bool = True
+    """False: returns say nothing of what is learned, and the last policy counts as the best."""
+
+    run_folder: str = ""
+    """Of the run, for what earlier stages of it recorded."""
+
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         self.config = config
         self.distribution = distribution

@@ -87,7 +87,10 @@ class PPO(Algorithm):
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         assert isinstance(self.config, PPO.Config)
         sampler.continue_episodes(tasks, self.policy)
-        rollout = sampler.rollout(self.policy, self.config.num_steps)
+        return [self.with_advantage(sampler.rollout(self.policy, self.config.num_steps))]
+
+    def with_advantage(self, rollout: Rollout) -> Rollout:
+        """The rollout with its advantages and value targets."""
         arrays = (rollout.reward, rollout.value, rollout.next_value)
         masks = (rollout.terminated, rollout.truncated)
         advantage = generalized_advantage(
@@ -96,7 +99,7 @@ class PPO(Algorithm):
             gae_lambda=self.config.gae_lambda,
         ).numpy()
         rollout.advantage, rollout.value_target = advantage, advantage + rollout.value
-        return [rollout]
+        return rollout
 
     def update(self, trial: Trial) -> dict[str, float]:
         (rollout,) = trial
