@@ -88,8 +88,10 @@ def test_a_trunk_reads_all_parts_and_may_have_memory():
     encoder, plain = make(Combined, SPACE, 2, trunk=trunk), make(Combined, SPACE, 2)
     plain.load_state_dict(encoder.state_dict(), strict=False)
     extra, memory = torch.randn(5, 4, 2), encoder.initial_memory(4)
-    features, after = encoder(packed(), extra, memory, None)
-    expected = encoder.trunk(plain(packed(), None, (), None)[0], extra, memory, None)
+    reset = torch.zeros(5, 4, dtype=torch.bool)
+    reset[2, 1] = True
+    features, after = encoder(packed(), extra, memory, reset)
+    expected = encoder.trunk(plain(packed(), None, (), None)[0], extra, memory, reset)
     torch.testing.assert_close((features, after), expected)
     assert encoder.out_dim == 6
 

@@ -136,3 +136,13 @@ def test_a_learner_sees_the_policy_that_acted(algorithm):
     metrics = learner.update(0, 0, [trial])
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["grad_norm"] > 1e-3
+
+
+def test_steps_before_the_last_reset_are_not_kept():
+    encoder, reset = transformer(12), torch.zeros(STEPS, COLUMNS, dtype=torch.bool)
+    reset[4] = True
+    _, (ring, position) = encoder(sequence(), None, encoder.initial_memory(COLUMNS), reset)
+    kept = (ring.reshape(COLUMNS, *encoder.ring) != 0).flatten(3).any(-1)
+    assert kept[:, :, :, :3].all()
+    assert not kept[:, :, :, 3:].any()
+    assert position.flatten().tolist() == [3] * COLUMNS
