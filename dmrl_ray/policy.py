@@ -206,8 +206,29 @@ class ActorCritic(nn.Module):
     def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
         """Take a rollout's statistics in; called by the learner after its gradient steps."""
         self.update_obs_norm(rollout.obs[:-1].flatten(0, 1))
-        if self.value_norm is not None and value_target is not None:
-            self.value_norm.update(value_target.flatten())
+        if value_target is not None:
+            self.update_value_norm(value_target.flatten())
+
+    @torch.no_grad()
+    def update_value_norm(self, target: Tensor) -> None:
+        """Take value targets (N,) in, and leave every value as it is.
+
+        The last layer makes up for the new scale (PopArt, van Hasselt et al. 2016,
+        arXiv:1602.07714, eq. 6). Values that moved with it would move the next targets, which
+        bootstrap from them, and so the scale, without end. The first scale replaces none: taking
+        it on is a better guess than what an untrained critic says.
+        """
+        norm = self.value_norm
+        head = self.value_head
+        layer = head[-1] if isinstance(head, nn.Sequential) else head
+        if norm is None or not layer.weight.requires_grad:
+            return
+        assert isinstance(layer, nn.Linear)
+        first, mean, std = norm.batches.item() == 0, norm.mean.clone(), norm.std
+        norm.update(target)
+        if not first:
+            layer.weight.mul_(std / norm.std)
+            layer.bias.mul_(std).add_(mean - norm.mean).div_(norm.std)
 
     def update_obs_norm(self, obs: Tensor) -> None:
         """Take observations (N, ...) in, as `update_norms` does.

@@ -10,6 +10,7 @@ from torch import nn
 
 from dmrl_ray.heads import CategoricalHead, GaussianHead
 from dmrl_ray.policy import ActorCritic, RunningNorm, mask_previous
+from dmrl_ray.spaces import Packed
 
 VECTOR, IMAGE = Box(-1, 1, (3,), np.float32), Box(0, 255, (6, 5, 3), np.uint8)
 LSTM = {"type": "lstm", "size": 8}
@@ -220,3 +221,36 @@ def test_squashed_actions_have_a_spread_of_their_own_for_each_observation():
     policy = ActorCritic(ActorCritic.Config(), *spaces, sees_previous=False, squashed=True)
     log_std = policy(torch.randn(1, 6, 3))[0].chunk(2, -1)[1]
     assert log_std.std(1).min() > 0
+
+
+@pytest.mark.parametrize("critic_only", [(), ("task",)])
+def test_a_new_scale_of_returns_leaves_the_values_as_they_are(critic_only):
+    space = Packed({"obs": VECTOR, "task": VECTOR})
+    config = ActorCritic.Config(critic_only=critic_only, separate_value=False)
+    net = ActorCritic(config, space, Discrete(2), sees_previous=False)
+    net.update_value_norm(torch.randn(100) * 3 - 40)
+    obs = torch.randn(1, 5, 6)
+
+    def values():
+        return net.denormalize_value(net.value(net(obs)[1], obs))
+
+    before, scale = values(), net.value_norm.std.clone()
+    net.update_value_norm(torch.randn(100) * 30 + 10)
+    assert not torch.allclose(net.value_norm.std, scale)
+    torch.testing.assert_close(values(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_scale_of_returns_is_taken_on():
+    net = make_policy()
+    obs = torch.randn(1, 5, 3)
+    before = net.value(None, obs)
+    net.update_value_norm(torch.randn(100) * 3 - 40)
+    torch.testing.assert_close(net.value(None, obs), before)
+    assert net.denormalize_value(net.value(None, obs)).mean() < -30
+
+
+def test_a_frozen_critic_keeps_its_scale():
+    net = make_policy()
+    net.value_head.requires_grad_(False)
+    net.update_value_norm(torch.randn(100) * 3 - 40)
+    assert net.value_norm.mean == 0
