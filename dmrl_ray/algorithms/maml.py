@@ -9,6 +9,7 @@ stands in by default.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -19,7 +20,6 @@ from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     by_task,
-    is_actor,
     task_log_prob,
     task_pi,
     trial_advantages,
@@ -134,10 +134,10 @@ class MAML(GradientAdaptation):
         moving = [
             parameter
             for name, parameter in zip(self.names, self.parameters, strict=True)
-            if is_actor(name) and name.startswith(self.outer_parts)
+            if name.startswith(self.outer_parts)
         ]
         metrics = trust_region_step(moving, objective, max_kl=self.config.max_kl)
         self.policy.project()
-        if metrics["grad_norm"] != metrics["grad_norm"]:
+        if math.isnan(metrics["grad_norm"]):
             self.skipped_batches += 1
         return metrics

@@ -35,14 +35,9 @@ def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:
     seen = {
         name: parameter.unsqueeze(0).expand(num_tasks, *parameter.shape)
         for name, parameter in policy.named_parameters()
-        if is_actor(name)
+        if name.startswith(ACTOR)
     }
     return {name: p if p.requires_grad else p.requires_grad_() for name, p in seen.items()}
-
-
-def is_actor(name: str) -> bool:
-    """Whether a parameter of this name acts."""
-    return name.startswith(ACTOR)
 
 
 def task_forward(

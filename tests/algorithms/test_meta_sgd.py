@@ -71,8 +71,9 @@ def test_the_gradient_of_the_rates_equals_finite_differences(first_order):
         assert gradient[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
-def test_an_update_moves_the_rates():
-    meta_sgd = make_algorithm("meta_sgd")
+@pytest.mark.parametrize("outer", ["clip", "trpo", "vpg"])
+def test_an_update_moves_the_rates(outer):
+    meta_sgd = make_algorithm("meta_sgd", outer=outer)
     before = {name: rate.detach().clone() for name, rate in meta_sgd.rates.items()}
     meta_sgd.update(one_trial(meta_sgd))
     assert any(not torch.equal(before[name], rate) for name, rate in meta_sgd.rates.items())
