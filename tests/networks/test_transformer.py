@@ -142,7 +142,7 @@ def test_steps_before_the_last_reset_are_not_kept():
     encoder, reset = transformer(12), torch.zeros(STEPS, COLUMNS, dtype=torch.bool)
     reset[4] = True
     _, (ring, position) = encoder(sequence(), None, encoder.initial_memory(COLUMNS), reset)
-    kept = (ring.reshape(COLUMNS, *encoder.ring) != 0).flatten(3).any(-1)
+    kept = (ring.reshape(COLUMNS, *encoder.ring) != 0).flatten(4).any(-1)
     assert kept[:, :, :, :3].all()
     assert not kept[:, :, :, 3:].any()
     assert position.flatten().tolist() == [3] * COLUMNS
