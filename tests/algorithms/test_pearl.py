@@ -155,3 +155,23 @@ def test_shots_are_the_episodes_of_a_trial(tasks):
 def test_more_context_episodes_than_a_trial_has_are_refused():
     with pytest.raises(ValueError, match=r"context_episodes: 4, but trials .* have 3"):
         build(make_spec(context_episodes=4))
+
+
+@pytest.mark.slow
+def test_pearl_goes_to_the_goal_in_the_episode_after_the_first():
+    encoder = {"type": "mlp", "sizes": [64, 64]}
+    spec = make_spec(
+        {"type": "point_goal", "goal": "semicircle", "horizon": 20, "episodes": 2},
+        encoder=encoder,
+        num_envs=32,
+        **dict(latent=3, context_episodes=1, context_sizes=[64, 64], critic_sizes=[64, 64]),
+        **dict(batch_trials=32, batch_steps=8, gradient_steps=32),
+        **dict(gamma=0.9, lr=3e-3, reward_scale=10.0),
+    )
+    learner, _ = trained(spec, updates=75)
+    goals = tuple(learner.algorithm.distribution.sample(np.random.default_rng(0), 50, "test"))
+    call = EvaluateCall(spec, goals, 0, 0, True, 0)
+    rows = RolloutWorker().evaluate(call, Weights(0, learner.weights()))
+    first, second = (rows["score"][rows["shot"] == shot].mean() for shot in range(2))
+    assert second > 0.5
+    assert first < 0.4
