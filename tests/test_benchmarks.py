@@ -36,6 +36,12 @@ def test_a_task_drawn_twice_counts_twice():
     assert (figures["mean"], figures["tasks"]) == (3, 3)
 
 
+def test_draws_of_one_task_differ_by_chance_too():
+    # One task of two draws that earned 1 and 5: errors are 2.
+    figures = returns(episodes(*[("r", "s", "a", 0, 0, value) for value in (1, 5)]), 1, whole=True)
+    assert figures["interval"] == pytest.approx(1.96 * 2**0.5, abs=1e-4)
+
+
 def test_a_job_of_fine_tuning_counts_once_whatever_its_episodes():
     rows = [("r", "j0", "a", 0, 1, 2)] + [("r", "j1", "b", 0, 1, 6)] * 5
     figures = returns(episodes(*rows), None, whole=False)

@@ -57,19 +57,22 @@ def returns(rows: pd.DataFrame, columns: int | None, *, whole: bool) -> dict[str
     keys = ["run_id", "job", "task_id", "trial"]
     by_shot = rows.groupby("shot")[["return", "score"]].mean().round(4)
     counted = rows if whole else rows[rows["shot"] == rows["shot"].max()]
-    trials = counted.groupby([*keys, "shot"])["return"].mean().groupby(keys).sum()
-    draws = pd.Series(1.0, trials.index)
+    draw = pd.Series(0, counted.index)
     if columns is not None:  # Small families draw a task more than once; every draw counts.
-        draws = counted.groupby(keys).size() / counted["shot"].nunique() / columns
-    seeds = (trials * draws).groupby("run_id").sum() / draws.groupby("run_id").sum()
-    error = np.sqrt(np.average((trials - seeds.mean()) ** 2, weights=draws) / draws.sum())
+        draw = counted.groupby([*keys, "shot"]).cumcount() // columns
+    counted = counted.assign(draw=draw)
+    trials = (
+        counted.groupby([*keys, "draw", "shot"])["return"].mean().groupby([*keys, "draw"]).sum()
+    )
+    seeds = trials.groupby("run_id").mean()
+    error = np.sqrt(((trials - seeds.mean()) ** 2).mean() / len(trials))
     return {
         "mean": round(float(seeds.mean()), 4),
         "interval": round(1.96 * float(error), 4),
         "per_seed": [round(float(x), 4) for x in seeds],
         "per_shot": by_shot["return"].to_dict(),
         "score_per_shot": by_shot["score"].to_dict(),
-        "tasks": round(float(draws.sum()) / rows["run_id"].nunique()),
+        "tasks": round(len(trials) / rows["run_id"].nunique()),
     }
 
 
