@@ -45,6 +45,11 @@ stages:
   train: {{type: pretrain, env_steps: 1024, validation_tasks: 4, record: true}}
   again: {{type: finetune, init_from: train, tasks: 2, updates: 2, record: true}}
   seen: {{type: evaluate, init_from: train, tasks: 3, trials: 2, record: true}}
+  cloned:
+    type: pretrain
+    algorithm: {{type: cloning, num_steps: 16, data: {{stage: again}}}}
+    env_steps: 1536
+    validation_tasks: 4
 """
 
 
@@ -216,18 +221,19 @@ def test_a_run_killed_before_every_file_operation_ends_like_the_undisturbed(
     crash_before(server, undisturbed, tmp_path, range(1, undisturbed[2] + 1))
 
 
-def test_a_run_that_records_loses_and_doubles_no_step(tmp_path):
+def test_a_run_that_records_and_learns_from_it_ends_like_the_undisturbed(tmp_path):
     server = Server(tmp_path, config=RECORDED)
     try:
         whole = server.play("run", tmp_path / "whole")
         assert whole["status"] == 0
         expected = steps(tmp_path / "whole")
         assert set(expected["stage"]) == {"train", "again", "seen"}
-        for k in range(11, whole["operations"] + 1, whole["operations"] // 6):
+        for k in range(whole["operations"] // 5, whole["operations"] + 1, whole["operations"] // 4):
             folder = tmp_path / str(k)
             assert os.WIFSIGNALED(server.play("run", folder, crash_at=k)["status"])
             server.finish(folder)
             pd.testing.assert_frame_equal(steps(folder), expected)
+            assert weights(folder) == weights(tmp_path / "whole")
     finally:
         server.process.kill()
 
