@@ -98,7 +98,8 @@ class RolloutWorker:
             random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
         )
         algorithm.progress = min(1.0, call.env_steps / max(1, spec.env_steps))
-        open_before = sampler.episodes.open() if algorithm.continues_episodes else None
+        continued = spec.record and algorithm.continues_episodes
+        open_before = sampler.episodes.open() if continued else None
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
