@@ -97,6 +97,10 @@ class Pretrain(Training):
     validation_tasks: Count = Field(default=128, ge=1)
     """Tasks in each of those evaluations, always the same ones."""
 
+    greedy: bool = True
+    """Take the most probable action in them. Where exploring pays, a policy that learned to do it
+    by chance is worth more with false, here and in the evaluation."""
+
     init_from: str | None = None
     """Name of an earlier stage whose weights to start from."""
 

@@ -76,7 +76,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             _record(run, spec, progress, version, reports, metrics, elapsed)
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted():
-                    _validate(run, spec, learners, progress, validation)
+                    _validate(run, spec, learners, progress, validation, stage.greedy)
             run.tick(snapshot)
         _save_policy(run, spec, "last", learners)
     return progress
@@ -198,10 +198,11 @@ def _record(
 
 
 def _validate(
-    run: Run, spec: JobSpec, learners: Any, progress: Progress, tasks: list[Task]
+    run: Run, spec: JobSpec, learners: Any, progress: Progress, tasks: list[Task], greedy: bool
 ) -> None:
     """Evaluate on the validation tasks; the best policy so far is kept."""
-    rows = evaluate(run, spec, learners.published(), tasks, policy_version=progress.updates)
+    policy = learners.published()
+    rows = evaluate(run, spec, policy, tasks, greedy=greedy, policy_version=progress.updates)
     score = selection_score(spec, rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
     run.add_episodes(spec, progress.updates, rows)
