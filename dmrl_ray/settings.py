@@ -47,6 +47,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "rnn": "dmrl_ray.networks.recurrent:RNN",
         "transformer": "dmrl_ray.networks.transformer:Transformer",
         "symmetric": "dmrl_ray.networks.symmetric:Symmetric",
+        "tabular": "dmrl_ray.networks.tabular:Tabular",
     },
     "algorithm": {
         "ppo": "dmrl_ray.algorithms.ppo:PPO",

@@ -97,7 +97,8 @@ class Symmetric(Encoder):
         shared = torch.cat([shared, obs.flatten(2)], -1)  # reward, done, observation
         run = self._step_taken if self.taken else self._step_all
         hidden, cells = run(mine, shared, cells, reset)
-        features = self._compare(hidden, shared if self.taken else None)
+        pooled = torch.cat([hidden.mean(-2), hidden.amax(-2)], -1)
+        features = self.compare(hidden, join(pooled, shared if self.taken else None))
         return features, (cells.reshape(memory[0].shape),)
 
     def _step_all(
@@ -133,9 +134,13 @@ class Symmetric(Encoder):
         out, hidden = self.cell(x, memory[0].unsqueeze(0))
         return out, (hidden.squeeze(0),)
 
-    def _compare(self, hidden: Tensor, shared: Tensor | None) -> Tensor:
-        """(T, B, H + A * F): the common part, and each action's in its light."""
-        pooled = join(torch.cat([hidden.mean(-2), hidden.amax(-2)], -1), shared)
+    def compare(self, hidden: Tensor, pooled: Tensor) -> Tensor:
+        """(T, B, H + A * F): the common part, and each action's in its light.
+
+        Args:
+            hidden: (T, B, A, H) memories of the actions.
+            pooled: (T, B, P) what all memories hold, and what else all share.
+        """
         common = self.activation(self.common(pooled))
         own = hidden
         if self.ordered:
