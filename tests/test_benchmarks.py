@@ -82,6 +82,7 @@ def test_a_saved_result_is_a_line_of_the_table():
     stage = {"method": "rl2", "measure": "return of a trial", "tasks": 2000, "mean": 6.6041}
     stage |= {"interval": 0.018, "per_seed": [6.635, 6.5732], "random": 5.0}
     stage |= {"env_steps": 10_000_000, "seconds": [231, 182]}
+    stage |= {"score_per_shot": {"0": 0.254, "1": float("nan")}}
     result = {"config": "bandit", "problem": "bandit", "seeds": [0, 1], "stages": {"held": stage}}
     result |= {"cpu": "Z80", "cores": 4, "workers": 0, "threads": 1, "commit": "a" * 40 + "+"}
     line = table([result]).splitlines()[-1]
@@ -89,7 +90,7 @@ def test_a_saved_result_is_a_line_of_the_table():
     for part in (
         "**6.604** ± 0.01800",
         "6.635, 6.573",
-        "| 5.000 | - |",
+        "| 5.000 | - | 0.25, - |",
         "182 to 231",
         "aaaaaaaaa+",
     ):

@@ -8,6 +8,7 @@ Makes ``benchmarks/RESULTS.md`` out of ``benchmarks/results/*.json``.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ TABLE = HERE / "RESULTS.md"
 
 COLUMNS = (
     "problem", "config", "stage", "method", "measure", "seeds", "tasks", "mean ± 95 %",
-    "each seed", "random", "oracle", "env steps", "seconds of a seed", "machine", "commit",
+    "each seed", "random", "oracle", "score by shot", "env steps", "seconds of a seed", "machine", "commit",
 )  # fmt: skip
 HEAD = """# Results
 
@@ -46,6 +47,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
             ", ".join(map(number, stage["per_seed"])),
             number(stage.get("random")),
             number(stage.get("oracle")),
+            shots(stage["score_per_shot"]),
             f"{stage['env_steps']:,}",
             f"{min(stage['seconds'])} to {max(stage['seconds'])}",
             machine,
@@ -53,6 +55,11 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
         ]
         for name, stage in result["stages"].items()
     ]
+
+
+def shots(scores: dict[str, float]) -> str:
+    """Scores before and after each adaptation; a dash where the family knows no ends."""
+    return ", ".join("-" if math.isnan(score) else f"{score:.2f}" for score in scores.values())
 
 
 def number(value: float | None) -> str:
