@@ -18,7 +18,8 @@ TABLE = HERE / "RESULTS.md"
 
 COLUMNS = (
     "problem", "config", "stage", "method", "measure", "seeds", "tasks", "mean ± 95 %",
-    "each seed", "random", "oracle", "score by shot", "env steps", "seconds of a seed", "machine", "commit",
+    "each seed", "random", "oracle", "score by shot", "env steps", "seconds of a seed", "machine",
+    "commit",
 )  # fmt: skip
 HEAD = """# Results
 
