@@ -5,7 +5,7 @@ A run folder::
     config.yaml   run.json   lock
     commits/00000012.json       commit 12: state, checkpoint files in use, the table parts it added
     checkpoints/NAME-00000012.safetensors
-    episodes/part-00000012-4f0c8a21d3b5e697.parquet      and the other tables
+    episodes/part-00000012-0000-4f0c8a21d3b5e697.parquet      and the other tables
     */_*                        not part of the run: being written, or set aside
 
 A commit record carries its own checksum and that of the record before it, so it stays small and

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dmrl_ray.commits import committed_parts
 from dmrl_ray.tables import HISTORY, IN_HISTORY, fits, schema_of
 
-_HASH = re.compile(r"_?part-\d{8}-([0-9a-f]{16})\.parquet")
+_HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
 _READERS = 4
 _TRIES = 5
 

@@ -32,7 +32,7 @@ from dmrl_ray.tables import SCHEMAS
 _RUN_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _FOLDERS = ("commits", "checkpoints", *SCHEMAS)
 _OWN_NAMES = {"run.json", "config.yaml", "lock", *_FOLDERS}
-_PART = re.compile(r"(_?)part-(\d{8})-([0-9a-f]{16})\.parquet")
+_PART = re.compile(r"(_?)part-(\d{8})-\d{4}-([0-9a-f]{16})\.parquet")
 _SET_ASIDE = "_rejected-"
 
 

@@ -2,11 +2,11 @@
 
 A commit, in this order, so that a stop at any moment leaves the commit whole or absent::
 
-    rows -> _part-N-HASH.parquet (hidden, fsync)    checkpoint files (saved before, fsync)
+    rows -> _part-N-I-HASH.parquet (hidden, fsync)    checkpoint files (saved before, fsync)
                           \\                         /
               commits/N.json (fsync, link: put-if-absent, fsync)        <- the commit point
                                      |
-    _part-N-HASH.parquet -> part-N-HASH.parquet (visible to readers)
+    _part-N-I-HASH.parquet -> part-N-I-HASH.parquet (visible to readers)
     checkpoint files that no kept commit names are deleted
 """
 
@@ -239,7 +239,9 @@ class RunWriter:
     def _write_part(self, table: str, number: int, buffer: TableBuffer) -> FileRecord:
         data = buffer.to_parquet({"dmrl.writer": self._name})
         digest = hashlib.sha256(data).hexdigest()
-        part = FileRecord(f"{table}/part-{number:08d}-{digest[:16]}.parquet", data.size, digest)
+        order = len(self._spilled)  # Readers sort by name, and rows shall come as they were added.
+        name = f"part-{number:08d}-{order:04d}-{digest[:16]}.parquet"
+        part = FileRecord(f"{table}/{name}", data.size, digest)
         path = self.folder / hidden(part).path
         with synced_file(path) as file:
             file.write(data)

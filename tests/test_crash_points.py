@@ -31,7 +31,6 @@ TABLES = {
     "metrics": ["name", "value"],
     "transitions": ["job", "trial", "reward"],
 }
-writer_module.SPILL_BYTES = 40  # Three vectors of four numbers are more.
 
 
 def weights_at(step):
@@ -260,5 +259,6 @@ def test_a_kill_before_any_file_operation_loses_and_doubles_no_row(campaigns, ki
 
 
 if __name__ == "__main__":
+    writer_module.SPILL_BYTES = 40  # Three vectors of four numbers are more.
     seeds = {kind: seed for seed, kind in enumerate(KINDS)}
     campaign(Path(sys.argv[1]), seeds[sys.argv[2]] or None)

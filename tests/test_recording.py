@@ -182,6 +182,16 @@ def test_rows_spilled_before_their_commit_are_committed_once(tmp_path, monkeypat
     assert not list((folder / "transitions").glob("_*"))
 
 
+def test_rows_spilled_within_one_commit_are_read_in_the_order_they_came(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmrl_ray.writer.SPILL_BYTES", 1)
+    with RunWriter.create(tmp_path / "run", "seed: 0\n", {}) as writer:
+        for n in range(12):
+            row = {"stage": "s", "job": "j", "policy_version": n, "env_steps": n}
+            writer.add("metrics", row | {"name": "loss", "value": float(n)})
+        writer.commit({}, {})
+    assert load(tmp_path / "run", "metrics")["value"].tolist() == list(range(12))
+
+
 def test_rows_spilled_by_a_killed_writer_are_gone(tmp_path, monkeypatch):
     monkeypatch.setattr("dmrl_ray.writer.SPILL_BYTES", 1)
     folder = tmp_path / "run"

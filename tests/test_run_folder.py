@@ -222,7 +222,7 @@ def test_a_record_of_another_history_is_no_past(tmp_path):
 
 def test_a_part_of_no_commit_is_told_and_set_aside(tmp_path):
     folder = make_run(tmp_path / "run", 2)
-    stray = folder / "metrics" / "part-00000002-0123456789abcdef.parquet"
+    stray = folder / "metrics" / "part-00000002-0000-0123456789abcdef.parquet"
     shutil.copy(next((folder / "metrics").iterdir()), stray)
     assert verify(folder) == [f"{stray}: belongs to no commit"]
     RunWriter.open(folder).close()
