@@ -83,9 +83,10 @@ class Probe(Display):
         elapsed = now - self.began
         if not self.points and elapsed < self.seconds / 5:
             return
-        if not self.points or elapsed >= self.seconds:
+        over = elapsed >= self.seconds and bool(self.points)
+        if over or not self.points:
             self.points.append((now, steps, cpu_seconds()))
-        if elapsed >= self.seconds:
+        if over:  # Two updates at least, however slow they are.
             signal.raise_signal(signal.SIGINT)
 
 
