@@ -103,6 +103,13 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
         """
         raise NotImplementedError
 
+    def best_action(self) -> np.ndarray:
+        """(B, *action_shape): what one who knows the task would do now, to learn to guess.
+
+        Families that do not know it raise NotImplementedError.
+        """
+        raise NotImplementedError
+
     def get_state(self) -> Arrays:
         """Copies of everything the open episodes depend on, the random stream excepted."""
         return {name: np.array(getattr(self, name)) for name in self.state_fields}

@@ -98,6 +98,10 @@ class BanditVectorEnv(RememberingVectorEnv):
         left = (self.pulls - self.t)[:, None]
         return np.asarray(gittins_table(self.pulls)(left, self.wins, self.pulled).argmax(axis=1))
 
+    def best_action(self) -> np.ndarray:
+        """(B,) the arm that pays most."""
+        return np.asarray(self.chance.argmax(axis=1))
+
     def render(self) -> Array:
         """One bar per arm, as high as its chance."""
         height = np.arange(32, 0, -1)[:, None] <= 32 * np.repeat(self.chance[0], 8)

@@ -119,6 +119,10 @@ class GridNavVectorEnv(RememberingVectorEnv):
         rank = np.where(self.possible, _RANK.take(self.cell, axis=0), _RANK.max() + 1)
         return np.asarray(TOWARDS[self.cell, rank.argmin(axis=1)])
 
+    def best_action(self) -> np.ndarray:
+        """(B,) a move towards the goal."""
+        return np.asarray(TOWARDS[self.cell, self.goal])
+
     def render(self) -> Array:
         """The grid from above, with the goal in green and the agent in black."""
         image = np.full((SIZE, SIZE, 3), 255, np.uint8)

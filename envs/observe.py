@@ -98,6 +98,10 @@ class ObserveVectorEnv(TaskVectorEnv):
         """As the environment has it."""
         return self.env.oracle_action()
 
+    def best_action(self) -> np.ndarray:
+        """As the environment has it."""
+        return self.env.best_action()
+
     def render(self) -> Array:
         """The environment's picture."""
         return self.env.render()

@@ -86,6 +86,7 @@ def has(name, method):
 
 BELIEVERS = [name for name in CASES if has(name, "belief") and CASES[name][0] is not Observe]
 ORACLES = [name for name in CASES if has(name, "oracle_action")]
+INFORMED = [name for name in ORACLES if has(name, "best_action")]
 
 
 @pytest.fixture(params=CASES)
@@ -332,6 +333,22 @@ def test_the_oracle_earns_more_than_random_actions(name):
         earned = np.zeros(2000)
         for random in random_actions(env, family.trial_steps, seed=3):
             action = env.oracle_action() if imitated else random
+            assert env.action_space.contains(action)
+            earned += env.step(action)[1]
+        total.append(earned)
+    error = np.sqrt(sum(earned.var() / 2000 for earned in total))
+    assert total[0].mean() > total[1].mean() + 5 * error
+
+
+@pytest.mark.parametrize("name", INFORMED)
+def test_one_who_knows_the_task_earns_more_than_the_oracle(name):
+    family = made(name)
+    total = []
+    for method in ("best_action", "oracle_action"):
+        env, _ = started(family, num_envs=2000, remembers=True)
+        earned = np.zeros(2000)
+        for _ in range(family.trial_steps):
+            action = getattr(env, method)()
             assert env.action_space.contains(action)
             earned += env.step(action)[1]
         total.append(earned)
