@@ -1,39 +1,47 @@
 """Decision-pretrained transformer: the best action, foretold from a set of a task's transitions.
 
 Source: Lee et al., "Supervised Pretraining Can Learn In-Context Reinforcement Learning", 2023
-(arXiv:2306.14892), algorithm 1. A model sees transitions (s, a, r, s') of a task in any order and
-number, and then a state in which it must name the best action; what it comes to do on a new task is
-posterior sampling (section 5). Whoever played the transitions need not have been good.
+(arXiv:2306.14892), algorithm 1. A model sees transitions (s, a, r, s') of a task in any order and,
+after each number of them, a state in which it must name the best action; what it comes to do on a
+new task is posterior sampling. Whoever played the transitions need not have been good, but must not
+have known the task: else the model learns to follow.
 
-A transition is shown as two inputs: s with nothing before it, and s' with a and r; a query as s
-alone. So any encoder with memory will do, and while acting, a query leaves no trace in it. What
-follows the end of an episode is not seen by who acts, so that s stands in its place. Left out: a
-context that is kept as it is within an episode.
+A sequence is made of queries and transitions in turn. A query is s alone; a transition is two
+inputs, s alone and then s' with a and r. So any encoder with memory will do. The paper asks for one
+state throughout a sequence, here each query is another one: all are labelled, and who acts asks for
+another one at each step. What follows the end of an episode is not seen by who acts, so that s
+stands in its place. Left out: a context that is kept as it is within an episode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dmrl_ray.algorithms.offline import Offline, open_dataset
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.dataset import Dataset
+from dmrl_ray.faults import answer_of
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Rollout, Trial
+from dmrl_ray.types import Task, Trial
 
 
 class DPT(Offline):
     """Cloning of the best actions, in context."""
 
     class Config(Offline.Config):
+        data: DataSettings | None = None  # type: ignore[assignment]
+        """Where the contexts are read; null plays them, by chance, and labels them with what one
+        who knows the task would do."""
+
         experts: DataSettings | None = None
         """Where query states and their best actions are read, of the same tasks as the contexts;
         null takes them from the end of each history in `data`."""
@@ -41,8 +49,11 @@ class DPT(Offline):
         newest: float = Field(default=0.2, gt=0, le=1)
         """Share of each history, its end, whose actions count as the best."""
 
-        queries: int = Field(default=4, ge=1)
-        """Contexts drawn, each with a query, from the transitions read into a column."""
+        @model_validator(mode="after")
+        def _reads_both(self) -> DPT.Config:
+            if self.experts and not self.data:
+                raise ValueError("experts: name the data of the same tasks, or leave out both")
+            return self
 
     config: Config
     sees_previous = True
@@ -54,6 +65,8 @@ class DPT(Offline):
         super().__init__(config, distribution, policy)
         if not policy.recurrent:
             raise ValueError("network.encoder: dpt needs one with memory, such as a transformer")
+        if not config.data and not isinstance(distribution.action_space, gym.spaces.Discrete):
+            raise ValueError("algorithm.data: dpt plays discrete actions only; record a stage")
 
     @property
     def experts(self) -> Dataset:
@@ -63,8 +76,28 @@ class DPT(Offline):
             self._experts = open_dataset(self, settings) if settings else self.dataset
         return self._experts
 
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """Transitions of a task in each column, and the best actions in the same states."""
+        if self.config.data:
+            return super().collect(sampler, tasks)
+        space = self.distribution.action_space
+        assert isinstance(space, gym.spaces.Discrete)
+        pi = _by_chance(sampler.rng, sampler.num_envs, int(space.n))
+        best: list[np.ndarray] = []
+
+        def actor(
+            obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
+        ) -> tuple[Tensor, Tensor, Memory]:
+            best.append(answer_of(self.distribution, sampler.env.best_action))
+            return pi, pi, memory
+
+        sampler.begin_trial(tasks, self.policy)
+        played = sampler.rollout(self.policy, self.num_steps, actor=actor, with_value=False)
+        played.oracle_action = np.stack(best)
+        return [played]
+
     def read(self, rng: np.random.Generator, columns: int) -> Trial:
-        """Transitions of a task in each column, and queries of the same task."""
+        """Transitions of a task in each column, and best actions on the same task."""
         newest = 1.0 if self.config.experts else self.config.newest
         if not self._tasks:
             self._tasks = sorted({*self.dataset.task_names} & {*self.experts.tasks_of(newest)})
@@ -72,44 +105,38 @@ class DPT(Offline):
             raise ValueError("algorithm.experts: its tasks are none of the tasks in data")
         names = [self._tasks[i] for i in rng.integers(len(self._tasks), size=columns)]
         context = self.dataset.of_tasks(rng, names, self.num_steps)
-        return [context, self.experts.of_tasks(rng, names, self.config.queries, newest=newest)]
+        return [context, self.experts.of_tasks(rng, names, self.num_steps, newest=newest)]
 
     def batch(self, trial: Trial) -> dict[str, Tensor]:
-        """`queries` sequences of each column: two inputs for each transition, and a query."""
-        context, query = trial
-        parts = [self._sequences(context, query, i) for i in range(self.config.queries)]
-        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-
-    def _sequences(self, context: Rollout, query: Rollout, number: int) -> dict[str, Tensor]:
-        """Transitions in a random order, the query after a random number of them."""
+        """A query, and for each transition, in a random order, two inputs and another query."""
+        context, query = trial[0], trial[-1]
+        best = query.action if self.config.data else query.oracle_action
         steps, columns = context.reward.shape
         device = context.reward.device
         shuffled = self.rng.permuted(np.tile(np.arange(steps)[:, None], columns), axis=0)
-        drawn = self.rng.integers(steps + 1, size=columns)
-        order, length = (torch.from_numpy(x).to(device) for x in (shuffled, drawn))
+        drawn = self.rng.integers(query.num_steps, size=(steps + 1, columns))
+        order, asked = (torch.from_numpy(x).to(device) for x in (shuffled, drawn))
         b = torch.arange(columns, device=device)
         obs, action, reward = context.obs[:-1], context.action, context.reward
         done = context.terminated | context.truncated
-        over = done.reshape(*done.shape, *[1] * (obs.dim() - 2))
-        after = torch.where(over, obs, context.next_obs())
-        obs, after, action, reward, done = (x[order, b] for x in (obs, after, action, reward, done))
+        after = torch.where(_like(done, obs), obs, context.next_obs())
+        states = query.obs[asked, b]
+        parts = [(states[:-1], obs[order, b], after[order, b])]
         before = _nothing(action, reward)
-        pairs = ((obs, after), *zip(before, (action, reward, done), strict=True))
-        shown = [torch.stack(pair, 1).flatten(0, 1) for pair in pairs]  # (2 T, B, ...)
-        shown = [torch.cat([x, x[:1]]) for x in shown]
-        asked = (query.obs[number], *(x[0] for x in before))
-        for x, value in zip(shown, asked, strict=True):
-            x[2 * length, b] = value
+        for none, x in zip(before, (action, reward, done), strict=True):
+            parts.append((none, none, x[order, b]))
+        last = (states[-1], *(x[0] for x in before))
         names = ("obs", "previous_action", "previous_reward", "previous_done")
-        at = (2 * length).unsqueeze(0)
-        wanted = {"at": at, "action": query.action[number].unsqueeze(0)}
-        return dict(zip(names, shown, strict=True)) | wanted
+        shown = {
+            name: torch.cat([torch.stack(part, 1).flatten(0, 1), end.unsqueeze(0)])
+            for name, part, end in zip(names, parts, last, strict=True)
+        }  # (3 T + 1, B, ...)
+        return shown | {"action": best[asked, b]}
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        policy, at = self.policy, batch["at"]
-        pi, _, _ = policy(batch["obs"], self.previous(batch), self.empty_memory(batch))
-        pi = pi[at[0], torch.arange(at.shape[1], device=at.device)].unsqueeze(0)
-        head = policy.policy_head
+        pi, _, _ = self.policy(batch["obs"], self.previous(batch), self.empty_memory(batch))
+        pi = pi[::3]  # the queries
+        head = self.policy.policy_head
         loss = -head.log_prob(pi, batch["action"]).mean()
         return loss, {"entropy": head.entropy(pi).mean()}
 
@@ -121,18 +148,30 @@ class DPT(Offline):
     ) -> tuple[Tensor, Tensor, Memory]:
         """Take in the transition that led here, and ask; memory ends with the last observation."""
         assert previous is not None
-        none = _nothing(*previous[:2])
+        before = _nothing(*previous[:2])
         if reset is None:
             *kept, last = memory
-            after = torch.where(
-                previous[2].reshape(*previous[2].shape, *[1] * (obs.dim() - 2)), last, obs
-            )
-            _, _, remembered = self.policy(last, none, tuple(kept))
-            _, _, remembered = self.policy(after, previous, remembered)
+            after = torch.where(_like(previous[2], obs), last, obs)
+            shown = torch.cat([last, after, obs])
+            inputs = [torch.cat([none, x, none]) for none, x in zip(before, previous, strict=True)]
+            pi, features, remembered = self.policy(shown, tuple(inputs), tuple(kept))
         else:  # All columns at once: memory spans the trial.
             remembered = self.policy.initial_memory(obs.shape[1])
-        pi, features, _ = self.policy(obs, none, remembered)
-        return pi, features, (*remembered, obs.clone())
+            pi, features, remembered = self.policy(obs, before, remembered)
+        return pi[-1:], features[-1:], (*remembered, obs.clone())
+
+
+def _by_chance(rng: np.random.Generator, columns: int, actions: int) -> Tensor:
+    """(1, B, A) logits of policies, random chances mixed with one action, as the paper's."""
+    share = rng.integers(11, size=(columns, 1)) / 10
+    one = np.eye(actions)[rng.integers(actions, size=columns)]
+    chance = (1 - share) * rng.dirichlet(np.ones(actions), columns) + share * one
+    return torch.from_numpy(np.log(chance + 1e-30, dtype=np.float32)).unsqueeze(0)
+
+
+def _like(done: Tensor, obs: Tensor) -> Tensor:
+    """(T, B) with as many dimensions as observations have."""
+    return done.reshape(*done.shape, *[1] * (obs.dim() - 2))
 
 
 def _nothing(action: Tensor, reward: Tensor) -> Previous:

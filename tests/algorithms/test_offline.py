@@ -160,35 +160,50 @@ def dpt(run, encoder="{type: gru, size: 8}"):
     return build(replace(spec, network=network)), replace(spec, network=network)
 
 
-def test_a_context_is_a_set_of_transitions_and_then_a_query(run):
+def test_after_every_number_of_transitions_stands_a_query_with_its_label(run):
     program, spec = dpt(run)
-    algorithm = program.algorithm
     context, query = (r.map(torch.from_numpy) for r in collect(spec, RolloutWorker()))
-    tokens = algorithm._sequences(context, query, 1)
-    played = {
-        (
-            context.obs[t, b].argmax().item(),
-            context.action[t, b].item(),
-            context.reward[t, b].item(),
-            (context.obs[t, b] if context.truncated[t, b] else context.next_obs()[t, b])
-            .argmax()
-            .item(),
-        )
-        for b in (0, 1)
-        for t in range(context.num_steps)
-    }
-    cell = tokens["obs"].argmax(-1)
+    batch = program.algorithm.batch([context, query])
+    after = torch.where(context.truncated[..., None], context.obs[:-1], context.next_obs())
+    cell, best = batch["obs"].argmax(-1), batch["action"]
+    action, reward = batch["previous_action"], batch["previous_reward"]
+    assert (action[0::3] == -1).all()
+    assert (action[1::3] == -1).all()
     for b in (0, 1):
-        length = int(tokens["at"][0, b])
-        assert length % 2 == 0
-        for k in range(0, length, 2):
-            assert tokens["previous_action"][k, b] == -1
-            shown = (cell[k, b], tokens["previous_action"][k + 1, b])
-            shown += (tokens["previous_reward"][k + 1, b], cell[k + 1, b])
-            assert tuple(x.item() for x in shown) in played
-        assert tokens["previous_action"][length, b] == -1
-        torch.testing.assert_close(tokens["obs"][length, b], query.obs[1, b])
-    torch.testing.assert_close(tokens["action"][0], query.action[1])
+        inputs = (cell[1::3, b], action[2::3, b], reward[2::3, b], cell[2::3, b])
+        shown = list(zip(*(x.tolist() for x in inputs), strict=True))
+        place, end = context.obs[:-1, b].argmax(-1), after[:, b].argmax(-1)
+        fields = (place, context.action[:, b], context.reward[:, b], end)
+        lived = list(zip(*(x.tolist() for x in fields), strict=True))
+        assert sorted(shown) == sorted(lived)
+        assert shown != lived
+        pairs = zip(cell[0::3, b].tolist(), best[:, b].tolist(), strict=True)
+        known = zip(query.obs[:-1, b].argmax(-1).tolist(), query.action[:, b].tolist(), strict=True)
+        assert set(pairs) <= set(known)
+
+
+BANDIT = """
+name: played
+tasks: {type: bandit, arms: 3, pulls: 40}
+network: {encoder: {type: symmetric, size: 8}}
+algorithm: dpt
+rollout: {shards: 1, num_envs: 2000}
+stages:
+  learned: {type: pretrain, env_steps: 1}
+"""
+
+
+def test_contexts_are_played_without_knowing_the_task_and_labelled_with_its_best_arm():
+    spec = job_spec(parse_config(BANDIT, "played.yaml"), "learned")
+    (played,) = collect(spec, RolloutWorker())
+    best = played.oracle_action[0]
+    assert (played.oracle_action == best).all()
+    arms = (np.arange(3)[:, None, None] == played.action).mean(1)  # (arm, column) shares
+    # The best of three arms pays 3/4; chosen by chance, an arm is the best in a third of the pulls.
+    assert played.reward[played.action == best].mean() == pytest.approx(0.75, abs=0.01)
+    assert (played.action == best).mean() == pytest.approx(1 / 3, abs=0.03)
+    assert (arms.max(0) > 0.9).mean() > 0.1
+    assert (arms.max(0) < 0.5).mean() > 0.1
 
 
 @pytest.mark.parametrize("encoder", ["{type: gru, size: 8}", "{type: transformer, size: 16}"])
@@ -203,17 +218,16 @@ def test_acting_asks_as_training_did(encoder, run):
     (acted,) = algorithm.evaluate(sampler, tasks)
     rollout = acted.map(torch.from_numpy)
     for t in (0, 1, 14, 15, 29):
-        inputs = []
+        none = (torch.full((3,), -1), torch.zeros(3), torch.ones(3, dtype=torch.bool))
+        inputs = [(rollout.obs[0], *none)]
         for k in range(t):
-            none = (torch.full((3,), -1), torch.zeros(3), torch.ones(3, dtype=torch.bool))
             done = rollout.truncated[k]
             after = torch.where(done[:, None], rollout.obs[k], rollout.obs[k + 1])
             inputs += [
                 (rollout.obs[k], *none),
                 (after, rollout.action[k], rollout.reward[k], done),
+                (rollout.obs[k + 1], *none),
             ]
-        none = (torch.full((3,), -1), torch.zeros(3), torch.ones(3, dtype=torch.bool))
-        inputs.append((rollout.obs[t], *none))
         obs, *previous = (torch.stack(x) for x in zip(*inputs, strict=True))
         pi, _, _ = policy(obs, tuple(previous), policy.initial_memory(3))
         log_prob = policy.policy_head.log_prob(pi[-1], rollout.action[t])

@@ -37,3 +37,10 @@ def test_a_distilled_learner_improves_over_episodes_without_gradients(tmp_path):
     assert held_out[3] > held_out[0] + 1
     histories = episodes[episodes["stage"] == "histories"].groupby("shot")["return"].mean()
     assert held_out[3] > histories[0] + 2
+
+
+def test_a_decision_pretrained_model_comes_near_thompson_sampling(tmp_path):
+    less = ["stages.pretrained.env_steps=520k", "stages.held_out.tasks=2048"]
+    episodes = play("bandit_dpt", tmp_path / "run", *less)
+    # Uniformly random pulls earn 50, and Thompson sampling 75.1.
+    assert episodes.loc[episodes["stage"] == "held_out", "return"].mean() > 72
