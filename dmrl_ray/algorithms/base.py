@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.algorithms.parts import check_prefixes as check_prefixes
 from dmrl_ray.algorithms.parts import select
 from dmrl_ray.config import Settings
 from dmrl_ray.policy import ActorCritic

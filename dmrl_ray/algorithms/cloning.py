@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from dmrl_ray.algorithms.minibatches import previous_in
 from dmrl_ray.algorithms.offline import Offline
 from dmrl_ray.types import Trial
 
@@ -17,17 +18,12 @@ from dmrl_ray.types import Trial
 class Cloning(Offline):
     """Maximum likelihood of actions, given the observation or the episode so far."""
 
-    def read(self, rng: np.random.Generator, columns: int) -> Trial:
-        if self.policy.recurrent:
-            return [self.dataset.units(rng, "episode", columns, self.num_steps)]
-        return [self.dataset.windows(rng, columns, self.num_steps)]
-
     def batch(self, trial: Trial) -> dict[str, Tensor]:
         (rollout,) = trial
         return self.inputs(rollout)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        memory, previous = self.empty_memory(batch), self.previous(batch)
+        memory, previous = self.empty_memory(batch), previous_in(batch)
         pi, _, _ = self.policy(batch["obs"], previous, memory, batch.get("reset"))
         head = self.policy.policy_head
         loss = -head.log_prob(pi, batch["action"]).mean()

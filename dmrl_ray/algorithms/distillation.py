@@ -59,4 +59,4 @@ class Distillation(RL2):
             "entropy": head.entropy(pi).mean(),
         }
         loss = imitation_loss + self.config.value_coef * value_loss
-        return loss, {name: x.detach() for name, x in report.items()}
+        return loss, report

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dmrl_ray.algorithms.minibatches import previous_in
 from dmrl_ray.algorithms.offline import Offline, open_dataset
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.dataset import Dataset
@@ -134,7 +135,7 @@ class DPT(Offline):
         return shown | {"action": best[asked, b]}
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        pi, _, _ = self.policy(batch["obs"], self.previous(batch), self.empty_memory(batch))
+        pi, _, _ = self.policy(batch["obs"], previous_in(batch), self.empty_memory(batch))
         pi = pi[::3]  # the queries
         head = self.policy.policy_head
         loss = -head.log_prob(pi, batch["action"]).mean()

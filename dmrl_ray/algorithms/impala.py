@@ -104,11 +104,8 @@ class IMPALA(VTrace):
         head = self.policy.policy_head
         policy_loss = -(head.log_prob(pi, batch["action"]) * batch["advantage"]).mean()
         entropy = head.entropy(pi).mean()
-        loss = (
-            policy_loss + self.config.value_coef * value_loss - self.config.entropy_coef * entropy
-        )
-        report = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-        return loss, {name: x.detach() for name, x in report.items()}
+        loss = policy_loss + self.config.value_coef * value_loss - self.entropy_weight * entropy
+        return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
 
 
 class APPO(VTrace):

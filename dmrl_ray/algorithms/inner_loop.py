@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.base import Algorithm, check_prefixes
+from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.parts import check_prefixes
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     fitted_advantage,

@@ -7,18 +7,16 @@ are read count as environment steps of the budget.
 from __future__ import annotations
 
 from abc import abstractmethod
-from itertools import pairwise
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.minibatches import Batch, in_columns, shown, step_through
 from dmrl_ray.data_sources import DataSettings, source_of
 from dmrl_ray.dataset import Dataset
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import Previous, previous_inputs
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
 
@@ -72,9 +70,11 @@ class Offline(Algorithm):
         steps = self.distribution.trial_steps
         return self.config.num_steps or (steps if self.policy.recurrent else min(128, steps))
 
-    @abstractmethod
     def read(self, rng: np.random.Generator, columns: int) -> Trial:
-        """A batch of the data."""
+        """A batch of the data: whole episodes where memory reads them, else steps as they come."""
+        if self.policy.recurrent:
+            return [self.dataset.units(rng, "episode", columns, self.num_steps)]
+        return [self.dataset.windows(rng, columns, self.num_steps)]
 
     @abstractmethod
     def batch(self, trial: Trial) -> dict[str, Tensor]:
@@ -89,41 +89,21 @@ class Offline(Algorithm):
         return self.read(sampler.rng, sampler.num_envs)
 
     def update(self, trial: Trial) -> dict[str, float]:
-        batch = self.batch(trial)
-        columns = next(iter(batch.values())).shape[1]
-        count = min(self.config.minibatches, columns)
-        bounds = [columns * i // count for i in range(count + 1)]
-        steps = []
-        for _ in range(self.config.epochs):
-            order = torch.from_numpy(self.rng.permutation(columns)).to(trial[0].reward.device)
-            shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
-            for start, stop in pairwise(bounds):
-                mine = slice(start + self.rank, stop, self.world_size)
-                loss, report = self.loss({name: x[:, mine] for name, x in shuffled.items()})
-                share = len(range(mine.start, stop, self.world_size)) / (stop - start)
-                norm = self.step_optimizer(loss * share * self.world_size)
-                report = {"loss": loss, **report, "grad_norm": norm}
-                steps.append(torch.stack([x.detach() for x in report.values()]))
+        def loss(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            value, report = self.loss(batch)
+            return value, {"loss": value, **report}
+
+        config, batch = self.config, self.batch(trial)
+        metrics = step_through(
+            self, batch, loss, epochs=config.epochs, minibatches=config.minibatches
+        )
         self.policy.update_norms(trial[0], None)
-        return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
+        return metrics
 
-    def inputs(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What the policy is shown in a rollout; without memory every step is its own column."""
-        batch = {"obs": rollout.obs[:-1], "action": rollout.action}
-        if self.policy.sees_previous:
-            names = ("previous_action", "previous_reward", "previous_done")
-            batch |= dict(zip(names, previous_inputs(rollout), strict=True))
-        if not self.policy.recurrent:
-            return {name: x.flatten(0, 1).unsqueeze(0) for name, x in batch.items()}
-        if rollout.reset_state[1:].any():
-            batch["reset"] = rollout.reset_state
-        return batch
-
-    def previous(self, batch: dict[str, Tensor]) -> Previous | None:
-        """The previous steps in a minibatch, if the policy sees them."""
-        if not self.policy.sees_previous:
-            return None
-        return batch["previous_action"], batch["previous_reward"], batch["previous_done"]
+    def inputs(self, rollout: Rollout) -> Batch:
+        """What the policy is shown in a rollout, and what was done."""
+        batch = shown(self.policy, rollout) | {"action": rollout.action}
+        return in_columns(self.policy, batch)
 
     def empty_memory(self, batch: dict[str, Tensor]) -> Memory:
         """The memory before a minibatch: every column begins with a reset."""

@@ -13,7 +13,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from dmrl_ray.algorithms.base import Algorithm, check_prefixes
+from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.parts import check_prefixes
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     fitted_advantage,

@@ -7,17 +7,16 @@ memory starts from what the worker had. Left out: the adaptive KL penalty, value
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.minibatches import in_columns, previous_in, shown, step_through
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.losses.returns import generalized_advantage
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
+from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
@@ -84,6 +83,12 @@ class PPO(Algorithm):
         assert isinstance(self.config, ClipConfig)
         return self.config.epochs
 
+    @property
+    def entropy_weight(self) -> float:
+        """Of the entropy bonus, at this point of the budget."""
+        left = 1.0 - self.progress if self.config.anneal_entropy else 1.0
+        return self.config.entropy_coef * left
+
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         assert isinstance(self.config, PPO.Config)
         sampler.continue_episodes(tasks, self.policy)
@@ -104,43 +109,28 @@ class PPO(Algorithm):
     def update(self, trial: Trial) -> dict[str, float]:
         (rollout,) = trial
         batch = self._batch(rollout)
-        columns = batch["advantage"].shape[1]
-        count = min(self.config.minibatches, columns)
-        bounds = [columns * i // count for i in range(count + 1)]
-        steps, skipped = [], self.skipped_batches
-        for _ in range(self.epochs):
-            order = torch.from_numpy(self.rng.permutation(columns)).to(rollout.reward.device)
-            shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
-            for start, stop in pairwise(bounds):
-                mine = slice(start + self.rank, stop, self.world_size)
-                loss, parts = self._loss({name: x[:, mine] for name, x in shuffled.items()})
-                share = len(range(mine.start, stop, self.world_size)) / (stop - start)
-                parts["grad_norm"] = self.step_optimizer(loss * share * self.world_size).detach()
-                steps.append(torch.stack(list(parts.values())))
+        skipped = self.skipped_batches
+        metrics = step_through(
+            self, batch, self._loss, epochs=self.epochs, minibatches=self.config.minibatches
+        )
         if self.skipped_batches == skipped:  # else the targets may not be finite either
             self.policy.update_norms(rollout, rollout.value_target)
-        return dict(zip(parts, torch.stack(steps).mean(0).tolist(), strict=True))
+        return metrics
 
     def _batch(self, rollout: Rollout) -> dict[str, Tensor]:
         """Everything the loss reads, (T, B, ...); without memory every step is its own column."""
         advantage = rollout.advantage
         batch = {
-            "obs": rollout.obs[:-1],
+            **shown(self.policy, rollout),
             **{name: getattr(rollout, name) for name in self.labels},
             "advantage": (advantage - advantage.mean()) / (advantage.std() + 1e-8),
             "target": self.policy.normalize_value(rollout.value_target),
         }
-        if self.policy.sees_previous:
-            names = ("previous_action", "previous_reward", "previous_done")
-            batch |= dict(zip(names, previous_inputs(rollout), strict=True))
-        if not self.policy.recurrent:
-            return {name: x.flatten(0, 1).unsqueeze(0) for name, x in batch.items()}
-        if rollout.reset_state[1:].any():
-            batch["reset"] = rollout.reset_state
-        starts = rollout.reset_state[0]
-        for i, leaf in enumerate(rollout.initial_state):
-            batch[f"memory.{i}"] = (leaf * ~starts.unsqueeze(-1)).unsqueeze(0)
-        return batch
+        if self.policy.recurrent:
+            starts = rollout.reset_state[0]
+            for i, leaf in enumerate(rollout.initial_state):
+                batch[f"memory.{i}"] = (leaf * ~starts.unsqueeze(-1)).unsqueeze(0)
+        return in_columns(self.policy, batch)
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and what to report of it."""
@@ -152,10 +142,7 @@ class PPO(Algorithm):
             log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
         )
         entropy = head.entropy(pi).mean()
-        bonus = self.config.entropy_coef
-        if self.config.anneal_entropy:
-            bonus *= 1.0 - self.progress
-        loss = policy_loss + self.config.value_coef * value_loss - bonus * entropy
+        loss = policy_loss + self.config.value_coef * value_loss - self.entropy_weight * entropy
         with torch.no_grad():
             log_ratio = log_prob - batch["log_prob"]
             approx_kl = (log_ratio.exp() - 1 - log_ratio).mean()
@@ -167,17 +154,11 @@ class PPO(Algorithm):
             "approx_kl": approx_kl,
             "clip_fraction": clipped.float().mean(),
         }
-        return loss, {name: x.detach() for name, x in report.items()}
+        return loss, report
 
     def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Distribution parameters (T, B, P) of a minibatch, and its value loss."""
-        previous: Previous | None = None
-        if "previous_action" in batch:
-            previous = (
-                batch["previous_action"],
-                batch["previous_reward"],
-                batch["previous_done"],
-            )
+        previous = previous_in(batch)
         memory: Memory = tuple(x[0] for name, x in batch.items() if name.startswith("memory."))
         reset = batch.get("reset")
         pi, features, _ = self.policy(batch["obs"], previous, memory, reset)

@@ -52,11 +52,6 @@ class Autoencoder(Offline):
         """Numbers that an observation is rebuilt from."""
         return self.policy.encoder.out_dim
 
-    def read(self, rng: np.random.Generator, columns: int) -> Trial:
-        if self.policy.recurrent:
-            return [self.dataset.units(rng, "episode", columns, self.num_steps)]
-        return [self.dataset.windows(rng, columns, self.num_steps)]
-
     def batch(self, trial: Trial) -> dict[str, Tensor]:
         (rollout,) = trial
         batch = self.inputs(rollout)

@@ -271,3 +271,14 @@ def test_old_data_balances_the_pole(kind):
     }
     iterations = {"impala": 600, "appo": 80}
     assert final_return(kind, 1, iterations[kind], **settings[kind]) > 400
+
+
+def test_impalas_entropy_bonus_fades_as_ppos_does():
+    learner, trial = collected(make_spec("impala", entropy_coef=0.1, anneal_entropy=True))
+    algorithm = learner.algorithm
+    batch = algorithm._batch(corrected(learner, trial))
+    losses = []
+    for algorithm.progress in (0.0, 1.0):
+        loss, report = algorithm._loss(batch)
+        losses.append(loss.item())
+    assert losses[1] - losses[0] == pytest.approx(0.1 * report["entropy"].item(), rel=1e-3)

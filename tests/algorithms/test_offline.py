@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dmrl_ray import controller
+from dmrl_ray.algorithms.minibatches import previous_in
 from dmrl_ray.config import Settings
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError
@@ -121,7 +122,7 @@ def test_the_cloned_policy_is_shown_what_the_recorded_one_saw(run):
     whole = algorithm.dataset.rollout([[(s, s + 30, True)] for s in starts[:-1]], 30)
     batch = algorithm.batch([whole.map(torch.from_numpy)])
     with torch.no_grad():
-        memory, previous = algorithm.empty_memory(batch), algorithm.previous(batch)
+        memory, previous = algorithm.empty_memory(batch), previous_in(batch)
         pi, _, _ = algorithm.policy(batch["obs"], previous, memory)
         log_prob = algorithm.policy.policy_head.log_prob(pi, batch["action"])
     steps = load(run, table="transitions").query("stage == 'seen'")

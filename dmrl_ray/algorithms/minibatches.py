@@ -1,0 +1,76 @@
+"""Gradient steps on minibatches of columns, and what a policy is shown in them.
+
+A batch is tensors (T, B, ...) by name. Minibatches are whole columns; for a policy without memory
+every step is a column of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
+from dmrl_ray.types import Rollout
+
+Batch: TypeAlias = dict[str, Tensor]
+Loss: TypeAlias = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+"""The loss of a minibatch, and what to report of it."""
+
+PREVIOUS = ("previous_action", "previous_reward", "previous_done")
+
+
+def step_through(
+    algorithm: Algorithm, batch: Batch, loss: Loss, *, epochs: int, minibatches: int
+) -> dict[str, float]:
+    """Pass over a batch in random minibatches, a gradient step on each.
+
+    Of several learners each takes its share of every minibatch.
+
+    Returns:
+        Means over all steps of what `loss` reports, and of ``grad_norm``.
+    """
+    first = next(iter(batch.values()))
+    columns, rank, world_size = first.shape[1], algorithm.rank, algorithm.world_size
+    count = min(minibatches, columns)
+    bounds = [columns * i // count for i in range(count + 1)]
+    steps = []
+    for _ in range(epochs):
+        order = torch.from_numpy(algorithm.rng.permutation(columns)).to(first.device)
+        shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
+        for start, stop in pairwise(bounds):
+            mine = slice(start + rank, stop, world_size)
+            value, report = loss({name: x[:, mine] for name, x in shuffled.items()})
+            share = len(range(mine.start, stop, world_size)) / (stop - start)
+            report["grad_norm"] = algorithm.step_optimizer(value * share * world_size)
+            steps.append(torch.stack([x.detach() for x in report.values()]))
+    return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
+
+
+def shown(policy: ActorCritic, rollout: Rollout) -> Batch:
+    """What the policy was shown at each step, and where its memory was reset within."""
+    batch: Batch = {"obs": rollout.obs[:-1]}
+    if policy.sees_previous:
+        batch |= dict(zip(PREVIOUS, previous_inputs(rollout), strict=True))
+    if policy.recurrent and rollout.reset_state[1:].any():
+        batch["reset"] = rollout.reset_state
+    return batch
+
+
+def in_columns(policy: ActorCritic, batch: Batch) -> Batch:
+    """The batch, with every step a column of its own if the policy has no memory."""
+    if policy.recurrent:
+        return batch
+    return {name: x.flatten(0, 1).unsqueeze(0) for name, x in batch.items()}
+
+
+def previous_in(batch: Batch) -> Previous | None:
+    """The previous steps in a batch, if the policy is shown them."""
+    if PREVIOUS[0] not in batch:
+        return None
+    action, reward, done = (batch[name] for name in PREVIOUS)
+    return action, reward, done
