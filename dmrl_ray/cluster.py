@@ -12,10 +12,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from dmrl_ray.calls import CollectCall, CollectReport
 from dmrl_ray.config import WorkerSettings
 from dmrl_ray.connection import cause_of, connect
 from dmrl_ray.pool import Request, WorkerPool
-from dmrl_ray.worker import CollectCall, CollectReport
 
 __all__ = ["RayWorkers", "connect"]
 

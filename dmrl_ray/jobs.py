@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from dmrl_ray.calls import CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.config import Pretrain
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, build
 from dmrl_ray.types import Arrays, Columns, Task
-from dmrl_ray.worker import CollectCall, CollectReport, EvaluateCall
 
 EVALUATION_COLUMNS = 1024
 """Environment columns of one evaluation call; fixed, so that results do not depend on workers."""

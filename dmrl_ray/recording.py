@@ -10,8 +10,8 @@ import pyarrow as pa
 from dmrl_ray.episodes import Open
 from dmrl_ray.faults import check_lengths, reference
 from dmrl_ray.rollout import Sampler
-from dmrl_ray.spec import Program
 from dmrl_ray.tables import Cells
+from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Columns, Task, Trial
 
 Steps: TypeAlias = dict[str, Cells]
@@ -24,14 +24,12 @@ def take_episodes(sampler: Sampler) -> Columns:
     return sampler.take_episodes()
 
 
-def episode_rows(rows: Columns, program: Program, *, scored: bool) -> Columns:
+def episode_rows(rows: Columns, family: TaskDistribution, *, scored: bool) -> Columns:
     """Columns of the episodes table that a worker knows."""
     tasks: list[Task] = list(rows["task"])
     score = np.full(len(tasks), np.nan)
     if scored:
-        known = {
-            t.id: reference(program.distribution, t) for t in {t.id: t for t in tasks}.values()
-        }
+        known = {t.id: reference(family, t) for t in {t.id: t for t in tasks}.values()}
         for i, task in enumerate(tasks):
             ends = known[task.id]
             if ends is not None:

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from dmrl_ray.calls import AdaptCall
 from dmrl_ray.config import Adapt, Component, Evaluate, Finetune, Pretrain, RunConfig
 from dmrl_ray.jobs import EVALUATION_COLUMNS, run_job
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, Weights
 from dmrl_ray.types import Arrays, Task
-from dmrl_ray.worker import AdaptCall
 
 
 def run_stage(run: Run, name: str) -> None:

@@ -8,65 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from dmrl_ray.algorithms.online import live_through
-from dmrl_ray.config import Adapt
+from dmrl_ray.calls import AdaptCall, CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.faults import reference, sample
 from dmrl_ray.learner import Learner
 from dmrl_ray.recording import Steps, episode_rows, take_episodes, transition_rows
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Program, Weights, build, set_weights
-from dmrl_ray.types import Arrays, Columns, Task, Trial, random_stream
+from dmrl_ray.types import Arrays, Columns, Trial, random_stream
 
 Key: TypeAlias = tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class CollectCall:
-    """One iteration of one shard; the call's identity, so that an answer is used once."""
-
-    spec: JobSpec
-    shard: int
-    iteration: int
-    env_steps: int  # of the job, before this iteration
-
-
-@dataclass(frozen=True)
-class EvaluateCall:
-    """One trial on each of some tasks."""
-
-    spec: JobSpec
-    tasks: tuple[Task, ...]
-    trial: int
-    chunk: int
-    greedy: bool
-    policy_version: int
-    first_column: int = 0  # number of the first column, where steps are recorded
-
-
-@dataclass(frozen=True)
-class AdaptCall:
-    """Streams of tasks that change without notice."""
-
-    spec: JobSpec
-    streams: tuple[tuple[Task, ...], ...]
-    settings: Adapt
-    chunk: int
-
-
-@dataclass(frozen=True)
-class CollectReport:
-    """The small answer of a collection, which the driver reads; the trial itself travels apart."""
-
-    episodes: Columns
-    env_steps: int
-    seconds: float
-    steps: Steps | None = None  # where the job is recorded
 
 
 class RolloutWorker:
@@ -103,7 +59,7 @@ class RolloutWorker:
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, program, scored=spec.split != "train")
+        episodes = episode_rows(rows, program.distribution, scored=spec.split != "train")
         every = columns * spec.rollout.shards
         episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
         episodes["trial"] = np.full(len(rows["step"]), iteration)
@@ -151,7 +107,7 @@ class RolloutWorker:
         rows = take_episodes(sampler)
         within = rows["since_begun"] < algorithm.evaluation_episodes
         rows = {name: column[within] for name, column in rows.items()}
-        episodes = episode_rows(rows, program, scored=True)
+        episodes = episode_rows(rows, program.distribution, scored=True)
         episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)
         episodes["trial"] = np.full(len(rows["step"]), call.trial)
         return episodes, trial
@@ -173,7 +129,7 @@ class RolloutWorker:
         sampler.start(stream, weights.version, greedy=settings.optimizer == "none")
         rewards = live_through(algorithm, sampler, call.streams, settings)
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, program, scored=True)
+        episodes = episode_rows(rows, program.distribution, scored=True)
         per_change = settings.episodes_per_task * family.max_episode_steps
         since = (rows["step"].astype(np.int64) - 1) % per_change
         episodes["shot"] = since // family.max_episode_steps

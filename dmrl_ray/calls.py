@@ -1,0 +1,53 @@
+"""What is asked of workers, and the small part of what they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmrl_ray.config import Adapt
+from dmrl_ray.recording import Steps
+from dmrl_ray.spec import JobSpec
+from dmrl_ray.types import Columns, Task
+
+
+@dataclass(frozen=True)
+class CollectCall:
+    """One iteration of one shard; the call's identity, so that an answer is used once."""
+
+    spec: JobSpec
+    shard: int
+    iteration: int
+    env_steps: int  # of the job, before this iteration
+
+
+@dataclass(frozen=True)
+class EvaluateCall:
+    """One trial on each of some tasks."""
+
+    spec: JobSpec
+    tasks: tuple[Task, ...]
+    trial: int
+    chunk: int
+    greedy: bool
+    policy_version: int
+    first_column: int = 0  # number of the first column, where steps are recorded
+
+
+@dataclass(frozen=True)
+class AdaptCall:
+    """Streams of tasks that change without notice."""
+
+    spec: JobSpec
+    streams: tuple[tuple[Task, ...], ...]
+    settings: Adapt
+    chunk: int
+
+
+@dataclass(frozen=True)
+class CollectReport:
+    """The small answer of a collection, which the driver reads; the trial itself travels apart."""
+
+    episodes: Columns
+    env_steps: int
+    seconds: float
+    steps: Steps | None = None  # where the job is recorded
