@@ -66,6 +66,10 @@ class ActorCritic(nn.Module):
         context: int = Field(default=0, ge=0)
         """Width of a vector of parameters that joins the input: what CAVIA adapts."""
 
+        squashed: bool = False
+        """Squash continuous actions into their box, with a spread that depends on the observation,
+        as sac and pearl always do; else they are clipped there, with one spread for all."""
+
         normalize_obs: bool = True
         """Scale observations by their running mean and deviation (never images)."""
 
@@ -103,6 +107,7 @@ class ActorCritic(nn.Module):
         if separate:
             self.value_encoder = build(config.encoder.settings, obs_space, extra)
         discrete = isinstance(action_space, gym.spaces.Discrete)
+        squashed = squashed or config.squashed
         head = CategoricalHead if discrete else SquashedGaussianHead if squashed else GaussianHead
         self.policy_head: CategoricalHead | GaussianHead | SquashedGaussianHead = head(
             self.encoder.action_layer(2 * actions if squashed and not discrete else actions),

@@ -215,10 +215,12 @@ def test_a_latent_that_is_not_given_is_zero():
     assert not torch.equal(policy(obs)[0], policy(obs, latent=torch.ones(5, 6, 4))[0])
 
 
-def test_squashed_actions_have_a_spread_of_their_own_for_each_observation():
+@pytest.mark.parametrize(("asked", "needed"), [(True, False), (False, True)])
+def test_squashed_actions_have_a_spread_of_their_own_for_each_observation(asked, needed):
     torch.manual_seed(0)
     spaces = VECTOR, Box(-1, 1, (2,), np.float32)
-    policy = ActorCritic(ActorCritic.Config(), *spaces, sees_previous=False, squashed=True)
+    config = ActorCritic.Config(squashed=asked)
+    policy = ActorCritic(config, *spaces, sees_previous=False, squashed=needed)
     log_std = policy(torch.randn(1, 6, 3))[0].chunk(2, -1)[1]
     assert log_std.std(1).min() > 0
 

@@ -32,12 +32,13 @@ def collected(spec):
     return learner, trial, report
 
 
+@pytest.mark.parametrize("squashed", [False, True])
 @pytest.mark.parametrize("separate", [None, True])
 @pytest.mark.parametrize("encoder", ["lstm", "gru"])
-def test_the_first_minibatch_has_ratio_one_over_whole_trials(encoder, separate):
+def test_the_first_minibatch_has_ratio_one_over_whole_trials(encoder, separate, squashed):
     spec = make_spec(
         {"type": encoder, "size": 8},
-        network={"separate_value": separate},
+        network={"separate_value": separate, "squashed": squashed},
         epochs=1,
         minibatches=1,
     )
