@@ -181,14 +181,23 @@ def committed_parts(run: Path, table: str) -> list[Path]:
     So the tables of a run agree with each other at any moment, also after a kill.
     """
     parts = {part.name: part for part in (run / table).glob("part-*.parquet")}
-    records = sorted((run / "commits").glob("[0-9]*.json"))
-    if records:
-        with suppress(CorruptRun):
-            for part in map(hidden, Commit.read(records[-1]).parts):
-                path = run / part.path
-                if path.parent.name == table and path.name[1:] not in parts:
-                    parts[path.name[1:]] = path
+    with suppress(CorruptRun):
+        newest = newest_commit(run)
+        for part in map(hidden, newest.parts if newest is not None else ()):
+            path = run / part.path
+            if path.parent.name == table and path.name[1:] not in parts:
+                parts[path.name[1:]] = path
     return [parts[name] for name in sorted(parts)]
+
+
+def newest_commit(run: Path) -> Commit | None:
+    """The newest commit of a run that may be going on; None if there is none yet.
+
+    Raises:
+        CorruptRun: it is damaged.
+    """
+    records = sorted((run / "commits").glob("[0-9]*.json"))
+    return Commit.read(records[-1]) if records else None
 
 
 def run_facts(folder: Path) -> Json:

@@ -1,0 +1,265 @@
+"""Policies across to RLlib: a trained policy as an `RLModule` checkpoint.
+
+The module holds our own network, so that it computes what it computed before: normalisation of
+observations, the scale of values and what the policy sees of its previous step come along. RLlib's
+training moves its weights, and leaves the statistics of its normalisation as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
+from ray.rllib.core.rl_module.apis import ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from torch import Tensor, nn
+
+from dmrl_ray.checkpoint import load_arrays
+from dmrl_ray.commits import newest_commit, run_facts
+from dmrl_ray.config import Component, Pretrain, RunConfig
+from dmrl_ray.errors import ConfigError
+from dmrl_ray.heads import SquashedGaussianHead
+from dmrl_ray.networks.base import Memory
+from dmrl_ray.policy import ActorCritic, Previous
+from dmrl_ray.rllib.previous import Shown
+from dmrl_ray.settings import did_you_mean
+from dmrl_ray.spec import get_weights, load_family, set_weights
+from dmrl_ray.stages import job_spec
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.types import Arrays
+from dmrl_ray.yaml_config import load_config
+
+MODEL_FILE = "dmrl_ray.json"
+"""Beside RLlib's own files: how the policy is made, readable without a pickle."""
+
+SEQUENCE_STEPS = 20
+"""RLlib's own default: how far back it sends gradients through memory."""
+
+Batch: TypeAlias = dict[str, Any]
+
+
+class Squashed(TorchSquashedGaussian):  # type: ignore[misc]
+    """With an entropy and a divergence, which PPO asks for and RLlib's own does not have."""
+
+    _head = SquashedGaussianHead(nn.Identity(), 1)
+
+    def entropy(self) -> Tensor:
+        """(...) in nats."""
+        return self._head.entropy(self._pi)
+
+    def kl(self, other: Squashed) -> Tensor:
+        """(...) in nats, of this from `other`."""
+        return self._head.kl(self._pi, other._pi)
+
+    @property
+    def _pi(self) -> Tensor:
+        return torch.cat([self._dist.loc, self._dist.scale.log()], -1)
+
+
+class ActorCriticModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
+    """Our policy and value function as RLlib calls them.
+
+    ``model_config`` holds ``tasks`` and ``network``, components of a config, and ``options``, what
+    `ActorCritic` takes by keyword. RLlib's sequences are (B, T, ...), ours (T, B, ...).
+    """
+
+    policy: ActorCritic
+
+    def __init__(self, *args: Any, catalog_class: object = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # RLlib's catalog knows its own networks alone.
+
+    def setup(self) -> None:
+        """Make the network.
+
+        Raises:
+            ValueError: the environment shows something else than the policy was trained on.
+        """
+        network = Component.model_validate(self.model_config["network"])
+        options = self.model_config["options"]
+        family = load_family(Component.model_validate(self.model_config["tasks"]))
+        expected = _shown(family, options)
+        if _layout(self.observation_space) != _layout(expected):
+            raise ValueError(
+                f"this policy reads observations {_layout(expected)}, and the environment shows "
+                f"{_layout(self.observation_space)}; register its family as it was trained on, "
+                "with whole_trials=True and previous='parts' if it sees its previous step"
+            )
+        self.policy = network.load("network")(
+            network.settings, family.observation_space, family.action_space, **options
+        )
+        if isinstance(self.policy.policy_head, SquashedGaussianHead):
+            self.action_dist_cls = Squashed
+
+    def get_initial_state(self) -> dict[str, Tensor]:
+        """The memory of one column, without its axis."""
+        return {str(i): leaf[0] for i, leaf in enumerate(self.policy.initial_memory(1))}
+
+    def compute_values(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
+        """(B,) or (B, T) values in units of return."""
+        obs, previous = self._inputs(batch)
+        if embeddings is not None:
+            features = self._ours(embeddings)
+        elif self.policy.value_encoder is None:
+            features = self.policy(obs, previous, self._memory(batch))[1]
+        else:
+            features = None
+        return self._theirs(self.policy.denormalize_value(self.policy.value(features, obs)))
+
+    def _forward(self, batch: Batch, **kwargs: Any) -> Batch:
+        obs, previous = self._inputs(batch)
+        pi, features, memory = self.policy(obs, previous, self._memory(batch))
+        answer: Batch = {Columns.ACTION_DIST_INPUTS: self._theirs(pi)}
+        if self.policy.value_encoder is None:
+            answer[Columns.EMBEDDINGS] = self._theirs(features)
+        if memory:
+            answer[Columns.STATE_OUT] = {str(i): leaf for i, leaf in enumerate(memory)}
+        return answer
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Previous | None]:
+        obs = batch[Columns.OBS]
+        if not self.policy.sees_previous:
+            return self._ours(obs), None
+        seen = {name: self._ours(part) for name, part in obs.items()}
+        return seen["obs"], (seen["action"], seen["reward"], seen["done"].bool())
+
+    def _memory(self, batch: Batch) -> Memory:
+        state = batch.get(Columns.STATE_IN, {})
+        return tuple(state[str(i)] for i in range(len(state)))
+
+    def _ours(self, x: Tensor) -> Tensor:
+        """(T, B, ...); without memory all rows are columns of one step."""
+        return x.transpose(0, 1) if self.policy.recurrent else x.unsqueeze(0)
+
+    def _theirs(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if self.policy.recurrent else x.squeeze(0)
+
+
+def export_policy(
+    run: Path, folder: Path, *, stage: str | None = None, checkpoint: str = "best"
+) -> str:
+    """Write a policy of a run as an `RLModule` checkpoint, and return the name it has in the run.
+
+    Args:
+        run: the run folder.
+        folder: where to; it must not exist.
+        stage: whose policy, or the job of a fine-tuning stage; None takes the last trained stage.
+        checkpoint: best or last, of a stage.
+
+    Raises:
+        ConfigError: there is no such policy, the folder exists, or RLlib cannot act as it does.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; name a folder that does not")
+    run_facts(run)
+    config = load_config(run / "config.yaml")
+    commit = newest_commit(run)
+    files = commit.files if commit is not None else {}
+    name, owner = _choose(run, config, list(files), stage, checkpoint)
+    module = _module(config, owner, load_arrays(run, files[name]))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f"_{folder.name}", dir=folder.parent)
+    try:
+        module.save_to_path(os.path.abspath(temporary))
+        facts = {"run": run.name, "policy": name, "model_config": module.model_config}
+        Path(temporary, MODEL_FILE).write_text(json.dumps(facts, indent=1))
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return name
+
+
+def exported(folder: Path | str, **model_config: Any) -> RLModuleSpec:
+    """What `AlgorithmConfig.rl_module` takes to go on with a policy that `export_policy` wrote.
+
+    Args:
+        folder: of the checkpoint.
+        model_config: RLlib's own settings of modules, such as ``max_seq_len``.
+
+    Raises:
+        ConfigError: no policy of ours is there.
+    """
+    path = Path(folder).absolute()
+    try:
+        facts = json.loads((path / MODEL_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: is no exported policy, it has no {MODEL_FILE}") from error
+    return RLModuleSpec(
+        module_class=ActorCriticModule,
+        model_config={**facts["model_config"], **model_config},
+        load_state_path=str(path),
+    )
+
+
+def _choose(
+    run: Path, config: RunConfig, files: list[str], stage: str | None, checkpoint: str
+) -> tuple[str, str]:
+    """The checkpoint file, and the stage that trained it."""
+    trained = [name for name, s in config.stages.items() if isinstance(s, Pretrain)]
+    ready = [name for name in trained if f"{name}.{checkpoint}" in files]
+    chosen = stage or (ready[-1] if ready else "")
+    if chosen in ready:
+        return f"{chosen}.{checkpoint}", chosen
+    owners = {file: name for name in config.stages for file in files if file.startswith(f"{name}.")}
+    jobs = {f: owner for f, owner in owners.items() if owner not in trained}
+    if chosen in jobs:
+        return chosen, jobs[chosen]
+    known = [*ready, *(job for job, owner in jobs.items() if owner == chosen)]
+    raise ConfigError(
+        f"{run}: there is no {checkpoint!r} policy of stage {chosen or 'any'!r}"
+        + (did_you_mean(chosen, known) or f"; there are: {', '.join(known) or 'none'}")
+    )
+
+
+def _module(config: RunConfig, stage: str, weights: Arrays) -> ActorCriticModule:
+    """The module with these weights."""
+    spec = job_spec(config, stage)
+    kind = spec.algorithm.load("algorithm")
+    options = kind.policy_options(spec.algorithm.settings)
+    if options.get("latent"):
+        raise ConfigError(
+            f"stage {stage!r}: {spec.algorithm_name}'s policy needs a guess of the task that its "
+            "algorithm makes between steps, which RLlib does not; export a policy of another one"
+        )
+    family = load_family(spec.tasks)
+    module = ActorCriticModule(
+        observation_space=_shown(family, options),
+        action_space=family.action_space,
+        model_config={
+            "tasks": spec.tasks.model_dump(mode="json"),
+            "network": spec.network.model_dump(mode="json"),
+            "options": options,
+            "max_seq_len": family.trial_steps if kind.memory_spans_trial else SEQUENCE_STEPS,
+        },
+    )
+    if module.policy.recurrent and module.policy.value_encoder is not None:
+        raise ConfigError(
+            f"stage {stage!r}: its value function has a memory of its own, which RLlib would cut "
+            "into sequences; train it with network: {separate_value: false}"
+        )
+    # Soft actor-critic leaves no value function; RLlib's training begins with a fresh one then.
+    fresh = {k: v for k, v in get_weights(module.policy).items() if k.startswith("value_")}
+    set_weights(module.policy, fresh | weights)
+    return module
+
+
+def _shown(family: TaskDistribution, options: dict[str, Any]) -> gym.Space[Any]:
+    """The observations of an environment that such a policy acts in."""
+    return Shown(family, "parts" if options["sees_previous"] else "none").space
+
+
+def _layout(space: gym.Space[Any]) -> Any:
+    """Shapes of the parts."""
+    if isinstance(space, gym.spaces.Dict):
+        return {name: part.shape for name, part in space.items()}
+    return space.shape
