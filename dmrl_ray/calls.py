@@ -50,4 +50,6 @@ class CollectReport:
     episodes: Columns
     env_steps: int
     seconds: float
+    env_s: float  # of them, in the environments
+    inference_s: float  # of them, in the policy
     steps: Steps | None = None  # where the job is recorded

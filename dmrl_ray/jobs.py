@@ -10,12 +10,25 @@ references. With ``max_policy_lag: 0`` an iteration begins when the update befor
 results are gathered by shard number, so that the run is the same whatever the number of workers.
 With a lag the next iteration is begun before the update, with weights one update old: never
 older, because no more than one iteration is ever in flight.
+
+Where the time between two updates' ends went is in metrics of the later one, in seconds:
+
+    time/learner_wait_s    from the update before to the start of this one; of it
+      time/write_s           rows and commits
+      time/validate_s        playing validation tasks, where that was due
+    time/learner_call_s    the update as the driver saw it, the way of the data to it included
+    time/update_s          the update as the learner saw it
+    time/collect_s         the slowest shard
+    time/shards_s          all shards together; of it
+      time/env_s             environments
+      time/inference_s       the policy, with values and log-probabilities
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +61,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
         progress, states = _begin(run, spec, learners, initial)
         validation = run.tasks("validation", stage.validation_tasks)
         clock = time.monotonic()
+        spent = {"time/write_s": 0.0}  # by the driver, since the newest update
         pending: Any = None
 
         def snapshot() -> None:
@@ -67,19 +81,31 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             pending = None
             if stage.max_policy_lag and not done:
                 pending = _start(run, spec, learners, progress, states, progress.updates + 1)
-            metrics = learners.update(progress.env_steps, [c[1] for c in collected])
+            with _timed(spent, "time/learner_call_s"):
+                metrics = learners.update(progress.env_steps, [c[1] for c in collected])
             metrics["policy_lag"] = float(progress.updates - version)
             progress.updates += 1
-            metrics["time/learner_wait_s"] = waited
+            metrics |= {"time/learner_wait_s": waited, **spent}
+            spent = {}
             elapsed, clock = time.monotonic() - clock, time.monotonic()
             progress.seconds += elapsed
-            _record(run, spec, progress, version, reports, metrics, elapsed)
+            with _timed(spent, "time/write_s"):
+                _record(run, spec, progress, version, reports, metrics, elapsed)
             if done or progress.updates % stage.validate_every == 0:
-                with run.uninterrupted():
+                with run.uninterrupted(), _timed(spent, "time/validate_s"):
                     _validate(run, spec, learners, progress, validation, stage.greedy)
-            run.tick(snapshot)
+            with _timed(spent, "time/write_s"):
+                run.tick(snapshot)
         _save_policy(run, spec, "last", learners)
     return progress
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what the inside took."""
+    start = time.monotonic()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
 
 
 def evaluate(
@@ -180,6 +206,9 @@ def _record(
         if report.steps is not None:
             run.add_steps(spec, report.steps)
     metrics["time/collect_s"] = max(report.seconds for report in reports)
+    metrics["time/shards_s"] = sum(report.seconds for report in reports)
+    metrics["time/env_s"] = sum(report.env_s for report in reports)
+    metrics["time/inference_s"] = sum(report.inference_s for report in reports)
     steps = sum(report.env_steps for report in reports)
     metrics["steps_per_s"] = steps / elapsed
     returns = np.concatenate([report.episodes["return"] for report in reports])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import TypeAlias
 
 import numpy as np
@@ -46,6 +47,10 @@ class Sampler:
         num_envs: B.
         memory_spans_trial: True resets the policy's memory only where a trial begins; False at
             every episode's end.
+
+    Attributes:
+        env_s: seconds spent in the environments since `start`.
+        inference_s: seconds spent in the policy since then.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Sampler:
         self._policy_version = policy_version
         self._greedy = greedy
         self._steps = 0
+        self.env_s = self.inference_s = 0.0
         self.episodes.clear()
 
     def begin_trial(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
@@ -140,6 +146,7 @@ class Sampler:
             pi, features, peeks = self._act(
                 policy, actor or policy, buffers, shot, greedy, with_value
             )
+            acted = perf_counter()
             log_prob = policy.policy_head.log_prob(pi, torch.from_numpy(buffers.action))
             rollout = buffers.finish(self._task_index, self._policy_version, shot)
             rollout.log_prob = log_prob.numpy()
@@ -148,6 +155,7 @@ class Sampler:
                 rollout.value, rollout.next_value = values(
                     policy, rollout, features, peeks, self._carried(), self.memory_spans_trial
                 )
+            self.inference_s += perf_counter() - acted
         self._steps += num_steps
         return rollout
 
@@ -201,6 +209,7 @@ class Sampler:
         for t in range(num_steps):
             previous = buffers.previous(t) if policy.sees_previous else None
             reset = torch.from_numpy(buffers.reset[t : t + 1]) if buffers.reset[t].any() else None
+            began = perf_counter()
             pi, feature, memory = actor(
                 buffers.obs_tensor[t : t + 1], previous, memory, reset if policy.recurrent else None
             )
@@ -209,6 +218,7 @@ class Sampler:
             if keep_features:
                 features.append(feature)
             buffers.action[t] = action.numpy()
+            self.inference_s += perf_counter() - began
             if buffers.taught:
                 buffers.follow(t, answer_of(self.distribution, self.env.oracle_action))
             done = self._step_env(buffers, t, shot)
@@ -224,7 +234,9 @@ class Sampler:
         if not self._discrete:
             action = np.clip(action, -1.0, 1.0)
         try:
+            began = perf_counter()
             obs, reward, terminated, truncated, info = self.env.step(action)
+            self.env_s += perf_counter() - began
             if obs.shape != self._obs.shape:  # NumPy would stretch some of the others.
                 raise ValueError(f"observations {obs.shape} instead of {self._obs.shape}")
             buffers.obs[t + 1] = obs

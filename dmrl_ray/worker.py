@@ -74,8 +74,15 @@ class RolloutWorker:
                 open_before=open_before,
                 shot_is_episode=algorithm.memory_spans_trial,
             )
-        steps = sum(rollout.reward.size for rollout in trial)
-        return CollectReport(episodes, steps, time.monotonic() - start, recorded), trial, after
+        report = CollectReport(
+            episodes,
+            sum(rollout.reward.size for rollout in trial),
+            time.monotonic() - start,
+            sampler.env_s,
+            sampler.inference_s,
+            recorded,
+        )
+        return report, trial, after
 
     def evaluate(self, call: EvaluateCall, weights: Weights) -> Columns:
         """Rows of one trial on each of the call's tasks."""
