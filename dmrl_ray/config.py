@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from dmrl_ray.settings import SHORT_NAMES, Component, Count, Settings
 
 __all__ = ["SHORT_NAMES", "Component", "Count", "RunConfig", "Settings", "Stage"]
+
+RLLIB = "rllib:"
+"""Begins an ``init_from`` that names a checkpoint of RLlib and not a stage."""
 
 
 class RolloutSettings(Settings):
@@ -64,7 +68,26 @@ class CommitSettings(Settings):
     """Commits whose checkpoints are kept on disk."""
 
 
-class Training(Settings):
+class Starting(Settings):
+    """Settings shared by all stages, which may start from a policy."""
+
+    trust: bool = False
+    """That a checkpoint of RLlib may be read: it is a pickle, and can run code."""
+
+    @field_validator("init_from", check_fields=False)
+    @classmethod
+    def _may_be_read(cls, source: str | None, info: ValidationInfo) -> str | None:
+        if source is None or not source.startswith(RLLIB):
+            return source
+        if not info.data.get("trust"):
+            raise ValueError(
+                "a checkpoint of RLlib is a pickle, which can run code when it is read; if you "
+                "trust whoever wrote it, say trust: true beside it"
+            )
+        return RLLIB + os.path.abspath(os.path.expanduser(source.removeprefix(RLLIB)))
+
+
+class Training(Starting):
     """Settings shared by the stages that train."""
 
     algorithm: Component | None = None
@@ -102,7 +125,8 @@ class Pretrain(Training):
     by chance is worth more with false, here and in the evaluation."""
 
     init_from: str | None = None
-    """Name of an earlier stage whose weights to start from."""
+    """Name of an earlier stage whose weights to start from, or ``rllib:PATH``, here and in other
+    stages: a checkpoint of RLlib."""
 
 
 class Finetune(Training):
@@ -131,7 +155,7 @@ class Finetune(Training):
     before them, ``["*adapter*"]`` what matches: adapters that ``network`` adds here."""
 
 
-class Adapt(Settings):
+class Adapt(Starting):
     """Meet a stream of tasks that change without notice, and keep adapting."""
 
     type: Literal["adapt"] = "adapt"
@@ -170,7 +194,7 @@ class Adapt(Settings):
     """Prefixes of the parameter names that the gradient steps move."""
 
 
-class Evaluate(Settings):
+class Evaluate(Starting):
     """Run a policy on held-out tasks, without learning across them."""
 
     type: Literal["evaluate"] = "evaluate"

@@ -15,7 +15,7 @@ import torch
 
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.algorithms.online import check_steps
-from dmrl_ray.config import Adapt, Finetune, Pretrain, RunConfig
+from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
@@ -24,6 +24,7 @@ from dmrl_ray.run import Run
 from dmrl_ray.settings import did_you_mean
 from dmrl_ray.spec import JobSpec, Program, Weights, build, get_weights, rehearse, set_weights
 from dmrl_ray.stages import job_spec, run_stage
+from dmrl_ray.transfer import rllib_start
 from dmrl_ray.types import EnvironmentFault, Split
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import load_config, resolved
@@ -131,7 +132,9 @@ def check(config: RunConfig) -> None:
             if isinstance(stage, Adapt):
                 check_steps(program.algorithm, stage)
             _check_data(config, name, program)
-            if source is not None:
+            if source is not None and source.startswith(RLLIB):
+                rllib_start(source, program.policy)
+            elif source is not None:
                 _check_start(program, spec, job_spec(config, source))
             rehearse(program, spec)
         except ValueError as error:

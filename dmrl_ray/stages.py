@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 
 from dmrl_ray.calls import AdaptCall
-from dmrl_ray.config import Adapt, Component, Evaluate, Finetune, Pretrain, RunConfig
+from dmrl_ray.config import RLLIB, Adapt, Component, Evaluate, Finetune, Pretrain, RunConfig, Stage
 from dmrl_ray.jobs import EVALUATION_COLUMNS, run_job
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.run import Run
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.spec import JobSpec, Weights, build
+from dmrl_ray.transfer import rllib_start
 from dmrl_ray.types import Arrays, Task
 
 
@@ -38,7 +39,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
     trains = isinstance(stage, (Pretrain, Finetune))
     algorithm: Component | None = getattr(stage, "algorithm", None)
     network: Component | None = getattr(stage, "network", None)
-    if source is not None:
+    if source is not None and not source.startswith(RLLIB):
         parent = job_spec(config, source)
         network = network or parent.network
         algorithm = algorithm or (None if trains else parent.algorithm)
@@ -60,7 +61,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
     """One job on the training tasks; leaves the policies `best` and `last`."""
-    initial = None if stage.init_from is None else _policy(run, stage.init_from, "best")
+    initial = None if stage.init_from is None else _policy(run, name, stage, "best")
     progress = run_job(run, _placed(run, name), stage, initial)
     run.drop(f"{name}.learner")
     run.drop(f"{name}.shards")
@@ -79,7 +80,7 @@ def pretrain(run: Run, name: str, stage: Pretrain) -> None:
 
 def finetune(run: Run, name: str, stage: Finetune) -> None:
     """One job for each held-out task, all of them side by side over the workers."""
-    weights = run.workers.put(_policy(run, stage.init_from, stage.checkpoint))
+    weights = run.workers.put(_policy(run, name, stage, stage.checkpoint))
     spec = _placed(run, name)
     tasks = run.tasks(stage.split, stage.tasks)
     specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
@@ -132,7 +133,7 @@ def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
 def adapt(run: Run, name: str, stage: Adapt) -> None:
     """Streams of tasks that change without notice, all of them at once over the workers."""
     spec = job_spec(run.config, name)
-    weights = run.workers.put(Weights(0, _policy(run, stage.init_from, stage.checkpoint)))
+    weights = run.workers.put(Weights(0, _policy(run, name, stage, stage.checkpoint)))
     tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
     size = max(1, EVALUATION_COLUMNS // stage.episodes_per_update)
@@ -167,7 +168,7 @@ def _report_regret(run: Run, spec: JobSpec, rewards: np.ndarray, oracle: np.ndar
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:
     """Trials on held-out tasks, without learning across them."""
     spec = job_spec(run.config, name)
-    weights = run.workers.put(Weights(0, _policy(run, stage.init_from, stage.checkpoint)))
+    weights = run.workers.put(Weights(0, _policy(run, name, stage, stage.checkpoint)))
     rows = evaluate_policy(
         run,
         spec,
@@ -189,5 +190,23 @@ def _placed(run: Run, name: str) -> JobSpec:
     return replace(job_spec(run.config, name), run_folder=str(run.writer.folder))
 
 
-def _policy(run: Run, stage: str, checkpoint: str) -> Arrays:
-    return run.load(f"{stage}.{checkpoint}")
+def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Arrays:
+    """What a stage starts from; a checkpoint of RLlib is read once, and kept in the run."""
+    assert stage.init_from is not None
+    if not stage.init_from.startswith(RLLIB):
+        return run.load(f"{stage.init_from}.{checkpoint}")
+    kept = f"{name}.start"
+    if kept in run.files:
+        return run.load(kept)
+    start = rllib_start(stage.init_from, build(job_spec(run.config, name)).policy)
+    run.save(kept, start.weights)
+    run.event(
+        "policy_read",
+        name,
+        source=stage.init_from,
+        matched=start.matched,
+        missing=start.missing,
+        unused=start.unused,
+    )
+    run.display.message(f"{name} starts from {stage.init_from}:\n{start.table()}")
+    return start.weights

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from dmrl_ray.config import RunConfig
+from dmrl_ray.config import RLLIB, RunConfig
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.settings import Component, did_you_mean, import_class
 from dmrl_ray.yaml_messages import NAME_PATTERN, NAME_RULE, message_of
@@ -227,6 +227,8 @@ def _wrong_source(
     source: str, name: str, earlier: dict[str, Any], stages: dict[str, Any]
 ) -> str | None:
     """Why a stage cannot start from `source`, or None."""
+    if source.startswith(RLLIB):
+        return None
     if source in earlier:
         kind = earlier[source].get("type") if isinstance(earlier[source], dict) else None
         if kind not in ("finetune", "adapt", "evaluate"):

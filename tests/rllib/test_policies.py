@@ -13,6 +13,7 @@ from dmrl_ray.rllib.environments import EnvSettings, TaskEnv
 from dmrl_ray.rllib.policies import ActorCriticModule, export_policy, exported
 from dmrl_ray.spec import build, get_weights, set_weights
 from dmrl_ray.stages import job_spec
+from dmrl_ray.transfer import rllib_start
 from dmrl_ray.types import random_stream
 from dmrl_ray.yaml_config import load_config
 
@@ -131,7 +132,7 @@ def test_a_trial_played_in_rllib_is_what_the_policy_knows(policies):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rllibs_ppo_goes_on_from_there(kind, policies, ray_instance):
+def test_rllibs_ppo_goes_on_from_there_and_comes_back(kind, policies, ray_instance, tmp_path):
     run, path = policies(kind)
     seen = {"whole_trials": True, "previous": "parts"} if kind == "over_trials" else {}
     register(kind, KINDS[kind][0], **seen)
@@ -150,11 +151,17 @@ def test_rllibs_ppo_goes_on_from_there(kind, policies, ray_instance):
         np.testing.assert_array_equal(acting[name], before[name])
     assert "policy.policy_head.layer.weight" in acting
     result = algorithm.train()
+    algorithm.save_to_path(str(tmp_path / "trained"))
     assert np.isfinite(result["learners"]["default_policy"]["total_loss"])
     after = algorithm.get_module().get_state()
     algorithm.stop()
     moved = {name for name in acting if not np.array_equal(acting[name], after[name])}
     assert moved == {name for name in acting if "_norm." not in name}
+    back = rllib_start(f"rllib:{tmp_path / 'trained'}", program_of(run).policy)
+    assert "policy_head.layer.weight" in back.matched
+    assert back.unused == [n for n in after if kind == "squashed" and ".value_" in n]
+    for ours, theirs in back.matched.items():
+        np.testing.assert_array_equal(back.weights[ours], after[theirs])
 
 
 def after(first, x):
