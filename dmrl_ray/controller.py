@@ -19,6 +19,7 @@ from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
+from dmrl_ray.foreign import check_foreign
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.run import Run
 from dmrl_ray.settings import did_you_mean
@@ -125,6 +126,9 @@ def check(config: RunConfig) -> None:
         source = getattr(stage, "init_from", None)
         spec = job_spec(config, name)
         try:
+            start = job_spec(config, source) if source in config.stages else None
+            if check_foreign(spec, stage, start):
+                continue
             program = build(spec)
             if isinstance(stage, (Pretrain, Finetune)):
                 program.algorithm.prepare_training(spec.trainable)

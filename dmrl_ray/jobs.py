@@ -36,6 +36,7 @@ import numpy as np
 
 from dmrl_ray.calls import CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.config import Pretrain
+from dmrl_ray.foreign import ForeignAlgorithm, foreign_of
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, build
 from dmrl_ray.types import Arrays, Columns, Task
@@ -57,6 +58,9 @@ class Progress:
 
 def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) -> Progress:
     """Train until the budget is spent, from the newest commit if it holds this job's state."""
+    foreign = foreign_of(spec, run.config.workers.num)
+    if foreign is not None:
+        return _run_foreign(run, spec, stage, initial, foreign)
     with closing(run.learners(spec)) as learners:
         progress, states = _begin(run, spec, learners, initial)
         validation = run.tasks("validation", stage.validation_tasks)
@@ -108,6 +112,35 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
 
 
+def _run_foreign(
+    run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None, foreign: ForeignAlgorithm
+) -> Progress:
+    """The same for an algorithm that samples and learns in one."""
+    run.connect()
+    with closing(foreign):
+        progress, _ = _begin(run, spec, foreign, initial)
+        validation = run.tasks("validation", stage.validation_tasks)
+        clock = time.monotonic()
+
+        def snapshot() -> None:
+            _snapshot(run, spec, foreign, progress, [])
+
+        while progress.env_steps < stage.env_steps:
+            report, metrics = foreign.iterate(progress.env_steps)
+            progress.env_steps += report.env_steps
+            progress.updates += 1
+            elapsed, clock = time.monotonic() - clock, time.monotonic()
+            progress.seconds += elapsed
+            _record(run, spec, progress, progress.updates - 1, [report], metrics, elapsed)
+            done = progress.env_steps >= stage.env_steps
+            if done or progress.updates % stage.validate_every == 0:
+                with run.uninterrupted():
+                    _validate(run, spec, foreign, progress, validation, stage.greedy)
+            run.tick(snapshot)
+        _save_policy(run, spec, "last", foreign)
+    return progress
+
+
 def evaluate(
     run: Run,
     spec: JobSpec,
@@ -125,7 +158,7 @@ def evaluate(
         weights: of the policy, made ready by ``run.workers.put``.
         record: add every step to the transitions table.
     """
-    per_task = build(spec).algorithm.columns_per_task
+    per_task = 1 if foreign_of(spec) is not None else build(spec).algorithm.columns_per_task
     size = max(1, EVALUATION_COLUMNS // per_task)
     chunks = [tuple(tasks[i : i + size]) for i in range(0, len(tasks), size)]
     calls = [
@@ -150,7 +183,7 @@ def selection_score(spec: JobSpec, rows: Columns) -> float:
     Scores where the family knows them, returns where not.
     """
     values = rows["return"] if np.isnan(rows["score"]).any() else rows["score"]
-    if not spec.algorithm.load().memory_spans_trial:
+    if not (foreign_of(spec) or spec.algorithm.load()).memory_spans_trial:
         values = values[rows["shot"] == rows["shot"].max()]
     return float(values.mean())
 

@@ -68,11 +68,16 @@ class Run:
                 self._workers = LocalWorkers(self.check)
             else:
                 from dmrl_ray.cluster import RayWorkers
-                from dmrl_ray.connection import connect
 
-                connect(self._address, self.config)
+                self.connect()
                 self._workers = RayWorkers(settings, on_event=self._worker_event, check=self.check)
         return self._workers
+
+    def connect(self) -> None:
+        """Connect to Ray, which algorithms of other libraries may need without workers, too."""
+        from dmrl_ray.connection import connect
+
+        connect(self._address, self.config)
 
     def learners(self, spec: JobSpec) -> Any:
         """Learners for a job: `LocalLearners` or `cluster.RayLearners`."""

@@ -70,9 +70,17 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "gail": "dmrl_ray.algorithms.gail:GAIL",
         "autoencoder": "dmrl_ray.algorithms.representation:Autoencoder",
         "vae": "dmrl_ray.algorithms.representation:VAE",
+        "rllib:PPO": "dmrl_ray.rllib.baselines:PPO",
+        "rllib:APPO": "dmrl_ray.rllib.baselines:APPO",
+        "rllib:IMPALA": "dmrl_ray.rllib.baselines:IMPALA",
+        "rllib:SAC": "dmrl_ray.rllib.baselines:SAC",
+        "rllib:DQN": "dmrl_ray.rllib.baselines:DQN",
     },
 }
 """Short names of the built-in classes, by the setting they stand under."""
+
+LIBRARIES = ("rllib",)
+"""What a short name may begin with, before a colon, though it is no module."""
 
 
 class Settings(BaseModel):
@@ -161,7 +169,7 @@ def _import_path(name: str, kind: str | None) -> str:
     if name in known:
         return known[name]
     module, colon, class_name = name.partition(":")
-    if colon and module and class_name:
+    if colon and module and class_name and module not in LIBRARIES:
         return name
     for other, names in SHORT_NAMES.items():
         if name in names:

@@ -14,6 +14,7 @@ from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.faults import check_spaces, fault, sample
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import SHORT_NAMES
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream
 
@@ -46,7 +47,8 @@ class JobSpec:
     @property
     def algorithm_name(self) -> str:
         """As it stands in the tables."""
-        return self.algorithm.type.rpartition(":")[2].lower()
+        name = self.algorithm.type
+        return (name if name in SHORT_NAMES["algorithm"] else name.rpartition(":")[2]).lower()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from dmrl_ray.calls import AdaptCall
 from dmrl_ray.config import RLLIB, Adapt, Component, Evaluate, Finetune, Pretrain, RunConfig, Stage
+from dmrl_ray.foreign import foreign_of
 from dmrl_ray.jobs import EVALUATION_COLUMNS, run_job
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.run import Run
@@ -93,6 +94,8 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
 
     calls = [(s, weights, stage.updates) for s in open_specs]
     method = "train_recorded" if stage.record else "train"
+    if foreign_of(spec) is not None:
+        run.connect()
     with run.committing(snapshot):
         for i, (rows, trained, *recorded) in run.workers.map(method, calls):
             job = open_specs[i]

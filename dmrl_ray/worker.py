@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from dmrl_ray.algorithms.online import live_through
 from dmrl_ray.calls import AdaptCall, CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.faults import reference, sample
+from dmrl_ray.foreign import foreign_of
 from dmrl_ray.learner import Learner
 from dmrl_ray.recording import Steps, episode_rows, take_episodes, transition_rows
 from dmrl_ray.rollout import Sampler
@@ -86,6 +88,9 @@ class RolloutWorker:
 
     def evaluate(self, call: EvaluateCall, weights: Weights) -> Columns:
         """Rows of one trial on each of the call's tasks."""
+        foreign = foreign_of(call.spec)
+        if foreign is not None:
+            return foreign.play(call, weights.arrays)
         return self._evaluate(call, weights)[0]
 
     def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
@@ -156,6 +161,10 @@ class RolloutWorker:
         Returns the rows of its episodes, with the number of updates done before as their shot,
         and the weights at its end.
         """
+        foreign = foreign_of(spec)
+        if foreign is not None:
+            with closing(foreign):
+                return foreign.train(weights, updates)
         return self.train_recorded(spec, weights, updates)[:2]
 
     def train_recorded(

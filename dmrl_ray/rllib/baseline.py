@@ -1,0 +1,292 @@
+"""One job of an algorithm of RLlib: built, iterated, saved and played. `baselines` names them.
+
+Everything of RLlib that has moved between versions, and may again, is called here, in `settings`
+and in `player`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.exceptions import RayError
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.tune.registry import register_env
+
+from dmrl_ray.calls import CollectReport, EvaluateCall
+from dmrl_ray.connection import cause_of, first_sentence
+from dmrl_ray.foreign import ForeignAlgorithm
+from dmrl_ray.recording import episode_rows, take_episodes
+from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
+from dmrl_ray.rllib.player import play
+from dmrl_ray.rllib.previous import Shown
+from dmrl_ray.rllib.settings import BaselineSettings, apply
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.types import Arrays, Columns, EnvironmentFault, random_stream
+
+MODULE = f"learner/rl_module/{DEFAULT_MODULE_ID}"
+"""Where a learner group's state has the weights."""
+
+NAMES = {
+    "vf_loss": "value_loss",
+    "mean_kl_loss": "approx_kl",
+    "total_loss": "loss",
+    "gradients_default_optimizer_global_norm": "grad_norm",
+}
+"""Metrics that have another name here ..."""
+
+OWN_NAMES = ("policy_loss", "entropy")
+"""... or the same."""
+
+
+class Baseline(ForeignAlgorithm):
+    """One job of an algorithm of RLlib."""
+
+    library: ClassVar[type[AlgorithmConfig]]
+
+    _usual_steps = 0  # of an iteration
+
+    @property
+    def memory_spans_trial(self) -> bool:
+        """Where an RLlib episode is a whole trial."""
+        return bool(self.settings.whole_trials)
+
+    @property
+    def settings(self) -> BaselineSettings:
+        """Of the algorithm."""
+        settings: BaselineSettings = self.spec.algorithm.settings
+        return settings
+
+    def check(self, start: ForeignAlgorithm | None) -> None:
+        """See that RLlib takes the settings, and that network and environment can be made."""
+        try:
+            config = self._config()
+            config.validate()
+            module = self._module(config)
+            env = TaskEnv(self._env_settings())
+            env.reset(seed=0)
+            env.step(env.action_space.sample())
+        except (ValueError, EnvironmentFault):
+            raise
+        except Exception as error:  # RLlib's networks raise what they come upon.
+            raise ValueError(
+                f"algorithm: RLlib cannot build {self.spec.algorithm.type} for these tasks "
+                f"({first_sentence(error)})"
+            ) from error
+        if isinstance(start, Baseline) and _shapes(module) != _shapes(
+            start._module(start._config())
+        ):
+            raise ValueError(
+                f"init_from: the network of stage {start.spec.stage!r} is another one; make model, "
+                "previous and observe_task the same here"
+            )
+
+    def iterate(
+        self, env_steps: int, *, learn: bool = True
+    ) -> tuple[CollectReport, dict[str, float]]:
+        """One iteration of RLlib's."""
+        start, iteration = time.monotonic(), self.version
+        torch.set_num_threads(self.spec.learner_threads)
+        with _library_errors():
+            if learn:
+                result = self._algorithm.train()
+                self.version += 1
+                rows, steps = self._take()
+                self._usual_steps = steps
+            else:
+                result, rows, steps = {}, [], 0
+                while steps < max(1, self._usual_steps):
+                    self._algorithm.env_runner_group.foreach_env_runner(_sample)
+                    more, count = self._take()
+                    rows, steps = rows + more, steps + count
+        episodes = self._episodes(rows, env_steps, iteration)
+        seconds = time.monotonic() - start
+        report = CollectReport(episodes, steps, seconds, env_s=math.nan, inference_s=math.nan)
+        return report, _metrics(result)
+
+    def play(self, call: EvaluateCall, weights: Arrays) -> Columns:
+        """Rows of one trial on each of the call's tasks."""
+        torch.set_num_threads(1)
+        family = self._env_settings().family()
+        module = self._module(self._config())
+        module.set_state(weights)
+        sampler = Sampler(family, len(call.tasks), memory_spans_trial=self.memory_spans_trial)
+        key = (*self.spec.key, "evaluate", call.trial, call.chunk)
+        stream = random_stream(self.spec.seed, *key)
+        sampler.start(stream, call.policy_version, greedy=call.greedy)
+        seed = int(random_stream(self.spec.seed, *key, "torch").integers(2**63))
+        shown = Shown(family, "flat" if self.settings.previous else "none")
+        play(module, shown, sampler, list(call.tasks), greedy=call.greedy, seed=seed)
+        rows = take_episodes(sampler)
+        rows = {k: v[rows["since_begun"] < family.episodes_per_trial] for k, v in rows.items()}
+        episodes = episode_rows(rows, family, scored=True)
+        episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)
+        episodes["trial"] = np.full(len(rows["step"]), call.trial)
+        return episodes
+
+    def weights(self) -> Arrays:
+        """Of the module, target networks included."""
+        with _library_errors():
+            state = self._algorithm.learner_group.get_state(components=MODULE)
+        weights: Arrays = state["learner"]["rl_module"][DEFAULT_MODULE_ID]
+        return {name: np.asarray(array) for name, array in weights.items()}
+
+    def load_weights(self, weights: Arrays) -> None:
+        """Of a module that was made in the same way."""
+        algorithm = self._algorithm
+        with _library_errors():
+            state = {"learner": {"rl_module": {DEFAULT_MODULE_ID: weights}}}
+            algorithm.learner_group.set_state(state)
+            algorithm.env_runner_group.sync_weights(
+                from_worker_or_learner_group=algorithm.learner_group, inference_only=True
+            )
+
+    def get_state(self) -> Arrays:
+        """The files of RLlib's checkpoint, as bytes."""
+        with tempfile.TemporaryDirectory() as folder, _library_errors():
+            self._algorithm.save_to_path(folder)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {str(path.relative_to(folder)): np.fromfile(path, np.uint8) for path in files}
+
+    def set_state(self, state: Arrays, version: int) -> None:
+        """Continue from a checkpoint, with fresh episodes."""
+        self.version = version
+        with tempfile.TemporaryDirectory() as folder, _library_errors():
+            for name, data in state.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data.tobytes())
+            self._algorithm.restore_from_path(folder)
+
+    def close(self) -> None:
+        """End RLlib's processes."""
+        if "_algorithm" in vars(self):
+            self._algorithm.stop()
+            del self._algorithm
+
+    @cached_property
+    def _algorithm(self) -> Any:
+        """RLlib's, built when it is first used."""
+        config = self._config()
+        # RLlib registers its environment under this name each time, and Gymnasium warns of it.
+        gym.registry.pop("rllib-single-agent-env-v0", None)
+        register_env(str(config.env), EnvCreator(self._env_settings()))
+        with _library_errors():
+            return config.build_algo()
+
+    def _config(self) -> AlgorithmConfig:
+        for name in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # What fails, raises.
+        settings = self.settings
+        if settings.num_env_runners is None:
+            settings = settings.model_copy(update={"num_env_runners": self.processes})
+        one_length = self._env_settings().family().fixed_length
+        seed = random_stream(self.spec.seed, *self.spec.key, "rllib", self.version)
+        config = self.library()
+        apply(settings, config)
+        config.environment("/".join(("dmrl_ray", *map(str, self.spec.key))))
+        config.env_runners(
+            gym_env_vectorize_mode="vector_entry_point" if one_length else "sync",
+            validate_env_runners_after_construction=True,
+        )
+        config.fault_tolerance(restart_failed_env_runners=False)  # The run goes back to a commit.
+        config.debugging(seed=int(seed.integers(2**31)), log_level="CRITICAL", log_sys_usage=False)
+        return config
+
+    def _env_settings(self) -> EnvSettings:
+        spec, settings = self.spec, self.settings
+        return EnvSettings(
+            tasks=spec.tasks,
+            split=spec.split,
+            task=spec.fixed_tasks[0].to_json() if spec.fixed_tasks else None,
+            whole_trials=settings.whole_trials,
+            observe_task=settings.observe_task,
+            previous="flat" if settings.previous else "none",
+        )
+
+    def _module(self, config: AlgorithmConfig) -> Any:
+        """A module as the learner has it, without its weights."""
+        settings = self._env_settings()
+        family = settings.family()
+        spaces = (Shown(family, settings.previous).space, family.action_space)
+        spec = config.get_rl_module_spec(spaces={DEFAULT_MODULE_ID: spaces}, inference_only=False)
+        with torch.random.fork_rng(devices=[]):
+            return spec.build()
+
+    def _take(self) -> tuple[list[Row], int]:
+        """Rows of the episodes that ended since the last call, and steps of all environments."""
+        group = self._algorithm.env_runner_group
+        taken = [part for parts in group.foreach_env_runner(_take_episodes) for part in parts]
+        steps = sum(count for _, count in taken)
+        rows = [{**r, "step": r["step"] * steps // n} for part, n in taken for r in part]
+        return rows, steps
+
+    def _episodes(self, rows: list[Row], env_steps: int, iteration: int) -> Columns:
+        columns = {name: np.array([row[name] for row in rows]) for name in _NUMBERS}
+        columns["task"] = np.empty(len(rows), object)
+        columns["task"][:] = [row["task"] for row in rows]
+        columns["shot"] = columns["episode"] * self.memory_spans_trial
+        scored = self.spec.split != "train"
+        episodes = episode_rows(columns, self._env_settings().family(), scored=scored)
+        episodes["env_steps"] = env_steps + columns["step"].astype(np.int64)
+        episodes["trial"] = np.full(len(rows), iteration)
+        return episodes
+
+
+_NUMBERS = ("episode", "return", "length", "success", "step")
+
+
+def _environments(runner: Any) -> list[Any]:
+    """Those of an ``EnvRunner``; none in a process that only learns."""
+    if runner.env is None:
+        return []
+    vectors = runner.env.unwrapped
+    return [env.unwrapped for env in getattr(vectors, "envs", [vectors])]
+
+
+def _take_episodes(runner: Any) -> list[tuple[list[Row], int]]:
+    return [env.take_episodes() for env in _environments(runner)]
+
+
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(array) for name, array in module.get_state().items()}
+
+
+def _sample(runner: Any) -> None:
+    if runner.env is not None:
+        runner.sample()
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    """What the learner reports, by our names where there is one."""
+    found = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
+    return {
+        NAMES.get(name, name if name in OWN_NAMES else f"rllib/{name}"): float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float | np.number) and math.isfinite(value)
+    }
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """Tell what RLlib wraps: a fault of the family, or a process that was lost."""
+    try:
+        yield
+    except RayError as error:
+        raise cause_of(error) from error
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, EnvironmentFault):
+            cause = cause.__cause__
+        raise cause or error from error

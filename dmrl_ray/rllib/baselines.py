@@ -1,0 +1,54 @@
+"""RLlib's algorithms in the stages of a run, beside ours on the same tasks and in the same tables.
+
+    algorithm: {type: rllib:PPO, lr: 3e-4, model: {fcnet_hiddens: [64, 64]}}
+
+An update is an iteration of RLlib's ``Algorithm.train``; samples, learners and networks are
+RLlib's, on its new API stack. The policy is committed as arrays like ours. What a run resumes from
+is RLlib's own checkpoint, whose files are pickles: the one exception to "nothing on disk is a
+pickle". It is of the last iteration that was committed; episodes that were open begin afresh, and
+so, unless ``store_buffer_in_checkpoints`` is true, does replay.
+"""
+
+from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.algorithms.dqn import DQNConfig
+from ray.rllib.algorithms.impala import IMPALAConfig
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.sac import SACConfig
+
+from dmrl_ray.rllib.baseline import Baseline
+from dmrl_ray.rllib.settings import settings_of
+
+
+class PPO(Baseline):
+    """RLlib's PPO."""
+
+    library = PPOConfig
+    Config = settings_of(PPOConfig)
+
+
+class APPO(Baseline):
+    """RLlib's APPO."""
+
+    library = APPOConfig
+    Config = settings_of(APPOConfig)
+
+
+class IMPALA(Baseline):
+    """RLlib's IMPALA."""
+
+    library = IMPALAConfig
+    Config = settings_of(IMPALAConfig)
+
+
+class SAC(Baseline):
+    """RLlib's SAC."""
+
+    library = SACConfig
+    Config = settings_of(SACConfig)
+
+
+class DQN(Baseline):
+    """RLlib's DQN."""
+
+    library = DQNConfig
+    Config = settings_of(DQNConfig)

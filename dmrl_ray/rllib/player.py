@@ -1,0 +1,113 @@
+"""An `RLModule` as our sampler plays a policy: all tasks at once, rows like any other's."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from torch import Tensor
+
+from dmrl_ray.networks.base import Memory
+from dmrl_ray.policy import ActorCritic, Previous
+from dmrl_ray.rllib.previous import Shown
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.types import Task
+
+
+class ModulePolicy:
+    """What `Sampler` needs of a policy. Its ``pi`` is the action, which the module has drawn.
+
+    Also its own head: the sampler asks the head for what to do with ``pi``.
+
+    Args:
+        module: of RLlib, on the CPU.
+        shown: what it was trained to see.
+        greedy: act without exploring, as RLlib's evaluation does.
+    """
+
+    value_encoder = None
+
+    def __init__(self, module: Any, shown: Shown, *, greedy: bool) -> None:
+        self._module, self._shown, self._greedy = module, shown, greedy
+        self._state: dict[str, Any] = module.get_initial_state() if module.is_stateful() else {}
+        self.recurrent = bool(self._state)
+        self.sees_previous = True
+
+    @property
+    def policy_head(self) -> ModulePolicy:
+        """Itself."""
+        return self
+
+    def initial_memory(self, num: int) -> Memory:
+        """RLlib's state, (B, ...) each, in order of its names."""
+        leaves = (torch.as_tensor(self._state[name]) for name in sorted(self._state))
+        return tuple(leaf.expand(num, *leaf.shape).clone() for leaf in leaves)
+
+    def __call__(
+        self, obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """Actions (1, B, ...) of one step."""
+        assert previous is not None
+        if reset is not None:
+            first = self.initial_memory(obs.shape[1])
+            memory = tuple(
+                torch.where(reset[0].view(-1, *[1] * (old.dim() - 1)), new, old)
+                for new, old in zip(first, memory, strict=True)
+            )
+        batch: dict[str, Any] = {Columns.OBS: self._seen(obs[0].numpy(), previous)}
+        if self.recurrent:  # RLlib's sequences are (B, T, ...).
+            batch[Columns.OBS] = batch[Columns.OBS].unsqueeze(1)
+            batch[Columns.STATE_IN] = dict(zip(sorted(self._state), memory, strict=True))
+        action, out = self._act(batch)
+        if self.recurrent:
+            action = action.squeeze(1)
+            memory = tuple(out[Columns.STATE_OUT][name] for name in sorted(self._state))
+        return action.unsqueeze(0), action, memory
+
+    def noise(self, rng: np.random.Generator, num_steps: int, num_envs: int) -> Tensor:
+        """None: the module draws its own, seeded by `play`."""
+        return torch.empty(num_steps, 0)
+
+    def mode(self, pi: Tensor) -> Tensor:
+        """The action."""
+        return pi
+
+    def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
+        """The action."""
+        return pi
+
+    def log_prob(self, pi: Tensor, action: Tensor) -> Tensor:
+        """Not known: DQN has none."""
+        return torch.zeros(pi.shape[:2])
+
+    def _seen(self, obs: np.ndarray, previous: Previous) -> Tensor:
+        action, reward, done = (part[0].numpy() for part in previous)
+        if action.dtype.kind == "f":
+            action = np.clip(action, -1.0, 1.0)
+        return torch.from_numpy(self._shown(obs, action, reward, done))
+
+    def _act(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        module = self._module
+        if self._greedy:
+            out, kind = module.forward_inference(batch), "inference"
+        else:
+            out, kind = module.forward_exploration(batch, t=2**62), "exploration"
+        if Columns.ACTIONS in out:
+            return out[Columns.ACTIONS], out
+        distribution = getattr(module, f"get_{kind}_action_dist_cls")()
+        pi = distribution.from_logits(out[Columns.ACTION_DIST_INPUTS])
+        return (pi.to_deterministic() if self._greedy else pi).sample(), out
+
+
+def play(
+    module: Any, shown: Shown, sampler: Sampler, tasks: list[Task], *, greedy: bool, seed: int
+) -> None:
+    """One trial on each task; the rows are in the sampler afterwards."""
+    policy = cast(ActorCritic, ModulePolicy(module, shown, greedy=greedy))
+    steps = sampler.distribution.trial_steps
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sampler.begin_trial(tasks, policy)
+        sampler.rollout(policy, steps, with_value=False)

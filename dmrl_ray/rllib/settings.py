@@ -1,0 +1,150 @@
+"""RLlib's settings as ours: named and typed as RLlib has them, with errors that have a place.
+
+They are read from the methods of RLlib's own ``AlgorithmConfig`` classes, so that they are those of
+the Ray that is installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import Field, TypeAdapter, ValidationError, create_model
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+
+from dmrl_ray.settings import Settings
+
+COMMON: dict[str, str] = {
+    "training": (
+        "gamma lr grad_clip grad_clip_by train_batch_size_per_learner num_epochs minibatch_size "
+        "shuffle_batch_per_epoch"
+    ),
+    "env_runners": (
+        "num_env_runners num_envs_per_env_runner num_cpus_per_env_runner num_gpus_per_env_runner "
+        "rollout_fragment_length batch_mode explore sample_timeout_s compress_observations "
+        "max_requests_in_flight_per_env_runner"
+    ),
+    "learners": (
+        "num_learners num_cpus_per_learner num_gpus_per_learner local_gpu_idx "
+        "num_aggregator_actors_per_learner max_requests_in_flight_per_learner"
+    ),
+    "reporting": (
+        "min_time_s_per_iteration min_train_timesteps_per_iteration "
+        "min_sample_timesteps_per_iteration"
+    ),
+}
+"""Settings of all algorithms, by the method of ``AlgorithmConfig`` that takes them. All that an
+algorithm adds to ``training`` joins them."""
+
+REFUSED = {"model", "optimizer", "lr_schedule", "entropy_coeff_schedule"}
+"""Of the old API stack. Here ``model`` is what RLlib calls ``DefaultModelConfig``."""
+
+OTHER_DEFAULTS: dict[str, Any] = {
+    "num_cpus_per_env_runner": 0,
+    "num_learners": 0,
+    "min_time_s_per_iteration": None,
+}
+"""Defaults that are not RLlib's, see `BaselineSettings`."""
+
+PLAIN = (int, float, bool, str, dict, list, tuple, types.NoneType)
+
+
+class BaselineSettings(Settings):
+    """What every baseline has beside RLlib's settings.
+
+    RLlib's defaults stand, but for these: its samplers reserve no CPU, as the workers that wait
+    beside them have it; it learns in this process; an iteration ends when its work is done.
+    """
+
+    num_env_runners: int | None = Field(default=None, ge=0)
+    """RLlib's samplers; null takes the run's ``workers.num``, 0 samples in this process."""
+
+    whole_trials: bool = False
+    """An RLlib episode is a whole trial: with ``previous: true`` and ``model: {use_lstm: true}``
+    this is RL^2 as RLlib can do it."""
+
+    previous: bool = False
+    """The previous action, reward and done join the observation."""
+
+    observe_task: bool = False
+    """The task's parameters join the observation: the privileged reference."""
+
+
+def settings_of(library: type[AlgorithmConfig]) -> type[BaselineSettings]:
+    """The settings class of one of RLlib's algorithms."""
+    defaults = library()
+    model = _model_settings(defaults.model_config)
+    found: dict[str, Any] = {"model": (model, model())}
+    for _, name, annotation in _parameters(library):
+        default = OTHER_DEFAULTS.get(name, getattr(defaults, name, None))
+        kind = _plain(annotation, default)
+        if kind is not None and name not in BaselineSettings.model_fields:
+            found.setdefault(name, (kind, copy.deepcopy(default)))
+    return create_model(f"{library.__name__}Settings", __base__=BaselineSettings, **found)
+
+
+def apply(settings: BaselineSettings, config: AlgorithmConfig) -> None:
+    """Set what differs from RLlib's defaults.
+
+    Raises:
+        ValueError: RLlib refuses a value.
+    """
+    config.rl_module(model_config=DefaultModelConfig(**dict(settings.model)))  # type: ignore[attr-defined]
+    for method, name, _ in _parameters(type(config)):
+        if hasattr(settings, name) and getattr(settings, name) != getattr(config, name, None):
+            getattr(config, method)(**{name: getattr(settings, name)})
+
+
+def _parameters(library: type[AlgorithmConfig]) -> Iterator[tuple[str, str, Any]]:
+    """(method, name, annotation) of what may be set, the algorithm's own first."""
+    for method, common in COMMON.items():
+        for base in library.__mro__:
+            own = vars(base).get(method)
+            for p in inspect.signature(own).parameters.values() if own is not None else ():
+                chosen = (
+                    p.name in common.split() if base is AlgorithmConfig else method == "training"
+                )
+                taken = p.default is NotProvided and p.name[0] != "_" and p.name not in REFUSED
+                if chosen and taken:
+                    yield method, p.name, p.annotation
+
+
+def _plain(annotation: Any, default: Any) -> Any:
+    """The kinds of values that YAML can hold, and the default's; None if there are none."""
+    kinds = [kind for kind in _members(annotation) if (get_origin(kind) or kind) in PLAIN]
+    if float in kinds or isinstance(default, float):
+        kinds = [kind for kind in kinds if kind is not int] + [float]
+    if not any(kind is not types.NoneType for kind in kinds):
+        return None
+    for more in ((), (types.NoneType,) if default is None else (type(default),)):
+        kind: Any = Union[tuple([*kinds, *more])]  # noqa: UP007 (made of a list)
+        try:
+            TypeAdapter(kind).validate_python(default)
+            return kind
+        except ValidationError:  # RLlib's annotation does not allow its own default.
+            continue
+    return None
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _members(part)
+    else:
+        yield annotation
+
+
+def _model_settings(own: dict[str, Any]) -> type[Settings]:
+    """RLlib's ``DefaultModelConfig``: the network, with an algorithm's own defaults."""
+    found: dict[str, Any] = {}
+    for field in fields(DefaultModelConfig):
+        default = own.get(field.name, getattr(DefaultModelConfig(), field.name))
+        kind = _plain(field.type, default)
+        if kind is not None:
+            found[field.name] = (kind, default)
+    return create_model("ModelSettings", __base__=Settings, **found)
