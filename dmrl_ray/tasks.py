@@ -31,6 +31,7 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     * All randomness comes from ``self.np_random``; the caller sets it before a reset, so that an
       episode is a function of (task, stream).
     * ``infos["success"]`` (B,) bool, where a family knows success, is read at an episode's end.
+    * A family may write its `step` for tensors too: see `put_on`.
 
     An author writes `set_tasks`, `begin`, `observe`, `render`, and `step`, which ends with
     `auto_reset`.
@@ -39,6 +40,13 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     state_fields: ClassVar[tuple[str, ...]] = ()
     """Attributes, each an array (B, ...), that hold everything an open episode depends on, the
     parameters of the columns' present tasks and those waiting for the next reset included."""
+
+    fixed_fields: ClassVar[tuple[str, ...]] = ()
+    """Attributes, arrays too, that steps read and nothing writes."""
+
+    xp: Any = np
+    """Where the functions of the arrays are: ``numpy``; ``torch`` on a device. The names that both
+    have are those of the array API standard (data-apis.org/array-api)."""
 
     remembers: bool = False
     """Keep what the present tasks have shown, for `belief` and `oracle_action`. Set before the
@@ -53,17 +61,20 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.everyone: Array = np.arange(num_envs)
+        self.never: Array = np.zeros(num_envs, np.bool_)
+        self._steps_left: int | None = None  # on a device, until all episodes end
 
     @abstractmethod
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """One task per column, played from that column's next reset on."""
 
     @abstractmethod
-    def begin(self, columns: np.ndarray) -> None:
+    def begin(self, columns: Array) -> None:
         """Start episodes in these columns, given as indices, on the tasks last set for them."""
 
     @abstractmethod
-    def observe(self) -> np.ndarray:
+    def observe(self) -> Array:
         """(B, *obs_shape), in an array that no later step writes to."""
 
     @abstractmethod
@@ -72,19 +83,56 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    ) -> tuple[Array, dict[str, Any]]:
         """Start an episode in every column; ``options["tasks"]`` are set first, if given."""
         super().reset(seed=seed)
         if options and "tasks" in options:
             self.set_tasks(options["tasks"])
-        self.begin(np.arange(self.num_envs))
+        self.begin(self.everyone)
+        if self._steps_left is not None:
+            self._steps_left = self._episode_steps
         return self.observe(), {}
 
-    def auto_reset(self, obs: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    def auto_reset(self, obs: Array, done: Array) -> tuple[Array, dict[str, Any]]:
         """Begin the next episode where one is done; what `step` returns as obs and infos."""
+        if self._steps_left is not None:
+            return self._reset_together(obs)
         if not done.any():
             return obs, {}
         self.begin(np.flatnonzero(done))
+        return self.observe(), {"final_obs": obs}
+
+    def put_on(self, device: Any, episode_steps: int) -> None:
+        """Keep the columns as tensors on a device from now on, and step them there.
+
+        For families whose episodes all have `episode_steps` steps (`TaskDistribution.on_device`):
+        columns are reset together, so that their ends are known without asking the device, which
+        would wait for it. What they keep to be remembered stays behind.
+        """
+        import torch
+
+        self.xp = torch
+        self._device = device
+        self._episode_steps = self._steps_left = episode_steps
+        for name in (*self.state_fields, *self.fixed_fields, "everyone", "never"):
+            setattr(self, name, torch.tensor(getattr(self, name), device=device))
+
+    def array(self, values: Any) -> Array:
+        """Numbers, as an array where the columns are."""
+        values = np.asarray(values)
+        return values if self.xp is np else self.xp.asarray(values, device=self._device)
+
+    def rows(self, table: Array, index: Array) -> Array:
+        """Rows of a table, the fastest way there is for each kind of array."""
+        return table.take(index, axis=0) if self.xp is np else table[index]
+
+    def _reset_together(self, obs: Array) -> tuple[Array, dict[str, Any]]:
+        assert self._steps_left is not None
+        self._steps_left -= 1
+        if self._steps_left:
+            return obs, {}
+        self.begin(self.everyone)
+        self._steps_left = self._episode_steps
         return self.observe(), {"final_obs": obs}
 
     def belief(self) -> np.ndarray:
@@ -112,12 +160,20 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
 
     def get_state(self) -> Arrays:
         """Copies of everything the open episodes depend on, the random stream excepted."""
-        return {name: np.array(getattr(self, name)) for name in self.state_fields}
+        state = {name: self._host(getattr(self, name)) for name in self.state_fields}
+        if self._steps_left is not None:
+            state["steps_left"] = np.full(self.num_envs, self._steps_left)
+        return state
 
     def set_state(self, state: Arrays) -> None:
         """Continue from `get_state`'s answer."""
         for name in self.state_fields:
-            setattr(self, name, np.array(state[name]))
+            setattr(self, name, self.array(np.array(state[name])))
+        if self._steps_left is not None:
+            self._steps_left = int(state["steps_left"][0])
+
+    def _host(self, array: Array) -> np.ndarray:
+        return np.array(array if self.xp is np else array.cpu().numpy())
 
 
 class TaskDistribution(ABC):
@@ -143,6 +199,10 @@ class TaskDistribution(ABC):
 
     fixed_length: bool = True
     """True if every episode has exactly `max_episode_steps` steps."""
+
+    on_device: bool = False
+    """True if `make_vec`'s environments can be put on a device; their episodes have all one length
+    then."""
 
     @abstractmethod
     def __init__(self, config: Config) -> None: ...

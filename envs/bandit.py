@@ -45,14 +45,13 @@ class BanditVectorEnv(RememberingVectorEnv):
         self.next_chance = self.chance.copy()
         self.t = np.zeros(num_envs, np.int64)
         self.wins, self.pulled = np.zeros((2, num_envs, arms), np.int64)
-        self._columns = np.arange(num_envs)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """One task per column, played from that column's next reset on."""
         super().set_tasks(tasks)
-        self.next_chance[:] = [task.params["chance"] for task in tasks]
+        self.next_chance[:] = self.array([task.params["chance"] for task in tasks])
 
-    def begin(self, columns: np.ndarray) -> None:
+    def begin(self, columns: Array) -> None:
         """Put the pulls of these columns back to none."""
         super().begin(columns)
         self.chance[columns] = self.next_chance[columns]
@@ -63,23 +62,22 @@ class BanditVectorEnv(RememberingVectorEnv):
         self.wins[columns] = 0
         self.pulled[columns] = 0
 
-    def observe(self) -> np.ndarray:
+    def observe(self) -> Array:
         """(B, 1) share of the pulls done."""
-        return (self.t / self.pulls).astype(np.float32)[:, None]
+        return self.xp.asarray(self.t / self.pulls, dtype=self.xp.float32)[:, None]
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Pull one arm in every column."""
-        chance = self.chance[self._columns, actions]
-        reward = (self.np_random.random(self.num_envs) < chance).astype(np.float32)
+        xp = self.xp
+        paid = self.np_random.random(self.num_envs) < self.chance[self.everyone, actions]
+        reward = xp.asarray(paid, dtype=xp.float32)
         if self.remembers:
-            self.wins[self._columns, actions] += reward > 0
-            self.pulled[self._columns, actions] += 1
+            self.wins[self.everyone, actions] += paid
+            self.pulled[self.everyone, actions] += 1
         self.t += 1
         terminated = self.t >= self.pulls
         obs, infos = self.auto_reset(self.observe(), terminated)
-        return obs, reward, terminated, np.zeros(self.num_envs, np.bool_), infos
+        return obs, reward, terminated, self.never, infos
 
     def belief(self) -> np.ndarray:
         """(B, 2 k + 1) the arms' means, their pulls on a log scale, and the share of pulls done."""
@@ -135,6 +133,7 @@ class Bandit(TaskDistribution):
             return self
 
     family = "bandit"
+    on_device = True
 
     def __init__(self, config: Config):
         self.config = config

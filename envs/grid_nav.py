@@ -55,6 +55,7 @@ class GridNavVectorEnv(RememberingVectorEnv):
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ("cell", "goal", "next_goal", "t")
+    fixed_fields: ClassVar[tuple[str, ...]] = ("_next_cell", "_one_hot")
     memory_fields: ClassVar[tuple[str, ...]] = ("possible",)
 
     def __init__(self, num_envs: int):
@@ -65,15 +66,15 @@ class GridNavVectorEnv(RememberingVectorEnv):
         self.t = np.zeros(num_envs, np.int64)
         self.possible = np.zeros((num_envs, len(CELLS)), np.bool_)  # where the goal may be
         self.possible[:, GOALS] = True
-        self._columns = np.arange(num_envs)
+        self._next_cell = NEXT_CELL
         self._one_hot = np.eye(len(CELLS), dtype=np.float32)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """One task per column, played from that column's next reset on."""
         super().set_tasks(tasks)
-        self.next_goal[:] = [task.params["goal"] for task in tasks]
+        self.next_goal[:] = self.array([task.params["goal"] for task in tasks])
 
-    def begin(self, columns: np.ndarray) -> None:
+    def begin(self, columns: Array) -> None:
         """Put the agents of these columns on the start."""
         super().begin(columns)
         self.cell[columns] = 0
@@ -85,25 +86,23 @@ class GridNavVectorEnv(RememberingVectorEnv):
         self.possible[columns] = False
         self.possible[np.ix_(columns, GOALS)] = True
 
-    def observe(self) -> np.ndarray:
+    def observe(self) -> Array:
         """(B, 25) one-hot cells."""
-        return self._one_hot.take(self.cell, axis=0)
+        return self.rows(self._one_hot, self.cell)
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Move every agent."""
-        self.cell = NEXT_CELL[self.cell, actions]
+        self.cell = self._next_cell[self.cell, actions]
         found = self.cell == self.goal
-        reward = np.where(found, np.float32(1.0), np.float32(-0.1))
+        reward = self.xp.where(found, np.float32(1.0), np.float32(-0.1))
         if self.remembers:
-            self.possible[self._columns, self.cell] = found
+            self.possible[self.everyone, self.cell] = found
             self.possible[found] = self._one_hot[self.cell[found]] > 0
         self.t += 1
         truncated = self.t >= HORIZON
         obs, infos = self.auto_reset(self.observe(), truncated)
         infos["success"] = found
-        return obs, reward, np.zeros(self.num_envs, np.bool_), truncated, infos
+        return obs, reward, self.never, truncated, infos
 
     def belief(self) -> np.ndarray:
         """(B, 26) the chance of each cell to be the goal, and whether it is known."""
@@ -153,6 +152,7 @@ class GridNav(TaskDistribution):
         lets every split draw from all cells."""
 
     family = "grid_nav"
+    on_device = True
 
     def __init__(self, config: Config):
         self.config = config

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from dmrl_ray.tasks import TaskVectorEnv
-from dmrl_ray.types import Arrays, Task
+from dmrl_ray.types import Array, Arrays, Task
 
 
 class RememberingVectorEnv(TaskVectorEnv):
@@ -37,7 +37,7 @@ class RememberingVectorEnv(TaskVectorEnv):
         """One task per column, played from that column's next reset on."""
         self.unseen[:] = True
 
-    def begin(self, columns: np.ndarray) -> None:
+    def begin(self, columns: Array) -> None:
         """Forget in those of the columns that start another task."""
         if self.remembers:
             replaced = columns[self.unseen[columns]]

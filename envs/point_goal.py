@@ -67,9 +67,9 @@ class PointGoalVectorEnv(RememberingVectorEnv):
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """One task per column, played from that column's next reset on."""
         super().set_tasks(tasks)
-        self.next_goal[:] = [task.params["goal"] for task in tasks]
+        self.next_goal[:] = self.array([task.params["goal"] for task in tasks])
 
-    def begin(self, columns: np.ndarray) -> None:
+    def begin(self, columns: Array) -> None:
         """Put the points of these columns on the origin."""
         super().begin(columns)
         self.position[columns] = 0.0
@@ -80,29 +80,26 @@ class PointGoalVectorEnv(RememberingVectorEnv):
         """The goals of these columns may be at any angle."""
         self.log_weight[columns] = 0.0
 
-    def observe(self) -> np.ndarray:
+    def observe(self) -> Array:
         """(B, 2) positions."""
-        return self.position.copy()
+        return self.xp.asarray(self.position, copy=True)
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Move every point."""
-        move = np.minimum(np.maximum(actions, -1.0), 1.0)
-        move *= STEP
-        self.position += move
+        xp = self.xp
+        self.position += STEP * actions.clip(-1.0, 1.0)
         offset = self.position - self.goal
         offset *= offset
         reward = offset[:, 0] + offset[:, 1]
-        np.negative(np.sqrt(reward, out=reward), out=reward)
+        xp.negative(xp.sqrt(reward, out=reward), out=reward)
         if self.sparse_radius > 0:
-            reward = np.where(reward >= -self.sparse_radius, 1 + reward, np.float32(0.0))
+            reward = xp.where(reward >= -self.sparse_radius, 1 + reward, np.float32(0.0))
         if self.remembers and self.goals == "semicircle":
             self._weigh(reward)
         self.t += 1
         truncated = self.t >= self.horizon
         obs, infos = self.auto_reset(self.observe(), truncated)
-        return obs, reward, np.zeros(self.num_envs, np.bool_), truncated, infos
+        return obs, reward, self.never, truncated, infos
 
     def _weigh(self, reward: np.ndarray) -> None:
         # A reward tells the distance, up to what a bin can resolve, or that it is a large one.
@@ -159,6 +156,7 @@ class PointGoal(TaskDistribution):
         radius and nothing outside (0.2 in PEARL)."""
 
     family = "point_goal"
+    on_device = True
 
     def __init__(self, config: Config):
         self.config = config
