@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from dmrl_ray.algorithms.sac import SAC, SoftConfig
 from dmrl_ray.losses.latent import gaussian_kl, gaussian_sample, product_of_gaussians
@@ -122,19 +122,23 @@ class PEARL(SAC):
         return precision, precision * mean
 
     def infer(self, slots: np.ndarray, mine: slice) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Latents drawn from what the first steps of trials show, however many are known."""
+        """Latents drawn from what the first steps of trials show, however many are known.
+
+        That number is drawn for each transition of a batch, not for each trial: as many beliefs to
+        learn from as transitions, for the same number of factors.
+        """
         length = self.config.context_episodes * self.distribution.max_episode_steps
-        known = self.rng.integers(length + 1, size=(len(slots), 1, 1))[mine]
-        noise = self.rng.standard_normal((len(slots), self.config.latent), dtype=np.float32)[mine]
+        shape = (len(slots), self.config.batch_steps)
+        known = self.rng.integers(length + 1, size=shape)[mine]
+        noise = self.rng.standard_normal((*shape, self.config.latent), dtype=np.float32)[mine]
         context = self.replay.take(slots[mine], slice(length))
-        device = context.reward.device
-        is_known = torch.from_numpy(np.arange(length)[:, None] < known).to(device)
         factors = self.factors(context.obs, context.action, context.reward)
-        mean, log_var = product_of_gaussians(*(factor * is_known for factor in factors))
+        row = np.arange(len(known))[:, None]
+        beliefs = [pad(x.cumsum(1), (0, 0, 1, 0))[row, known] for x in factors]  # (N, K, L)
+        mean, log_var = product_of_gaussians(*(x.unsqueeze(-2) for x in beliefs))
         prior = torch.zeros_like(mean)
         kl = gaussian_kl(mean, log_var, prior, prior).mean()
-        latent = gaussian_sample(mean, log_var, torch.from_numpy(noise).to(device))
-        latent = latent.unsqueeze(1).expand(-1, self.config.batch_steps, -1)
+        latent = gaussian_sample(mean, log_var, torch.from_numpy(noise).to(mean.device))
         return latent, {"kl_cost": self.config.kl_weight * kl}
 
     def _act(

@@ -8,7 +8,7 @@ import torch
 from test_sac import assert_resumes, assert_shares_average_to_the_whole, trained
 from test_sac import make_spec as make_sac_spec
 
-from dmrl_ray.losses.latent import product_of_gaussians
+from dmrl_ray.losses.latent import gaussian_sample, product_of_gaussians
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import Weights, build
 from dmrl_ray.worker import EvaluateCall, RolloutWorker
@@ -118,6 +118,21 @@ def test_the_context_is_learned_from_the_critics_alone():
     of_critics, of_policy = calls
     assert all(gradient.abs().sum() > 0 for gradient in of_critics)
     assert all(gradient is None for gradient in of_policy)
+
+
+def test_a_transition_is_told_what_a_beginning_of_its_own_trial_shows():
+    algorithm = trained(make_spec())[0].algorithm
+    slots, steps = np.array([2, 0]), algorithm.config.batch_steps
+    algorithm.rng = np.random.default_rng(0)
+    told, _ = algorithm.infer(slots, slice(None))
+    rng = np.random.default_rng(0)
+    known = rng.integers(2 * HORIZON + 1, size=(2, steps))
+    noise = torch.from_numpy(rng.standard_normal((2, steps, LATENT), dtype=np.float32))
+    seen = algorithm.replay.take(slots)
+    for i, k in np.ndindex(2, steps):
+        beginning = (x[i, : known[i, k], None] for x in (seen.obs, seen.action, seen.reward))
+        latent = gaussian_sample(*belief_from(algorithm, beginning), noise[i, k])
+        torch.testing.assert_close(told[i, k], latent, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("first", "counts"), [(0, True), (2 * HORIZON, False)])
