@@ -1,0 +1,1 @@
+"""The speed of real training, row by row."""

@@ -1,0 +1,175 @@
+"""The rows of the table of speed: what is trained, in which variants, until when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TRAINING = "stages: {train: {type: pretrain, env_steps: 100G, validate_every: 1000000}}\n"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a row: settings to change, and what of the run is left out."""
+
+    settings: tuple[str, ...] = ()
+    write_rows: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One work, measured in each of its variants in turn.
+
+    Attributes:
+        title: what stands in the table.
+        text: the config, in YAML.
+        variants: by name; their runs alternate.
+        measure: name of the function of `measures` that runs it.
+        seconds: of each run, unless the command line says otherwise.
+        target: mean return of training, and of how many of the newest episodes.
+        limit: seconds after which a run that waits for its target stops without.
+        memory_at: updates after which memory is looked at.
+    """
+
+    title: str
+    text: str
+    variants: dict[str, Variant] = field(default_factory=dict)
+    measure: str = "training"
+    seconds: float = 20.0
+    target: tuple[float, int] | None = None
+    limit: float = 0.0
+    memory_at: tuple[int, ...] = ()
+
+
+def workers(*numbers: int, shards: bool = False) -> dict[str, Variant]:
+    """A variant for each number of workers; with `shards`, as many shards as workers."""
+    return {
+        f"{n} workers" if n else "0 workers, no Ray": Variant(
+            (f"workers.num={n}", *([f"rollout.shards={n}"] if shards else []))
+        )
+        for n in numbers
+    }
+
+
+CARTPOLE = """
+name: throughput
+tasks: cartpole
+network: {type: actor_critic, encoder: {type: mlp, sizes: [64, 64]}}
+algorithm: {type: ppo, num_steps: 128, epochs: 4, minibatches: 4, lr: 1e-3, entropy_coef: 0.01}
+rollout: {shards: 2, num_envs: 64}
+"""
+
+BANDIT_N10 = """
+name: throughput
+tasks: {type: bandit, arms: 5, pulls: 10}
+network: {type: actor_critic, encoder: {type: lstm, size: 128}}
+algorithm: {type: rl2, epochs: 4, minibatches: 4}
+rollout: {shards: 2, num_envs: 512}
+"""
+
+BANDIT_N100 = """
+name: throughput
+tasks: {type: bandit, arms: 5, pulls: 100}
+network: {type: actor_critic, encoder: {type: lstm, size: 128}}
+algorithm: {type: rl2, gae_lambda: 0.3, lr: 2e-3, entropy_coef: 0, epochs: 4, minibatches: 8}
+rollout: {shards: 2, num_envs: 256}
+"""
+
+POINT_GOAL = """
+name: throughput
+tasks: {type: point_goal, horizon: 100}
+network: {type: actor_critic, encoder: {type: mlp, sizes: [64, 64]}}
+algorithm: {type: maml, episodes_per_task: 20, inner_steps: 1, first_order: false}
+rollout: {shards: 2, num_envs: 400}
+"""
+
+BUSY = """
+name: throughput
+tasks: {type: "benchmarks.busy:Busy", step_ms: 1.0}
+network: {type: actor_critic, encoder: {type: mlp, sizes: [64, 64]}}
+algorithm: {type: impala, num_steps: 32}
+rollout: {num_envs: 8}
+stages:
+  train: {type: pretrain, max_policy_lag: 1, env_steps: 100G, validate_every: 1000000}
+"""
+
+START = """
+name: throughput
+tasks: cartpole
+algorithm: ppo
+stages: {train: {type: pretrain, env_steps: 1, validation_tasks: 1}}
+"""
+
+TINY = """
+name: throughput
+tasks: {type: bandit, arms: 2, pulls: 2}
+network: {type: actor_critic, encoder: {type: mlp, sizes: [8]}}
+algorithm: {type: ppo, num_steps: 2, epochs: 1, minibatches: 1}
+rollout: {shards: 1, num_envs: 4}
+"""
+
+ROWS: dict[str, Row] = {
+    "cartpole": Row(
+        "CartPole-v1, PPO, MLP 64x64, 4 epochs, 128 envs",
+        CARTPOLE + TRAINING,
+        workers(0, 2),
+        target=(475.0, 100),
+        limit=60,
+    ),
+    "bandit_n10": Row(
+        "bandit k=5 n=10, RL2, LSTM 128, 4 epochs, 1024 envs",
+        BANDIT_N10 + TRAINING,
+        workers(0, 2),
+        target=(6.6, 2000),
+        limit=120,
+    ),
+    "bandit_n100": Row(
+        "bandit k=5 n=100, RL2, LSTM 128, 4 epochs, 512 envs",
+        BANDIT_N100 + TRAINING,
+        workers(2),
+        seconds=60,
+        target=(75.1, 2000),  # Thompson sampling
+        limit=1200,
+    ),
+    "maml": Row(
+        "point_goal, MAML, second order, one inner step, 40 tasks of 20 episodes of 100 steps",
+        POINT_GOAL + TRAINING,
+        workers(0, 2),
+    ),
+    "busy": Row(
+        "steps of 1 ms CPU, IMPALA, MLP 64x64, 8 envs a worker, learner overlapped",
+        BUSY,
+        workers(1, 2, 3, shards=True),
+        measure="expensive",
+    ),
+    "start": Row(
+        "from the typed command to the first update (files in the page cache)",
+        START,
+        workers(0, 2),
+        measure="start",
+    ),
+    "worker_memory": Row(
+        "memory of a rollout worker, CartPole-v1 as above",
+        CARTPOLE + TRAINING,
+        workers(2),
+        measure="worker_memory",
+        seconds=10,
+    ),
+    "driver_memory": Row(
+        "memory of the driver over 10,000 updates of a tiny job",
+        TINY + TRAINING,
+        workers(0, 1),
+        measure="driver_memory",
+        memory_at=(1_000, 10_000),
+    ),
+    "tables": Row(
+        "what writing tables costs, CartPole-v1 as above in one process",
+        CARTPOLE + TRAINING,
+        {
+            "no rows": Variant(("workers.num=0",), write_rows=False),
+            "tables": Variant(("workers.num=0",)),
+            "tables and every step": Variant(("workers.num=0", "stages.train.record=true")),
+        },
+        measure="speed_alone",
+        seconds=60,  # several commits
+    ),
+}
