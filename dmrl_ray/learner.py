@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmrl_ray.algorithms.team import Team
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
 from dmrl_ray.types import Arrays, Rollout, Trial, random_stream
@@ -34,6 +35,8 @@ class Learner:
         self.algorithm = program.algorithm
         self.policy = program.policy.to(self.device)
         self.algorithm.prepare_training(spec.trainable)
+        if self.device.type == "cpu":
+            self.algorithm.team = Team(spec.learner_threads)
         self._poisoned = 0
 
     def join(self, init_method: str, rank: int, world_size: int) -> None:

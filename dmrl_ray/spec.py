@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.team import one_thread
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.faults import check_spaces, fault, sample
 from dmrl_ray.policy import ActorCritic
@@ -81,7 +80,8 @@ def build(spec: JobSpec) -> Program:
     """
     distribution = load_family(spec.tasks)
     kind = _load("algorithm", spec.algorithm, Algorithm)
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    # Orthogonal weights differ in their last bits by the number of threads that made them.
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(int(random_stream(spec.seed, *spec.key, "init").integers(2**63)))
         policy = _load("network", spec.network, ActorCritic)(
             spec.network.settings,
@@ -144,17 +144,6 @@ def rehearse(program: Program, spec: JobSpec) -> None:
     if program.algorithm.continues_episodes:
         sampler.get_state()  # for a commit
     sampler.env.close()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Orthogonal weights differ in their last bits by the number of threads that made them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def get_weights(policy: ActorCritic) -> Arrays:

@@ -7,6 +7,8 @@ every step is a column of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import reduce
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.team import Team, divisible, one_thread
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.types import Rollout
 
@@ -29,7 +32,10 @@ def step_through(
 ) -> dict[str, float]:
     """Pass over a batch in random minibatches, a gradient step on each.
 
-    Of several learners each takes its share of every minibatch.
+    Of several learners each takes its share of every minibatch, and deals it to its threads.
+
+    Args:
+        loss: the mean over a minibatch's columns of what each of them says by itself.
 
     Returns:
         Means over all steps of what `loss` reports, and of ``grad_norm``.
@@ -38,17 +44,48 @@ def step_through(
     columns, rank, world_size = first.shape[1], algorithm.rank, algorithm.world_size
     count = min(minibatches, columns)
     bounds = [columns * i // count for i in range(count + 1)]
+    team = algorithm.team if divisible(algorithm.policy) else Team(1)
     steps = []
-    for _ in range(epochs):
-        order = torch.from_numpy(algorithm.rng.permutation(columns)).to(first.device)
-        shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
-        for start, stop in pairwise(bounds):
-            mine = slice(start + rank, stop, world_size)
-            value, report = loss({name: x[:, mine] for name, x in shuffled.items()})
-            share = len(range(mine.start, stop, world_size)) / (stop - start)
-            report["grad_norm"] = algorithm.step_optimizer(value * share * world_size)
-            steps.append(torch.stack([x.detach() for x in report.values()]))
-    return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
+    with one_thread() if team.size > 1 else nullcontext():
+        for _ in range(epochs):
+            order = torch.from_numpy(algorithm.rng.permutation(columns)).to(first.device)
+            shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
+            for start, stop in pairwise(bounds):
+                mine = range(start + rank, stop, world_size)
+                names, report, gradients = _differentiate(
+                    algorithm, team, shuffled, loss, mine, world_size / (stop - start)
+                )
+                norm = algorithm.descend(algorithm.parameters, gradients)
+                steps.append(torch.cat([report, norm.detach().view(1)]))
+    return dict(zip([*names, "grad_norm"], torch.stack(steps).mean(0).tolist(), strict=True))
+
+
+def _differentiate(
+    algorithm: Algorithm, team: Team, batch: Batch, loss: Loss, mine: range, weight: float
+) -> tuple[list[str], Tensor, list[Tensor | None]]:
+    """Names and means of what the loss reports of these columns, and `weight` x their gradients."""
+
+    def of_share(share: range) -> tuple[list[str], Tensor, tuple[Tensor | None, ...]]:
+        part = slice(share.start, share.stop, share.step)
+        value, report = loss({name: x[:, part] for name, x in batch.items()})
+        value = value * (weight * len(share))
+        gradients = torch.autograd.grad(value, algorithm.parameters, allow_unused=True)
+        means = torch.stack([x.detach() for x in report.values()])
+        return list(report), means * (len(share) / max(1, len(mine))), gradients
+
+    names, means, gradients = zip(
+        *team.map(of_share, team.shares(mine, _steps(batch))), strict=True
+    )
+    return names[0], torch.stack(means).sum(0), [_sum(g) for g in zip(*gradients, strict=True)]
+
+
+def _steps(batch: Batch) -> int:
+    return max(x.shape[0] for x in batch.values())
+
+
+def _sum(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return reduce(torch.add, known) if known else None
 
 
 def shown(policy: ActorCritic, rollout: Rollout) -> Batch:
