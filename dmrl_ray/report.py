@@ -123,7 +123,7 @@ def _types(component: object) -> str:
     """``actor_critic (gru)``: the type of a component, and of those in it."""
     if not isinstance(component, dict):
         return str(component or "")
-    inner = [_types(item) for item in component.values() if isinstance(item, dict)]
+    inner = [_types(x) for x in component.values() if isinstance(x, dict) and "type" in x]
     return str(component.get("type", "")) + (f" ({', '.join(inner)})" if inner else "")
 
 

@@ -31,23 +31,13 @@ from dmrl_ray.recording import episode_rows, take_episodes
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
 from dmrl_ray.rllib.player import play
 from dmrl_ray.rllib.previous import Shown
+from dmrl_ray.rllib.readings import columns_of, metrics_of, sample_once, take_episodes_of
 from dmrl_ray.rllib.settings import BaselineSettings, apply
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.types import Arrays, Columns, EnvironmentFault, random_stream
 
 MODULE = f"learner/rl_module/{DEFAULT_MODULE_ID}"
 """Where a learner group's state has the weights."""
-
-NAMES = {
-    "vf_loss": "value_loss",
-    "mean_kl_loss": "approx_kl",
-    "total_loss": "loss",
-    "gradients_default_optimizer_global_norm": "grad_norm",
-}
-"""Metrics that have another name here ..."""
-
-OWN_NAMES = ("policy_loss", "entropy")
-"""... or the same."""
 
 
 class Baseline(ForeignAlgorithm):
@@ -69,20 +59,25 @@ class Baseline(ForeignAlgorithm):
         return settings
 
     def check(self, start: ForeignAlgorithm | None) -> None:
-        """See that RLlib takes the settings, and that network and environment can be made."""
+        """See that environment, settings and network can be made."""
+        env = TaskEnv(self._env_settings())
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+        kind = self.spec.algorithm.type
         try:
             config = self._config()
             config.validate()
+        except ValueError as error:
+            raise ValueError(
+                f"algorithm: RLlib refuses the settings of {kind} ({first_sentence(error)})"
+            ) from error
+        try:
             module = self._module(config)
-            env = TaskEnv(self._env_settings())
-            env.reset(seed=0)
-            env.step(env.action_space.sample())
-        except (ValueError, EnvironmentFault):
-            raise
         except Exception as error:  # RLlib's networks raise what they come upon.
             raise ValueError(
-                f"algorithm: RLlib cannot build {self.spec.algorithm.type} for these tasks "
-                f"({first_sentence(error)})"
+                f"algorithm: RLlib can make no network of {kind} for observations "
+                f"{env.observation_space} and actions {env.action_space} "
+                f"({first_sentence(_first(error))})"
             ) from error
         if isinstance(start, Baseline) and _shapes(module) != _shapes(
             start._module(start._config())
@@ -102,18 +97,22 @@ class Baseline(ForeignAlgorithm):
             if learn:
                 result = self._algorithm.train()
                 self.version += 1
-                rows, steps = self._take()
+                rows, steps = take_episodes_of(self._algorithm.env_runner_group)
                 self._usual_steps = steps
             else:
                 result, rows, steps = {}, [], 0
                 while steps < max(1, self._usual_steps):
-                    self._algorithm.env_runner_group.foreach_env_runner(_sample)
-                    more, count = self._take()
+                    self._algorithm.env_runner_group.foreach_env_runner(sample_once)
+                    more, count = take_episodes_of(self._algorithm.env_runner_group)
                     rows, steps = rows + more, steps + count
-        episodes = self._episodes(rows, env_steps, iteration)
-        seconds = time.monotonic() - start
-        report = CollectReport(episodes, steps, seconds, env_s=math.nan, inference_s=math.nan)
-        return report, _metrics(result)
+        report = CollectReport(
+            self._episodes(rows, env_steps, iteration),
+            steps,
+            time.monotonic() - start,
+            env_s=self._sampling_s(result, "env_step_timer", steps),
+            inference_s=self._sampling_s(result, "rlmodule_inference_timer", steps),
+        )
+        return report, metrics_of(result)
 
     def play(self, call: EvaluateCall, weights: Arrays) -> Columns:
         """Rows of one trial on each of the call's tasks."""
@@ -224,18 +223,13 @@ class Baseline(ForeignAlgorithm):
         with torch.random.fork_rng(devices=[]):
             return spec.build()
 
-    def _take(self) -> tuple[list[Row], int]:
-        """Rows of the episodes that ended since the last call, and steps of all environments."""
-        group = self._algorithm.env_runner_group
-        taken = [part for parts in group.foreach_env_runner(_take_episodes) for part in parts]
-        steps = sum(count for _, count in taken)
-        rows = [{**r, "step": r["step"] * steps // n} for part, n in taken for r in part]
-        return rows, steps
+    def _sampling_s(self, result: dict[str, Any], timer: str, steps: int) -> float:
+        """Seconds that all samplers spent so; RLlib times the mean step of its columns."""
+        mean = float(result.get("env_runners", {}).get(timer, math.nan))
+        return mean * steps / self._algorithm.config.num_envs_per_env_runner
 
     def _episodes(self, rows: list[Row], env_steps: int, iteration: int) -> Columns:
-        columns = {name: np.array([row[name] for row in rows]) for name in _NUMBERS}
-        columns["task"] = np.empty(len(rows), object)
-        columns["task"][:] = [row["task"] for row in rows]
+        columns = columns_of(rows)
         columns["shot"] = columns["episode"] * self.memory_spans_trial
         scored = self.spec.split != "train"
         episodes = episode_rows(columns, self._env_settings().family(), scored=scored)
@@ -244,38 +238,16 @@ class Baseline(ForeignAlgorithm):
         return episodes
 
 
-_NUMBERS = ("episode", "return", "length", "success", "step")
-
-
-def _environments(runner: Any) -> list[Any]:
-    """Those of an ``EnvRunner``; none in a process that only learns."""
-    if runner.env is None:
-        return []
-    vectors = runner.env.unwrapped
-    return [env.unwrapped for env in getattr(vectors, "envs", [vectors])]
-
-
-def _take_episodes(runner: Any) -> list[tuple[list[Row], int]]:
-    return [env.take_episodes() for env in _environments(runner)]
+def _first(error: BaseException) -> Exception:
+    """What went wrong before whatever went wrong while that was handled."""
+    while error.__context__ is not None:
+        error = error.__context__
+    assert isinstance(error, Exception)
+    return error
 
 
 def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {name: np.shape(array) for name, array in module.get_state().items()}
-
-
-def _sample(runner: Any) -> None:
-    if runner.env is not None:
-        runner.sample()
-
-
-def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """What the learner reports, by our names where there is one."""
-    found = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
-    return {
-        NAMES.get(name, name if name in OWN_NAMES else f"rllib/{name}"): float(value)
-        for name, value in found.items()
-        if isinstance(value, int | float | np.number) and math.isfinite(value)
-    }
 
 
 @contextmanager

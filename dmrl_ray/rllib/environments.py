@@ -191,7 +191,7 @@ class Columns:
                     "return": float(self._return[b]),
                     "length": self._length,
                     "success": float(success[b]),
-                    "step": self._steps,
+                    "step": self._steps * self.num_columns,
                 }
             )
         self._return[:] = 0.0

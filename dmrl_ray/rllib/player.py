@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -41,8 +42,8 @@ class ModulePolicy:
         return self
 
     def initial_memory(self, num: int) -> Memory:
-        """RLlib's state, (B, ...) each, in order of its names."""
-        leaves = (torch.as_tensor(self._state[name]) for name in sorted(self._state))
+        """RLlib's state, (B, ...) each."""
+        leaves = map(torch.as_tensor, _leaves(self._state))
         return tuple(leaf.expand(num, *leaf.shape).clone() for leaf in leaves)
 
     def __call__(
@@ -59,11 +60,11 @@ class ModulePolicy:
         batch: dict[str, Any] = {Columns.OBS: self._seen(obs[0].numpy(), previous)}
         if self.recurrent:  # RLlib's sequences are (B, T, ...).
             batch[Columns.OBS] = batch[Columns.OBS].unsqueeze(1)
-            batch[Columns.STATE_IN] = dict(zip(sorted(self._state), memory, strict=True))
+            batch[Columns.STATE_IN] = _like(self._state, iter(memory))
         action, out = self._act(batch)
         if self.recurrent:
             action = action.squeeze(1)
-            memory = tuple(out[Columns.STATE_OUT][name] for name in sorted(self._state))
+            memory = tuple(_leaves(out[Columns.STATE_OUT]))
         return action.unsqueeze(0), action, memory
 
     def noise(self, rng: np.random.Generator, num_steps: int, num_envs: int) -> Tensor:
@@ -99,6 +100,21 @@ class ModulePolicy:
         distribution = getattr(module, f"get_{kind}_action_dist_cls")()
         pi = distribution.from_logits(out[Columns.ACTION_DIST_INPUTS])
         return (pi.to_deterministic() if self._greedy else pi).sample(), out
+
+
+def _leaves(state: dict[str, Any]) -> Iterator[Any]:
+    """What a nested state holds, in order of its names."""
+    for name in sorted(state):
+        part = state[name]
+        yield from _leaves(part) if isinstance(part, dict) else (part,)
+
+
+def _like(state: dict[str, Any], leaves: Iterator[Tensor]) -> dict[str, Any]:
+    """The same state with other leaves."""
+    return {
+        name: _like(state[name], leaves) if isinstance(state[name], dict) else next(leaves)
+        for name in sorted(state)
+    }
 
 
 def play(
