@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dmrl_ray.settings import SHORT_NAMES, Component, Count, Settings
 
@@ -27,6 +27,11 @@ class RolloutSettings(Settings):
 
     num_envs: int = Field(default=64, ge=1)
     """Environment columns per shard."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Where pretraining steps environments and policy, as tensors that the learner takes as they
+    are; with ``workers: {num: 0}``. Thousands of columns are needed to keep a GPU busy. null, and
+    the other stages: in NumPy, in the workers."""
 
 
 class WorkerSettings(Settings):
@@ -252,3 +257,14 @@ class RunConfig(Settings):
 
     stages: dict[str, Stage] = Field(min_length=1)
     """Stages by name, run in this order."""
+
+    @model_validator(mode="after")
+    def _is_one_process_on_a_device(self) -> RunConfig:
+        rollouts = [self.rollout, *(getattr(s, "rollout", None) for s in self.stages.values())]
+        devices = [r.device for r in rollouts if r is not None and r.device is not None]
+        if devices and self.workers.num != 0:
+            raise ValueError(
+                f"rollout.device: {devices[0]} keeps everything in this process, which needs "
+                f"workers.num: 0, found {self.workers.num}"
+            )
+        return self

@@ -47,10 +47,10 @@ class Episodes:
         self._length = np.zeros(self.num_envs, np.int64)
         self._begun_at = self.number.copy()
 
-    def add(self, reward: np.ndarray) -> None:
-        """One step of every column."""
+    def add(self, reward: np.ndarray, steps: int = 1) -> None:
+        """What one step, or several, of every column paid."""
         self._return += reward
-        self._length += 1
+        self._length += steps
 
     def end(
         self,

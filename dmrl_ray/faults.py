@@ -18,7 +18,7 @@ import numpy as np
 from dmrl_ray.buffers import first_not_finite
 from dmrl_ray.episodes import Episodes
 from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
-from dmrl_ray.types import EnvironmentFault, Reference, Rollout, Split, Task
+from dmrl_ray.types import Array, EnvironmentFault, Reference, Rollout, Split, Task
 
 Family: TypeAlias = TaskDistribution | type[TaskDistribution]
 
@@ -110,7 +110,7 @@ def check_spaces(family: TaskDistribution) -> None:
         )
 
 
-def first_obs(family: TaskDistribution, env: TaskVectorEnv) -> np.ndarray:
+def first_obs(family: TaskDistribution, env: TaskVectorEnv) -> Array:
     """Reset every column; the observations, if they are what the family's space says.
 
     Raises:
@@ -119,9 +119,10 @@ def first_obs(family: TaskDistribution, env: TaskVectorEnv) -> np.ndarray:
     answer = answer_of(family, env.reset)
     if not (isinstance(answer, tuple) and len(answer) == 2):
         raise EnvironmentFault(f"{name_of(family)}: reset must return (observations, infos)")
-    obs, space = np.asarray(answer[0]), family.observation_space
+    obs, space = answer[0], family.observation_space
+    obs = np.asarray(obs) if env.xp is np else obs
     shape = (env.num_envs, *(space.shape or ()))
-    if obs.shape != shape or obs.dtype != space.dtype:
+    if obs.shape != shape or str(obs.dtype).removeprefix("torch.") != str(space.dtype):
         raise EnvironmentFault(
             f"{name_of(family)}: reset returned observations of shape {obs.shape} and type "
             f"{obs.dtype}; for {env.num_envs} columns the space asks for {shape} and {space.dtype}"

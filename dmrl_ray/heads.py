@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmrl_ray.arrays import Stream, namespace
 from dmrl_ray.losses.distributions import (
     categorical_entropy,
     categorical_kl,
@@ -37,11 +38,12 @@ class CategoricalHead(nn.Module):
         logits: Tensor = self.layer(features)
         return logits
 
-    def noise(self, rng: np.random.Generator, steps: int, columns: int) -> Tensor:
+    def noise(self, rng: Stream, steps: int, columns: int) -> Tensor:
         """Gumbel noise for `sample`, for a whole rollout at once."""
         shape = (steps, columns, self.num_actions)
         exponential = rng.standard_exponential(shape, dtype=np.float32)
-        return torch.from_numpy(-np.log(exponential + np.float32(1e-30)))
+        log = namespace(exponential).log
+        return torch.as_tensor(-log(exponential + 1e-30))
 
     def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
         """Exact samples by the Gumbel-max trick: one addition and one argmax."""
@@ -87,10 +89,10 @@ class GaussianHead(nn.Module):
         log_std = self.log_std.clamp(*LOG_STD_BOUNDS)
         return torch.cat([mean, log_std.expand_as(mean)], -1)
 
-    def noise(self, rng: np.random.Generator, steps: int, columns: int) -> Tensor:
+    def noise(self, rng: Stream, steps: int, columns: int) -> Tensor:
         """Standard normal noise for `sample`, for a whole rollout at once."""
         normal = rng.standard_normal((steps, columns, self.num_actions), dtype=np.float32)
-        return torch.from_numpy(normal)
+        return torch.as_tensor(normal)
 
     def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
         """mean + std * noise."""
@@ -139,10 +141,10 @@ class SquashedGaussianHead(nn.Module):
         mean, log_std = self.layer(features).chunk(2, -1)
         return torch.cat([mean, log_std.clamp(*SQUASHED_LOG_STD_BOUNDS)], -1)
 
-    def noise(self, rng: np.random.Generator, steps: int, columns: int) -> Tensor:
+    def noise(self, rng: Stream, steps: int, columns: int) -> Tensor:
         """Standard normal noise for `sample`, for a whole rollout at once."""
         normal = rng.standard_normal((steps, columns, self.num_actions), dtype=np.float32)
-        return torch.from_numpy(normal)
+        return torch.as_tensor(normal)
 
     def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
         """tanh(mean + std * noise)."""

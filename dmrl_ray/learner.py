@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dmrl_ray.algorithms.team import Team
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
-from dmrl_ray.types import Arrays, Rollout, Trial, random_stream
+from dmrl_ray.types import Array, Arrays, Rollout, Trial, random_stream
 
 MAX_POISONED_UPDATES = 3
 """Updates in a row with a loss or gradient that is not finite, after which a job stops."""
@@ -115,8 +114,8 @@ class Learner:
     def _join_shards(self, shards: list[Rollout]) -> Rollout:
         return Rollout.concatenate(shards).map(self._to_device)
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _to_device(self, array: Array) -> Tensor:
+        return torch.as_tensor(array, device=self.device)
 
 
 def _under(prefix: str, state: Arrays) -> Arrays:

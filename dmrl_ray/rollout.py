@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmrl_ray.arrays import host
 from dmrl_ray.buffers import Buffers
 from dmrl_ray.episodes import Episodes
 from dmrl_ray.faults import answer_of, check_finite, fault, first_obs
@@ -152,9 +153,10 @@ class Sampler:
             rollout.log_prob = log_prob.numpy()
             check_finite(self.distribution, rollout, self.episodes, self._steps)
             if with_value:
-                rollout.value, rollout.next_value = values(
+                both = values(
                     policy, rollout, features, peeks, self._carried(), self.memory_spans_trial
                 )
+                rollout.value, rollout.next_value = (v.numpy() for v in both)
             self.inference_s += perf_counter() - acted
         self._steps += num_steps
         return rollout
@@ -169,8 +171,8 @@ class Sampler:
             return {}
         of_env = answer_of(self.distribution, self.env.get_state)
         state: Arrays = {f"env.{name}": array for name, array in of_env.items()}
-        state |= {f"memory.{i}": leaf.numpy() for i, leaf in enumerate(self.memory)}
-        state |= {name: getattr(self, f"_{name}") for name in _STATE}
+        state |= {f"memory.{i}": host(leaf) for i, leaf in enumerate(self.memory)}
+        state |= {name: host(getattr(self, f"_{name}")) for name in STATE}
         state |= self.episodes.get_state()
         state["pending_task_of"] = tasks_to_array(list(self._pending_task_of))
         return {name: np.array(array) for name, array in state.items()}
@@ -186,7 +188,7 @@ class Sampler:
         answer_of(self.distribution, self.env.set_state, of_env)
         leaves = sorted(k for k in state if k.startswith("memory."))
         self.memory = tuple(torch.from_numpy(np.array(state[k])) for k in leaves)
-        for name in _STATE:
+        for name in STATE:
             setattr(self, f"_{name}", np.array(state[name]))
 
     def _act(
@@ -221,9 +223,18 @@ class Sampler:
             self.inference_s += perf_counter() - began
             if buffers.taught:
                 buffers.follow(t, answer_of(self.distribution, self.env.oracle_action))
-            done = self._step_env(buffers, t, shot)
-            if peek and done is not None:
-                peeks.append(peek_value(policy, buffers, t, memory))
+            ended = self._step_env(buffers, t, shot)
+            if peek and ended is not None:
+                final_obs, action, reward = (
+                    torch.from_numpy(x)
+                    for x in (
+                        buffers.final_obs[-1],
+                        buffers.action[t, ended],
+                        buffers.reward[t, ended],
+                    )
+                )
+                then = tuple(leaf[torch.from_numpy(ended)] for leaf in memory)
+                peeks.append(peek_value(policy, final_obs, action, reward, then))
         self.memory = memory
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
@@ -279,4 +290,5 @@ class Sampler:
         self._previous_done = buffers.done[-1].copy()
 
 
-_STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")
+STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")
+"""Attributes of a sampler, each an array (B, ...): what the next step starts from."""

@@ -10,10 +10,11 @@ import torch
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.team import one_thread
 from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.faults import check_spaces, fault, sample
+from dmrl_ray.faults import check_spaces, fault, name_of, sample
 from dmrl_ray.policy import ActorCritic
+from dmrl_ray.resident import ResidentSampler
 from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import SHORT_NAMES
+from dmrl_ray.settings import SHORT_NAMES, import_class
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream
 
@@ -65,15 +66,23 @@ class Program:
     distribution: TaskDistribution
     policy: ActorCritic
     algorithm: Algorithm
+    device: str | None = None  # where it rolls out; None is in NumPy
 
     def sampler(self, num_envs: int) -> Sampler:
         """Environments of the family, with memory as the algorithm has it."""
         spans = self.algorithm.memory_spans_trial
-        return Sampler(self.distribution, num_envs, memory_spans_trial=spans)
+        if self.device is None:
+            return Sampler(self.distribution, num_envs, memory_spans_trial=spans)
+        device = torch.device(self.device)
+        return ResidentSampler(self.distribution, num_envs, memory_spans_trial=spans, device=device)
 
 
-def build(spec: JobSpec) -> Program:
+def build(spec: JobSpec, device: str | None = None) -> Program:
     """Make a job's program; the policy's first weights depend on the seed and the job alone.
+
+    Args:
+        spec: of the job.
+        device: rolls out there, and not in NumPy.
 
     Raises:
         ValueError: the parts do not fit together; the message names the setting.
@@ -98,7 +107,26 @@ def build(spec: JobSpec) -> Program:
             f"rollout.num_envs: {spec.rollout.num_envs} columns cannot be dealt to tasks of "
             f"{columns} columns each (stage {spec.stage!r}); use a multiple of {columns}"
         )
-    return Program(distribution, policy, algorithm)
+    _check_device(spec, distribution, kind)
+    return Program(distribution, policy if device is None else policy.to(device), algorithm, device)
+
+
+def _check_device(spec: JobSpec, family: TaskDistribution, algorithm: type[Algorithm]) -> None:
+    """See that the job can roll out where it is to."""
+    if spec.rollout.device is None:
+        return
+    if not family.on_device:
+        names = SHORT_NAMES["tasks"]
+        others = ", ".join(n for n in names if import_class(n, "tasks").on_device)
+        raise ValueError(
+            f"rollout.device: {name_of(family)} steps in NumPy alone; use null, or one of {others}"
+        )
+    if not algorithm.on_device:
+        raise ValueError(
+            f"rollout.device: {spec.algorithm_name} rolls out in NumPy alone; use null"
+        )
+    if spec.rollout.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("rollout.device: PyTorch finds no GPU here; use null, or cpu to try it")
 
 
 def load_family(component: Component) -> TaskDistribution:

@@ -40,6 +40,9 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
     trains = isinstance(stage, (Pretrain, Finetune))
     algorithm: Component | None = getattr(stage, "algorithm", None)
     network: Component | None = getattr(stage, "network", None)
+    rollout = getattr(stage, "rollout", None) or config.rollout
+    if not isinstance(stage, Pretrain):
+        rollout = rollout.model_copy(update={"device": None})
     if source is not None and not source.startswith(RLLIB):
         parent = job_spec(config, source)
         network = network or parent.network
@@ -51,7 +54,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         tasks=config.tasks,
         network=network or config.network,
         algorithm=algorithm or config.algorithm,
-        rollout=getattr(stage, "rollout", None) or config.rollout,
+        rollout=rollout,
         env_steps=getattr(stage, "env_steps", 0),
         trainable=getattr(stage, "trainable", ("",)),
         learner_threads=config.learners.threads,

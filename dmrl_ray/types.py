@@ -95,7 +95,8 @@ class Reference:
 class Rollout:
     """T steps of B environment columns.
 
-    Made of NumPy arrays in a rollout worker and of tensors in a learner.
+    Made of NumPy arrays in a rollout worker, or of tensors where that is on a device, and of
+    tensors in a learner.
     """
 
     task_index: Array  # (B,) int, into the tasks of the trial; columns of one task are contiguous
@@ -153,8 +154,18 @@ class Rollout:
 
     @staticmethod
     def concatenate(rollouts: list[Rollout]) -> Rollout:
-        """Shards side by side along B, in the order given, copied into fresh arrays."""
+        """Shards side by side along B, in the order given, copied into fresh arrays.
+
+        A single one of tensors is returned as it is.
+        """
         first = rollouts[0]
+        join: Callable[..., Array] = np.concatenate
+        if not isinstance(first.reward, np.ndarray):
+            if len(rollouts) == 1:
+                return first
+            import torch
+
+            join = torch.concatenate
         merged: dict[str, Any] = {}
         offset = np.cumsum([0] + [r.num_columns for r in rollouts])
         tasks = np.cumsum([0] + [r.num_tasks for r in rollouts])
@@ -163,21 +174,17 @@ class Rollout:
             if field.name in ("policy_version", "shot"):
                 continue
             if field.name == "initial_state":
-                merged[field.name] = tuple(
-                    np.concatenate(leaf) for leaf in zip(*parts, strict=True)
-                )
+                merged[field.name] = tuple(join(leaf) for leaf in zip(*parts, strict=True))
             elif field.name == "task_index":
                 merged[field.name] = np.concatenate(
                     [p + n for p, n in zip(parts, tasks, strict=False)]
                 )
             elif field.name == "final_column":
-                merged[field.name] = np.concatenate(
-                    [p + n for p, n in zip(parts, offset, strict=False)]
-                )
+                merged[field.name] = join([p + n for p, n in zip(parts, offset, strict=False)])
             elif field.name.startswith(("final_", "previous_")):
-                merged[field.name] = np.concatenate(parts)
+                merged[field.name] = join(parts)
             else:
-                merged[field.name] = np.concatenate(parts, axis=1)
+                merged[field.name] = join(parts, axis=1)
         return replace(first, **merged)
 
 

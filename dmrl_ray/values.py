@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dmrl_ray.buffers import Buffers
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, mask_previous, previous_inputs
-from dmrl_ray.types import Rollout
+from dmrl_ray.types import Array, Rollout
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,8 @@ class Carried:
     """What a policy is shown of the past at the step after a rollout's last one."""
 
     memory: Memory
-    previous: tuple[np.ndarray, np.ndarray, np.ndarray]  # action, reward, done: (B, ...)
-    reset: np.ndarray  # (B,) bool
+    previous: tuple[Array, Array, Array]  # action, reward, done: (B, ...)
+    reset: Array  # (B,) bool
 
 
 def values(
@@ -30,56 +28,63 @@ def values(
     peeks: list[Tensor],
     carried: Carried,
     memory_spans_trial: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor]:
     """V(obs) and, unless memory spans the trial, V(true successor): (T, B) in units of return.
 
     Args:
         policy: whose values they are.
-        rollout: acted, without values yet.
+        rollout: acted, without values yet; of arrays or tensors.
         features: (T, B, H) of the actor, where the critic shares its encoder.
         peeks: `peek_value` of every step at which an episode ended, for policies with memory.
         carried: into the step after the last.
         memory_spans_trial: True where returns run to the end of the trial, which needs no
             successor's value.
     """
-    obs = torch.from_numpy(rollout.obs)
+    rollout = rollout.map(torch.as_tensor)
+    obs = rollout.obs
     if memory_spans_trial:
-        tensors = rollout.map(torch.from_numpy)
-        previous = previous_inputs(tensors) if policy.sees_previous else None
-        whole = policy.value(features, obs[:-1], previous, tensors.reset_state)
-        value = policy.denormalize_value(whole).numpy()
-        return value, np.zeros_like(value)
+        previous = previous_inputs(rollout) if policy.sees_previous else None
+        whole = policy.value(features, obs[:-1], previous, rollout.reset_state)
+        value = policy.denormalize_value(whole)
+        return value, torch.zeros_like(value)
     if policy.recurrent:
         last = _last_value(policy, obs[-1:], carried)
         final = torch.cat(peeks) if peeks else last[:0]
     else:
-        rows = torch.cat([obs[-1], torch.from_numpy(rollout.final_obs)])
+        rows = torch.cat([obs[-1], rollout.final_obs])
         both = policy.value(None, rows.unsqueeze(0))[0]
         last, final = both[: rollout.num_columns], both[rollout.num_columns :]
     value, end, successor = (
-        policy.denormalize_value(v).numpy() for v in (policy.value(features, obs[:-1]), last, final)
+        policy.denormalize_value(v) for v in (policy.value(features, obs[:-1]), last, final)
     )
-    next_value = np.concatenate([value[1:], end[None]])
+    next_value = torch.cat([value[1:], end.unsqueeze(0)])
     next_value[rollout.final_step, rollout.final_column] = successor
-    next_value[rollout.terminated] = 0.0
-    return value, next_value
+    return value, next_value.masked_fill_(rollout.terminated, 0.0)
 
 
-def peek_value(policy: ActorCritic, buffers: Buffers, t: int, memory: Memory) -> Tensor:
-    """Values of the final observations of step t, with the memory of that moment."""
-    columns = torch.from_numpy(buffers.final_column[-1])
-    obs = torch.from_numpy(buffers.final_obs[-1]).unsqueeze(0)
-    action, reward = (torch.from_numpy(x[t : t + 1]) for x in (buffers.action, buffers.reward))
-    nothing = torch.zeros(1, len(columns), dtype=torch.bool)
-    previous = (action[:, columns], reward[:, columns], nothing)
-    _, features, _ = policy(obs, previous, tuple(leaf[columns] for leaf in memory), None)
+def peek_value(
+    policy: ActorCritic, final_obs: Tensor, action: Tensor, reward: Tensor, memory: Memory
+) -> Tensor:
+    """Values of what N episodes ended with, with the memory of that moment.
+
+    Args:
+        policy: whose values they are.
+        final_obs: (N, *obs_shape), as all others of the columns whose episodes ended.
+        action: (N, *action_shape), the last.
+        reward: (N,), the last.
+        memory: leaves (N, ...), after the step that ended them.
+    """
+    obs = final_obs.unsqueeze(0)
+    nothing = torch.zeros_like(reward, dtype=torch.bool)
+    previous = (action.unsqueeze(0), reward.unsqueeze(0), nothing.unsqueeze(0))
+    _, features, _ = policy(obs, previous, memory, None)
     return policy.value(features, obs)[0]
 
 
 def _last_value(policy: ActorCritic, obs: Tensor, carried: Carried) -> Tensor:
     """V of the observation after the last step, with the memory of that moment."""
-    reset = torch.from_numpy(carried.reset[None])
-    action, reward, done = (torch.from_numpy(x[None]) for x in carried.previous)
+    reset = torch.as_tensor(carried.reset[None])
+    action, reward, done = (torch.as_tensor(x[None]) for x in carried.previous)
     previous = mask_previous(action, reward, done, reset)
     _, features, _ = policy(obs, previous, carried.memory, reset)
     return policy.value(features, obs)[0]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dmrl_ray.algorithms.online import live_through
+from dmrl_ray.arrays import host
 from dmrl_ray.calls import AdaptCall, CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.faults import reference, sample
 from dmrl_ray.foreign import foreign_of
@@ -42,7 +43,7 @@ class RolloutWorker:
         start = time.monotonic()
         torch.set_num_threads(1)
         spec, shard, iteration = call.spec, call.shard, call.iteration
-        program = self._program(spec, weights)
+        program = self._program(spec, weights, spec.rollout.device)
         sampler = self._sampler(spec, program, shard, iteration, state)
         algorithm = program.algorithm
         columns = spec.rollout.num_envs
@@ -69,7 +70,7 @@ class RolloutWorker:
         recorded = None
         if spec.record:
             recorded = transition_rows(
-                trial,
+                [rollout.map(host) for rollout in trial],
                 tasks,
                 number=iteration,
                 first_column=columns * shard,
@@ -78,7 +79,7 @@ class RolloutWorker:
             )
         report = CollectReport(
             episodes,
-            sum(rollout.reward.size for rollout in trial),
+            sum(rollout.num_steps * rollout.num_columns for rollout in trial),
             time.monotonic() - start,
             sampler.env_s,
             sampler.inference_s,
@@ -191,13 +192,13 @@ class RolloutWorker:
         self._forget(spec)
         return rows, learner.weights(), steps
 
-    def _program(self, spec: JobSpec, weights: Weights) -> Program:
-        key = spec.key
+    def _program(self, spec: JobSpec, weights: Weights, device: str | None = None) -> Program:
+        key = spec.key if device is None else (*spec.key, device)
         if key not in self._programs:
             if len(self._programs) >= 8:
                 for cache in (self._programs, self._samplers, self._loaded):
                     cache.clear()
-            self._programs[key] = build(spec)
+            self._programs[key] = build(spec, device)
         program = self._programs[key]
         if self._loaded.get(key) != weights.version:
             set_weights(program.policy, weights.arrays)

@@ -65,6 +65,9 @@ class Algorithm(ABC):
     recordable: bool = True
     """What `collect` returns was played, with the rewards that the environment gave."""
 
+    on_device: bool = False
+    """`collect` works with a sampler on a device, too, whose rollouts are of tensors."""
+
     learns_to_act: bool = True
     """False: returns say nothing of what is learned, and the last policy counts as the best."""
 

@@ -40,6 +40,7 @@ class Distillation(RL2):
 
     config: Config
     labels = ("oracle_action",)
+    on_device = False
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.env.remembers = True

@@ -46,6 +46,7 @@ class GAIL(PPO):
 
     config: Config
     recordable = False
+    on_device = False
     _dataset: Dataset | None = None
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:

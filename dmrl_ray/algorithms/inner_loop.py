@@ -65,6 +65,7 @@ class GradientAdaptation(Algorithm):
     config: Config
     frozen_statistics = True
     corrects_for_lag = True
+    on_device = True
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)
@@ -101,7 +102,7 @@ class GradientAdaptation(Algorithm):
         trial: Trial = []
         for shot, num_steps in enumerate(self._lengths(shots)):
             if shot > 0:
-                moved = self.inner_step(params, trial[-1].map(torch.from_numpy), create_graph=False)
+                moved = self.inner_step(params, trial[-1].map(torch.as_tensor), create_graph=False)
                 params = {name: p.detach().requires_grad_() for name, p in moved.items()}
                 if not within:
                     sampler.begin_episodes()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.minibatches import in_columns, previous_in, shown, step_through
+from dmrl_ray.arrays import as_kind_of
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.losses.returns import generalized_advantage
 from dmrl_ray.networks.base import Memory
@@ -64,6 +65,7 @@ class PPO(Algorithm):
     config: BatchConfig
     continues_episodes = True
     corrects_for_lag = True
+    on_device = True
     labels: tuple[str, ...] = ("action", "log_prob")
     """What the loss reads of a rollout as it is."""
 
@@ -99,11 +101,12 @@ class PPO(Algorithm):
         arrays = (rollout.reward, rollout.value, rollout.next_value)
         masks = (rollout.terminated, rollout.truncated)
         advantage = generalized_advantage(
-            *(torch.from_numpy(x) for x in arrays + masks),
+            *(torch.as_tensor(x) for x in arrays + masks),
             gamma=self.config.gamma,
             gae_lambda=self.config.gae_lambda,
-        ).numpy()
-        rollout.advantage, rollout.value_target = advantage, advantage + rollout.value
+        )
+        rollout.advantage = as_kind_of(rollout.value, advantage)
+        rollout.value_target = rollout.advantage + rollout.value
         return rollout
 
     def update(self, trial: Trial) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from dmrl_ray.algorithms.ppo import PPO, ClipConfig
+from dmrl_ray.arrays import as_kind_of
 from dmrl_ray.losses.returns import trial_advantage
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
@@ -40,10 +41,11 @@ class RL2(PPO):
     def with_advantage(self, rollout: Rollout) -> Rollout:
         """The rollout of a whole trial, with its advantages and value targets."""
         advantage = trial_advantage(
-            torch.from_numpy(rollout.reward),
-            torch.from_numpy(rollout.value),
+            torch.as_tensor(rollout.reward),
+            torch.as_tensor(rollout.value),
             gamma=self.config.gamma,
             gae_lambda=self.config.gae_lambda,
-        ).numpy()
-        rollout.advantage, rollout.value_target = advantage, advantage + rollout.value
+        )
+        rollout.advantage = as_kind_of(rollout.value, advantage)
+        rollout.value_target = rollout.advantage + rollout.value
         return rollout

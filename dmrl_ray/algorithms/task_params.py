@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from dmrl_ray.arrays import as_kind_of
 from dmrl_ray.losses.returns import (
     generalized_advantage,
     linear_baseline,
@@ -17,7 +17,7 @@ from dmrl_ray.losses.returns import (
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.rollout import Actor
-from dmrl_ray.types import Rollout
+from dmrl_ray.types import Array, Rollout
 
 Parameters: TypeAlias = dict[str, Tensor]
 """Parameters of the actor by name; every leaf is (N, ...) with one entry per task."""
@@ -135,7 +135,7 @@ def task_gradients(
 
 def fitted_advantage(
     rollouts: list[Rollout], num_tasks: int, *, gamma: float, gae_lambda: float
-) -> np.ndarray:
+) -> Array:
     """(T, B) advantages of the last rollout over a linear baseline, standardised.
 
     Baseline and scale are fitted per task to all the rollouts given, which must follow upon one
@@ -144,7 +144,7 @@ def fitted_advantage(
     """
     shape = (-1, num_tasks, rollouts[0].num_columns // num_tasks)
     obs, reward, done = (
-        torch.from_numpy(np.concatenate(parts))
+        torch.cat([torch.as_tensor(part) for part in parts])
         for parts in zip(
             *((r.obs[:-1], r.reward, r.terminated | r.truncated) for r in rollouts), strict=True
         )
@@ -166,7 +166,8 @@ def fitted_advantage(
     mean = advantage.mean((0, 2), keepdim=True)
     std = advantage.std((0, 2), keepdim=True)
     standard = (advantage - mean) / (std + 1e-8)
-    return standard[-rollouts[-1].num_steps :].flatten(1).numpy()
+    last = standard[-rollouts[-1].num_steps :].flatten(1)
+    return as_kind_of(rollouts[-1].reward, last)
 
 
 def trial_advantages(rollouts: list[Rollout], *, gamma: float, gae_lambda: float) -> list[Tensor]:

@@ -61,6 +61,7 @@ class VariBAD(RL2):
         """What the beliefs are asked to foretell."""
 
     config: Config
+    on_device = False
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)

@@ -1,0 +1,59 @@
+"""What the same code needs for arrays in NumPy and tensors on a device."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmrl_ray.types import Array
+
+
+class TensorStream:
+    """Random numbers made on a device, by the names that NumPy's generators give them.
+
+    Args:
+        seed: a stream that gives the seed.
+        device: where the numbers are made and stay.
+    """
+
+    def __init__(self, seed: np.random.Generator, device: torch.device) -> None:
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(int(seed.integers(2**63)))
+
+    def random(self, size: int | tuple[int, ...]) -> Tensor:
+        """float64, uniform on [0, 1)."""
+        return self._empty(size, torch.float64).uniform_(generator=self._generator)
+
+    def standard_normal(self, size: int | tuple[int, ...], dtype: Any = np.float64) -> Tensor:
+        """Mean 0 and deviation 1."""
+        return self._empty(size, _TYPES[dtype]).normal_(generator=self._generator)
+
+    def standard_exponential(self, size: int | tuple[int, ...], dtype: Any = np.float64) -> Tensor:
+        """Mean 1."""
+        return self._empty(size, _TYPES[dtype]).exponential_(generator=self._generator)
+
+    def _empty(self, size: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self._generator.device)
+
+
+_TYPES = {np.float32: torch.float32, np.float64: torch.float64}
+
+Stream: TypeAlias = np.random.Generator | TensorStream
+
+
+def namespace(x: Array) -> Any:
+    """``numpy`` or ``torch``: where the functions of x are."""
+    return torch if isinstance(x, Tensor) else np
+
+
+def host(x: Array) -> np.ndarray:
+    """As an array, whose memory may be shared."""
+    return x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def as_kind_of(array: Array, x: Tensor) -> Array:
+    """A tensor, as an array where `array` is one."""
+    return x if isinstance(array, Tensor) else x.numpy()
