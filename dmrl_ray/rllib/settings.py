@@ -11,9 +11,16 @@ import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import Field, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+)
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
@@ -51,7 +58,17 @@ OTHER_DEFAULTS: dict[str, Any] = {
 }
 """Defaults that are not RLlib's, see `BaselineSettings`."""
 
-PLAIN = (int, float, bool, str, dict, list, tuple, types.NoneType)
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a section of settings",
+    list: "a list",
+    tuple: "a list",
+    types.NoneType: "",
+}
+"""Kinds of values that YAML can hold."""
 
 
 class BaselineSettings(Settings):
@@ -116,7 +133,7 @@ def _parameters(library: type[AlgorithmConfig]) -> Iterator[tuple[str, str, Any]
 
 def _plain(annotation: Any, default: Any) -> Any:
     """The kinds of values that YAML can hold, and the default's; None if there are none."""
-    kinds = [kind for kind in _members(annotation) if (get_origin(kind) or kind) in PLAIN]
+    kinds = [kind for kind in _members(annotation) if (get_origin(kind) or kind) in _WORDS]
     if float in kinds or isinstance(default, float):
         kinds = [kind for kind in kinds if kind is not int] + [float]
     if not any(kind is not types.NoneType for kind in kinds):
@@ -125,10 +142,26 @@ def _plain(annotation: Any, default: Any) -> Any:
         kind: Any = Union[tuple([*kinds, *more])]  # noqa: UP007 (made of a list)
         try:
             TypeAdapter(kind).validate_python(default)
-            return kind
+            return _told_once(kind)
         except ValidationError:  # RLlib's annotation does not allow its own default.
             continue
     return None
+
+
+def _told_once(kind: Any) -> Any:
+    """The same kinds of values, with one message where none of them fits."""
+    names = {_WORDS[get_origin(part) or part] for part in _members(kind)} - {""}
+    if len(names) == 1:
+        return kind
+    expected = " or ".join(sorted(names))
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"must be {expected}, found {value!r}") from None
+
+    return Annotated[kind, WrapValidator(check)]
 
 
 def _members(annotation: Any) -> Iterator[Any]:
