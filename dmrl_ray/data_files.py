@@ -23,6 +23,8 @@ from dmrl_ray.tables import HISTORY, IN_HISTORY, fits
 
 CONTENT = ("obs", "action", "reward", "terminated", "truncated", "next_obs")
 KEYS = ("episode", "trial", "history", "task_id")
+TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
+"""Extension types that are lists of numbers."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ class ParquetSource(Source):
         file, group = self.place[block]
         theirs = [self.names[name] for name in names]
         table = self.file(file).read_row_group(group, columns=theirs, use_threads=False)
-        return table.select(theirs).rename_columns(list(names))
+        return pa.table(
+            {ours: _storage(table[name]) for ours, name in zip(names, theirs, strict=True)}
+        )
 
     def file(self, number: int) -> Any:
         """One of the files, checked and opened."""
@@ -165,6 +169,11 @@ class ParquetSource(Source):
             field = schema.field(theirs)
             if not _plain(field):
                 raise ValueError(f"{path}: column {theirs!r} is {field.type}, which is not plain")
+            if ours in CONTENT and pa.types.is_string(field.type):
+                raise ValueError(
+                    f"{path}: column {theirs!r} is text instead of numbers; RLlib writes them with "
+                    "output_compress_columns=[]"
+                )
 
 
 class Recorded(ParquetSource):
@@ -221,17 +230,34 @@ class Recorded(ParquetSource):
 
 
 def _plain(field: pa.Field) -> bool:
-    kind = field.type
-    while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+    """Whether reading it runs no code: numbers, text, lists of numbers, and Ray's tensors of them.
+
+    Where Ray's data library is imported its tensors are types of their own, elsewhere lists.
+    """
+    kind, name = field.type, (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if isinstance(kind, pa.BaseExtensionType):
+        kind, name = kind.storage_type, kind.extension_name
+    while _is_list(kind):
         kind = kind.value_type
-    named = field.metadata and b"ARROW:extension:name" in field.metadata
-    return not named and (pa.types.is_primitive(kind) or pa.types.is_string(kind))
+    return name in ("", *TENSORS) and (pa.types.is_primitive(kind) or pa.types.is_string(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What an extension type is made of, or the column as it is."""
+    if not isinstance(column.type, pa.BaseExtensionType):
+        return column
+    return pa.chunked_array([c.storage for c in column.chunks], column.type.storage_type)
 
 
 def _flat(column: pa.Array) -> np.ndarray:
     """Numbers (n,), or lists as (n, width)."""
     size, nested = len(column), False
-    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    while _is_list(column.type):
         column, nested = column.flatten(), True
     values = column.to_numpy(zero_copy_only=False)
     if not nested or size == 0:

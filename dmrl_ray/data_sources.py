@@ -15,6 +15,17 @@ from pydantic import Field, field_validator, model_validator
 from dmrl_ray.config import Settings
 from dmrl_ray.data_files import CONTENT, KEYS, Block, ParquetSource, Recorded, Source
 
+RLLIB_COLUMNS = {
+    "obs": "obs",
+    "action": "actions",
+    "reward": "rewards",
+    "terminated": "terminateds",
+    "truncated": "truncateds",
+    "next_obs": "new_obs",
+    "episode": "eps_id",
+}
+"""Our names of columns, and those of RLlib's offline data."""
+
 
 class DataSettings(Settings):
     """Where data are: what a stage recorded, Parquet files of others, or a Minari dataset."""
@@ -33,13 +44,17 @@ class DataSettings(Settings):
     reward, terminated, truncated, next_obs, episode, trial, history and task_id. The first two
     must be there."""
 
+    rllib: tuple[str, ...] = ()
+    """Folders or Parquet files, or patterns, in the layout of RLlib's offline data: exported from
+    here, or recorded there with ``output_write_episodes=False, output_compress_columns=[]``."""
+
     minari: str | None = None
     """Name of a Minari dataset that is on this machine."""
 
     memory_mb: int = Field(default=256, ge=1)
     """What has been read is kept in each worker up to this size; changes the speed alone."""
 
-    @field_validator("runs", "files", mode="before")
+    @field_validator("runs", "files", "rllib", mode="before")
     @classmethod
     def _absolute(cls, paths: object) -> object:
         """Workers may have another working directory."""
@@ -50,8 +65,9 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _has_one_source(self) -> DataSettings:
-        if sum(map(bool, (self.stage or self.runs, self.files, self.minari))) != 1:
-            raise ValueError("name one source of data: stage (and runs), files or minari")
+        sources = (self.stage or self.runs, self.files, self.rllib, self.minari)
+        if sum(map(bool, sources)) != 1:
+            raise ValueError("name one source of data: stage (and runs), files, rllib or minari")
         if unknown := self.columns.keys() - {*CONTENT, *KEYS}:
             raise ValueError(
                 f"columns: {min(unknown)!r} is none of {', '.join(CONTENT + KEYS)}; write "
@@ -76,9 +92,10 @@ class Foreign(ParquetSource):
     """
 
     def __init__(self, patterns: Sequence[str], names: Mapping[str, str]) -> None:
-        paths = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern))]
+        found = [sorted(glob.glob(pattern, recursive=True)) for pattern in patterns]
+        paths = [Path(path) for files in found for path in files]
         if not paths:
-            raise ValueError(f"data.files: there is no file {', '.join(patterns)}")
+            raise ValueError(f"data: there is no file {', '.join(patterns)}")
         there = pq.ParquetFile(paths[0]).schema_arrow.names
         same = {name: name for name in (*CONTENT, *KEYS) if name in there}
         super().__init__(paths, {"obs": "obs", "action": "action"} | same | dict(names))
@@ -174,6 +191,11 @@ def source_of(settings: DataSettings, run_folder: str) -> Source:
     """
     if settings.minari:
         return Minari.load(settings.minari)
+    if settings.rllib:
+        inside = [
+            os.path.join(p, "**", "*.parquet") if os.path.isdir(p) else p for p in settings.rllib
+        ]
+        return Foreign(inside, RLLIB_COLUMNS)
     if settings.files:
         return Foreign(settings.files, settings.columns)
     return Recorded(settings.runs or (glob.escape(run_folder),), settings.stage)

@@ -1,0 +1,112 @@
+"""What a run recorded, in the columns that RLlib's offline readers expect.
+
+Our table has other names, and keeps a step's successor only where the next row does not, so that
+RLlib cannot read it as it lies; what is written here it reads without a schema of its own::
+
+    BCConfig().offline_data(input_=[folder], dataset_num_iters_per_learner=1)
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmrl_ray.commits import run_facts
+from dmrl_ray.data_files import Block, Recorded
+from dmrl_ray.errors import ConfigError
+from dmrl_ray.yaml_config import load_config
+
+
+def export_steps(run: Path, folder: Path, *, stage: str | None = None) -> int:
+    """Write the steps that a run recorded as Parquet files, and return their number.
+
+    Args:
+        run: the run folder.
+        folder: where to; it must not exist.
+        stage: whose steps; None if one stage alone was recorded.
+
+    Raises:
+        ConfigError: nothing was recorded there, or not what RLlib reads; or the folder exists.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; name a folder that does not")
+    run_facts(run)
+    stages = load_config(run / "config.yaml").stages
+    recorded = [name for name, s in stages.items() if getattr(s, "record", False)]
+    if stage not in recorded and (stage is not None or len(recorded) != 1):
+        known = ", ".join(recorded) or "none; give a stage record: true"
+        asked = f"stage {stage!r} was not recorded" if stage else "which stage is meant"
+        raise ConfigError(f"{run}: {asked}; recorded stages: {known}")
+    try:
+        source = Recorded([glob.escape(str(run))], stage or recorded[0])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"_{folder.name}", dir=folder.parent))
+    try:
+        steps = _write(source, temporary)
+        temporary.chmod(0o755)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return steps
+
+
+def _write(source: Recorded, folder: Path) -> int:
+    """A file for each block that holds steps of the stage."""
+    begun: Counter[int] = Counter()  # episodes, by history
+    steps = 0
+    following = source.read(0)
+    for number in range(source.num_blocks):
+        block = following
+        if block.obs.dtype == np.uint8:
+            raise ConfigError("images were recorded, and RLlib's reader takes vectors alone")
+        more = number + 1 < source.num_blocks
+        following = source.read(number + 1) if more else block
+        rows, names = [], []
+        for history, _, _, t, _, row, length in source.pieces(number).tolist():
+            begun[history] += t == 0
+            rows.append(np.arange(row, row + length))
+            names += [f"{history}-{begun[history]}"] * length
+        if rows:
+            table = _table(block, following.obs[0], np.concatenate(rows), names)
+            pq.write_table(table, folder / f"{number:08d}.parquet", compression="zstd")
+            steps += len(names)
+    return steps
+
+
+def _table(block: Block, next_obs: np.ndarray, rows: np.ndarray, episodes: list[str]) -> pa.Table:
+    """Some rows of a block; `next_obs` is the first observation after it."""
+    new_obs = np.concatenate([block.obs[1:], next_obs[None]])
+    told = block.next_row >= 0
+    new_obs[told] = block.next_obs[block.next_row[told]]
+    action = block.action
+    if action.ndim > 1:  # As it met the environment.
+        action = action.clip(-1.0, 1.0)
+    return pa.table(
+        {
+            "eps_id": pa.array(episodes, pa.string()),
+            "agent_id": pa.nulls(len(rows)),
+            "module_id": pa.nulls(len(rows)),
+            "obs": _column(block.obs[rows]),
+            "actions": _column(action[rows]),
+            "rewards": _column(block.reward[rows]),
+            "new_obs": _column(new_obs[rows]),
+            "terminateds": _column(block.terminated[rows]),
+            "truncateds": _column(block.truncated[rows]),
+        }
+    )
+
+
+def _column(x: np.ndarray) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(x).reshape(-1))
+    return flat if x.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
