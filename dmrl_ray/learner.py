@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmrl_ray.algorithms.team import Team
+from dmrl_ray.averaging import GradientAverage
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
 from dmrl_ray.types import Array, Arrays, Rollout, Trial, random_stream
@@ -45,7 +46,7 @@ class Learner:
             backend, init_method=init_method, rank=rank, world_size=world_size
         )
         self.algorithm.rank, self.algorithm.world_size = rank, world_size
-        self.algorithm.average_gradients = _average_gradients
+        self.algorithm.average_gradients = GradientAverage(self.algorithm.parameters, self.device)
 
     def update(self, version: int, env_steps: int, trials: list[Trial]) -> dict[str, float]:
         """Improve the policy from one iteration's trials, given in order of their shards.
@@ -120,15 +121,6 @@ class Learner:
 
 def _under(prefix: str, state: Arrays) -> Arrays:
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # type: ignore[no-untyped-call]
-        gradient.copy_(part.view_as(gradient))
 
 
 class LocalLearners:

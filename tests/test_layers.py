@@ -12,7 +12,7 @@ LAYERS = [
     "arrays spaces tasks faults networks heads policy episodes buffers values rollout resident "
     "replay dataset data_files data_sources tables checkpoint commits run_folder writer",
     "algorithms",
-    "spec transfer recording calls foreign worker learner",
+    "spec transfer recording calls foreign averaging worker learner",
     "stages jobs run cluster connection pool ray_learners display",
     "controller",
     "__main__ results report rllib",

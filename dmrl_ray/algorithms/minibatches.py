@@ -49,11 +49,11 @@ def step_through(
     with one_thread() if team.size > 1 else nullcontext():
         for _ in range(epochs):
             order = torch.from_numpy(algorithm.rng.permutation(columns)).to(first.device)
-            shuffled = {name: x.index_select(1, order) for name, x in batch.items()}
             for start, stop in pairwise(bounds):
-                mine = range(start + rank, stop, world_size)
+                mine = order[start + rank : stop : world_size]
+                minibatch = {name: x.index_select(1, mine) for name, x in batch.items()}
                 names, report, gradients = _differentiate(
-                    algorithm, team, shuffled, loss, mine, world_size / (stop - start)
+                    algorithm, team, minibatch, loss, world_size * len(mine) / (stop - start)
                 )
                 norm = algorithm.descend(algorithm.parameters, gradients)
                 steps.append(torch.cat([report, norm.detach().view(1)]))
@@ -61,26 +61,21 @@ def step_through(
 
 
 def _differentiate(
-    algorithm: Algorithm, team: Team, batch: Batch, loss: Loss, mine: range, weight: float
+    algorithm: Algorithm, team: Team, batch: Batch, loss: Loss, weight: float
 ) -> tuple[list[str], Tensor, list[Tensor | None]]:
-    """Names and means of what the loss reports of these columns, and `weight` x their gradients."""
+    """Names and means of what the loss reports of a minibatch, and `weight` x its gradients."""
+    steps, columns = next(iter(batch.values())).shape[:2]
 
-    def of_share(share: range) -> tuple[list[str], Tensor, tuple[Tensor | None, ...]]:
-        part = slice(share.start, share.stop, share.step)
-        value, report = loss({name: x[:, part] for name, x in batch.items()})
-        value = value * (weight * len(share))
+    def of_share(share: slice) -> tuple[list[str], Tensor, tuple[Tensor | None, ...]]:
+        part = (share.stop - share.start) / max(1, columns)
+        value, report = loss({name: x[:, share] for name, x in batch.items()})
+        value = value * (weight * part)
         gradients = torch.autograd.grad(value, algorithm.parameters, allow_unused=True)
-        means = torch.stack([x.detach() for x in report.values()])
-        return list(report), means * (len(share) / max(1, len(mine))), gradients
+        return list(report), torch.stack([x.detach() for x in report.values()]) * part, gradients
 
-    names, means, gradients = zip(
-        *team.map(of_share, team.shares(mine, _steps(batch))), strict=True
-    )
+    answers = team.map(of_share, team.shares(columns, steps))
+    names, means, gradients = zip(*answers, strict=True)
     return names[0], torch.stack(means).sum(0), [_sum(g) for g in zip(*gradients, strict=True)]
-
-
-def _steps(batch: Batch) -> int:
-    return max(x.shape[0] for x in batch.values())
 
 
 def _sum(parts: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -33,11 +33,11 @@ class Team:
         self.size = size
         self._pool = ThreadPoolExecutor(size, initializer=torch.set_num_threads, initargs=(1,))
 
-    def shares(self, columns: range, steps: int) -> list[range]:
+    def shares(self, columns: int, steps: int) -> list[slice]:
         """Columns of a minibatch, dealt to as many threads as are worth it."""
-        count = max(1, min(self.size, len(columns) * steps // MIN_SAMPLES))
-        bounds = [len(columns) * i // count for i in range(count + 1)]
-        return [columns[start:stop] for start, stop in pairwise(bounds)]
+        count = max(1, min(self.size, columns * steps // MIN_SAMPLES))
+        bounds = [columns * i // count for i in range(count + 1)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
 
     def map(self, function: Callable[[Share], Answer], shares: list[Share]) -> list[Answer]:
         """Answers in the order of the shares, whatever the order in which they were ready."""

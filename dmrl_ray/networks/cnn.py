@@ -52,7 +52,8 @@ class ImageEncoder(Encoder):
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Memory]:
         maps = self.convolutions(obs.flatten(0, 1).permute(0, 3, 1, 2))
-        return self.layers(join(maps.unflatten(0, obs.shape[:2]), extra)), ()
+        features = self.layers(join(maps, None if extra is None else extra.flatten(0, 1)))
+        return features.unflatten(0, obs.shape[:2]), ()
 
 
 class CNN(ImageEncoder):

@@ -88,7 +88,11 @@ class Adapter(nn.Module):
 
 
 def dense(width: int, sizes: tuple[int, ...], config: LayerConfig) -> nn.Sequential:
-    """Fully connected layers; each is a linear one, then norms, activation, dropout, adapter."""
+    """Fully connected layers; each is a linear one, then norms, activation, dropout, adapter.
+
+    Inputs are (N, width): a third axis would make views of what is written in place, whose
+    gradients autograd copies.
+    """
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for i, size in enumerate(sizes):
         modules[f"{2 * i}"] = linear(width, size, gain=math.sqrt(2))
@@ -96,7 +100,11 @@ def dense(width: int, sizes: tuple[int, ...], config: LayerConfig) -> nn.Sequent
             modules[f"layer_norm{i}"] = nn.LayerNorm(size)
         if config.batch_norm:
             modules[f"batch_norm{i}"] = BatchNorm(size)
-        modules[f"{2 * i + 1}"] = ACTIVATIONS[config.activation]()
+        # In place, since nothing else reads what the layer before it wrote.
+        in_place = config.activation == "relu"
+        modules[f"{2 * i + 1}"] = (
+            nn.ReLU(inplace=True) if in_place else ACTIVATIONS[config.activation]()
+        )
         if config.dropout:
             modules[f"dropout{i}"] = nn.Dropout(config.dropout)
         if config.adapters:

@@ -27,4 +27,5 @@ class MLP(Encoder):
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Memory]:
-        return self.layers(join(obs.flatten(2), extra)), ()
+        features = self.layers(join(obs.flatten(2), extra).flatten(0, 1))
+        return features.unflatten(0, obs.shape[:2]), ()

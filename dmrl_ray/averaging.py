@@ -1,0 +1,128 @@
+"""Gradients averaged over several learners.
+
+Learners on CPUs of one machine average through memory that they share: a few microseconds, where
+a network's stack takes a millisecond or more. Others average by `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+Average: TypeAlias = Callable[[Tensor], Tensor]
+
+PATIENCE_S = 600.0
+"""A learner that waits longer for another gives up; the driver does so sooner."""
+
+SPINS = 2_000
+"""Looks at the others' counters before a learner that waits lets go of its core."""
+
+
+class GradientAverage:
+    """Puts the mean over all learners in place of each one's gradients.
+
+    Made by every learner of a `torch.distributed` group at the same time.
+
+    Args:
+        parameters: that may have gradients.
+        device: of the learners.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], device: torch.device) -> None:
+        self._average: Average = _over_network
+        if device.type == "cpu" and platform.machine() == "x86_64":  # whose stores keep their order
+            shared = _attach(sum(p.numel() for p in parameters))
+            self._average = shared or _over_network
+
+    def __call__(self, parameters: list[nn.Parameter]) -> None:
+        """The same parameters have gradients in every learner."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        mean = self._average(torch.cat([g.flatten() for g in gradients]))
+        sizes = [g.numel() for g in gradients]
+        for gradient, part in zip(gradients, mean.split(sizes), strict=True):  # type: ignore[no-untyped-call]
+            gradient.copy_(part.view_as(gradient))
+
+
+class SharedMean:
+    """The mean over learners of one machine, through a file that lives in memory.
+
+    Each learner has a counter, and writes to two slots in turn: one that is ahead by a step cannot
+    overwrite what others still read, as it waits for their counters before it goes on to the next.
+
+    Args:
+        file: as large as `size_of` says, and zero.
+        rank, world_size: of this learner, among how many.
+        capacity: numbers that a slot has room for.
+    """
+
+    def __init__(self, file: int, rank: int, world_size: int, capacity: int) -> None:
+        memory = mmap.mmap(file, self.size_of(world_size, capacity))
+        self._counters = np.frombuffer(memory, np.int64, world_size)
+        slots = np.frombuffer(memory, np.float32, offset=self._counters.nbytes)
+        self._slots = slots.reshape(2, world_size, capacity)
+        self._rank, self._step = rank, 0
+
+    @staticmethod
+    def size_of(world_size: int, capacity: int) -> int:
+        """Bytes."""
+        return 8 * world_size + 2 * world_size * capacity * 4
+
+    def __call__(self, mine: Tensor) -> Tensor:
+        """The mean of all learners' tensors (N,), summed in the order of their ranks.
+
+        Raises:
+            TimeoutError: another learner is gone.
+        """
+        slots = self._slots[self._step % 2, :, : len(mine)]
+        slots[self._rank] = mine.numpy()
+        self._step += 1
+        self._counters[self._rank] = self._step
+        self._wait()
+        return torch.from_numpy(slots.mean(0))
+
+    def _wait(self) -> None:
+        looks, end = 0, time.monotonic() + PATIENCE_S
+        while (self._counters < self._step).any():
+            looks += 1
+            if looks > SPINS:
+                time.sleep(50e-6)
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no gradient from another learner within {PATIENCE_S} s")
+
+
+def _over_network(mine: Tensor) -> Tensor:
+    distributed.all_reduce(mine)
+    return mine / distributed.get_world_size()
+
+
+def _attach(capacity: int) -> SharedMean | None:
+    """Memory that all learners of the group share, or None where they are on several machines."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    size = SharedMean.size_of(world_size, capacity)
+    file, paths = -1, [""]
+    if rank == 0:
+        file, paths[0] = tempfile.mkstemp(prefix="dmrl_ray-", dir=folder)
+        os.posix_fallocate(file, 0, size)  # A full disk is told here, not by a crash later.
+    distributed.broadcast_object_list(paths)
+    path = Path(paths[0])
+    if rank and path.is_file():
+        file = os.open(path, os.O_RDWR)
+    found = torch.tensor(int(file >= 0 and os.fstat(file).st_size == size))
+    distributed.all_reduce(found, distributed.ReduceOp.MIN)
+    if rank == 0:
+        path.unlink()  # Everyone holds it; it ends with the last of them.
+    shared = SharedMean(file, rank, world_size, capacity) if found else None
+    if file >= 0:
+        os.close(file)
+    return shared
