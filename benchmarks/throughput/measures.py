@@ -54,7 +54,9 @@ def training(row: Row, variant: Variant) -> Figures:
         figures: Figures = {**speed(probe.points[0], probe.points[-1])}
         metrics = load(folder, table="metrics")
         if row.target is not None:
-            figures["to_target_s"] = seconds_to_target(folder, metrics, *row.target)
+            newest = training_returns(folder, row.target[1])
+            figures["to_target_s"] = seconds_to_target(newest, metrics, row.target[0])
+            figures["final_return"] = float(newest["newest"].iloc[-1])
     wide = metrics.pivot_table(index="policy_version", columns="name", values="value")
     wall = steps_per_update(metrics) / wide["steps_per_s"]
     figures["learner_waits"] = float(wide["time/learner_wait_s"].sum() / wall.sum())
@@ -149,13 +151,15 @@ def nullified(kind: type, methods: tuple[str, ...]) -> Iterator[None]:
             setattr(kind, name, method)
 
 
-def seconds_to_target(
-    folder: Path, metrics: pd.DataFrame, target: float, window: int
-) -> float | None:
-    """Of training, until the mean return of the newest episodes reached the target, if ever."""
+def training_returns(folder: Path, window: int) -> pd.DataFrame:
+    """Training episodes in order, with the mean return of the newest at each, as ``newest``."""
     episodes = load(folder, table="episodes").query("split == 'train'").sort_values("env_steps")
-    mean = episodes["return"].rolling(window).mean().to_numpy()
-    reached = np.flatnonzero(mean >= target)
+    return episodes.assign(newest=episodes["return"].rolling(window).mean())
+
+
+def seconds_to_target(episodes: pd.DataFrame, metrics: pd.DataFrame, target: float) -> float | None:
+    """Of training, until the newest episodes reached the target, if ever."""
+    reached = np.flatnonzero(episodes["newest"].to_numpy() >= target)
     if not len(reached):
         return None
     rate = metrics[metrics["name"] == "steps_per_s"].iloc[0]

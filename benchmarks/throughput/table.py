@@ -52,26 +52,24 @@ def cost_of(lines: Sequence[Mapping[str, object]], base: str) -> dict[str, float
 
 
 def _cells(line: Mapping[str, object]) -> list[str]:
-    figures: dict[str, dict[str, float]] = line["figures"]  # type: ignore[assignment]
-    shown = [_shown(figures.get(name), line["runs"]) for name in _SHOWN]  # type: ignore[arg-type]
-    rest = [
-        f"{name} {_shown(value, line['runs'])}"  # type: ignore[arg-type]
-        for name, value in figures.items()
-        if name not in _SHOWN
-    ]
-    return [*(str(line[key]) for key in ("title", "variant", "runs")), *shown, ", ".join(rest)]
+    figures: dict[str, Figure] = line["figures"]  # type: ignore[assignment]
+    runs: int = line["runs"]  # type: ignore[assignment]
+    own = [shown(figures.get(name), runs) for name in _SHOWN]
+    rest = [f"{k} {shown(figure, runs)}" for k, figure in figures.items() if k not in _SHOWN]
+    return [*(str(line[key]) for key in ("title", "variant", "runs")), *own, ", ".join(rest)]
 
 
-def _shown(figure: Mapping[str, float] | None, runs: int) -> str:
-    """As ``152.3 k ± 4 %``; with the number of runs that have it, where not all do."""
+def shown(figure: Figure | None, runs: int) -> str:
+    """As ``152 k (spread 4%)``; with the number of runs that have it, where not all do."""
     if figure is None:
         return "-"
-    if figure["median"] is None:
-        return f"not in {runs - figure['known']} of {runs} runs"
-    text = number(figure["median"])
+    middle, known = figure["median"], int(figure["known"] or 0)
+    if middle is None:
+        return f"not in {runs - known} of {runs} runs"
+    text = number(middle)
     if runs > 1:
         text += f" (spread {figure['spread']:.0%})"
-    return text if figure["known"] == runs else f"{text}, {figure['known']} of {runs} runs"
+    return text if known == runs else f"{text}, {known} of {runs} runs"
 
 
 def number(value: float) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import machine
-from benchmarks.throughput.measures import MEASURES, nullified, seconds_to_target
+from benchmarks.throughput.measures import MEASURES, nullified, seconds_to_target, training_returns
 from benchmarks.throughput.probe import PATIENCE, Point, Probe, speed
 from benchmarks.throughput.rows import ROWS
 from benchmarks.throughput.table import COLUMNS, cost_of, number, summary, table
@@ -109,8 +109,10 @@ def test_the_time_to_the_target_is_counted_from_the_first_rollout(monkeypatch):
         {"name": ["steps_per_s"], "env_steps": [100], "value": [50.0], "time": [at]}
     )
     monkeypatch.setattr("benchmarks.throughput.measures.load", lambda *_, **__: episodes)
-    assert seconds_to_target(Path(), metrics, 4.0, 2) == 2 + 2
-    assert seconds_to_target(Path(), metrics, 7.0, 2) is None
+    newest = training_returns(Path(), 2)
+    assert newest["newest"].iloc[1:].tolist() == [2.0, 4.0, 6.5]
+    assert seconds_to_target(newest, metrics, 4.0) == 2 + 2
+    assert seconds_to_target(newest, metrics, 7.0) is None
 
 
 def test_rows_are_left_out_for_a_while_only():

@@ -1,0 +1,157 @@
+"""Another library on the same task, network, settings and environments, in turns with this one.
+
+    python -m benchmarks.against rllib                       # both tasks, three rounds
+    python -m benchmarks.against sb3 --rows cartpole --rounds 5 --seconds 20
+
+Peers are ``sb3`` (Stable-Baselines3, and sb3-contrib's recurrent PPO), ``rllib``, and ``jitted``,
+a loop that JAX compiles whole. None is installed by default: ``pip install -c constraints.txt -e
+'.[peers]'``. Everything comes from the row's config, so that both sides have the same settings; a
+round is one run of each of our variants and one of the peer, and a ratio is of one round. Prints a
+JSON line for each variant and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.against.match import fail_on_missing, match
+from benchmarks.against.one import PEERS
+from benchmarks.machine import machine
+from benchmarks.throughput.__main__ import one as ours
+from benchmarks.throughput.measures import Figures
+from benchmarks.throughput.rows import ROWS
+from benchmarks.throughput.table import Figure, number, shown, summary
+
+TASKS = ("cartpole", "bandit_n10")
+COSTS_US = (0, 100, 1000, 10_000)
+"""CPU time of an environment step, for what an expensive environment does to the ratio."""
+
+COLUMNS = (
+    "task",
+    "ours",
+    "peer",
+    "steps/s, ours / peer",
+    "CPU µs a step, ours",
+    "peer's",
+    "s to the target, ours",
+    "peer's",
+    "score, ours",
+    "peer's",
+)
+
+
+def ratios(mine: Sequence[Figures], theirs: Sequence[Figures]) -> Figure:
+    """Of steps per second, round by round."""
+    return summary([{"x": a["sps"] / b["sps"]} for a, b in zip(mine, theirs, strict=True)])["x"]  # type: ignore[operator]
+
+
+def with_costly_steps(mine_us: float, theirs_us: float) -> dict[int, float]:
+    """How many times the peer's CPU time is ours, where the environment takes more of both."""
+    return {cost: (theirs_us + cost) / (mine_us + cost) for cost in COSTS_US}
+
+
+def score(row: str, returns: float | None) -> float | None:
+    """Of a mean return: 0 what random actions get, 1 the best that is known."""
+    matched = match(row, 0, 0)
+    tasks = matched.family().sample(np.random.default_rng(0), 1, "train")
+    reference = matched.family().reference(tasks[0])
+    if reference is None or returns is None:
+        return None
+    low, high = float(reference.random.mean()), float(reference.oracle.mean())
+    return (returns - low) / (high - low)
+
+
+def line(
+    row: str, peer: str, variant: str, mine: Sequence[Figures], theirs: Sequence[Figures]
+) -> dict[str, object]:
+    """Everything that was found out about one of our variants and the peer."""
+    both = {"ours": summary(mine), "theirs": summary(theirs)}
+    cpu = [both[side]["cpu_us_per_step"]["median"] for side in both]
+    return {
+        "row": row,
+        "title": ROWS[row].title,
+        "peer": peer,
+        "variant": variant,
+        "runs": len(mine),
+        "ratio": ratios(mine, theirs),
+        "cpu_ratio_by_env_us": with_costly_steps(*cpu),  # type: ignore[arg-type]
+        "score": {
+            side: score(row, found["final_return"]["median"]) for side, found in both.items()
+        },
+        **both,
+    }
+
+
+def cells(line: Mapping[str, object]) -> list[str]:
+    """Of the table."""
+    runs: int = line["runs"]  # type: ignore[assignment]
+    figures = [
+        shown(line[side][name], runs)  # type: ignore[index]
+        for name in ("cpu_us_per_step", "to_target_s")
+        for side in ("ours", "theirs")
+    ]
+    scores: dict[str, float | None] = line["score"]  # type: ignore[assignment]
+    last = ["-" if value is None else number(value) for value in scores.values()]
+    titles = [str(line[name]) for name in ("title", "variant", "peer")]
+    return [*titles, shown(line["ratio"], runs), *figures, *last]  # type: ignore[arg-type]
+
+
+def rounds(
+    peer: str, row: str, only: str, number_of: int, seconds: float, limit: float
+) -> list[dict[str, object]]:
+    """Run both sides in turns."""
+    mine: dict[str, list[Figures]] = {n: [] for n in ROWS[row].variants if only in n}
+    theirs: list[Figures] = []
+    for _ in range(number_of):
+        for variant, figures in mine.items():
+            figures.append(ours(row, variant, {"seconds": seconds, "limit": limit}, []))
+        theirs.append(run_peer(peer, row, seconds, limit))
+    return [line(row, peer, variant, figures, theirs) for variant, figures in mine.items()]
+
+
+def run_peer(peer: str, row: str, seconds: float, limit: float) -> Figures:
+    """One run, in a process of its own."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "benchmarks.against.one", peer, row, str(seconds), str(limit)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    figures: Figures = json.loads(answer.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--rows", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--only", default="", help="of our variants, those whose names hold this")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds to wait for a target")
+    options = parser.parse_args()
+    fail_on_missing(importlib.import_module(f"benchmarks.against.{options.peer}").NEEDS)
+    lines = []
+    for row in options.rows:
+        arguments = (options.only, options.rounds, options.seconds, options.limit)
+        for found in rounds(options.peer, row, *arguments):
+            lines.append(found)
+            print(json.dumps(found), flush=True)
+    table = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(found) for found in lines)]
+    print(f"\n{machine()}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table))
+    print("\nThe peer's CPU time over ours, if a step of the environment took more of both:")
+    for found in lines:
+        by_cost: dict[int, float] = found["cpu_ratio_by_env_us"]  # type: ignore[assignment]
+        text = ", ".join(f"{cost} µs more {ratio:.2f}" for cost, ratio in by_cost.items())
+        print(f"  {found['row']}, {found['variant']}: {text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What both sides of a comparison have in common, read from a row of the table of speed."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.machine import busy_seconds, cpu_seconds
+from benchmarks.throughput.measures import Figures
+from benchmarks.throughput.probe import Point, speed
+from benchmarks.throughput.rows import ROWS
+from dmrl_ray.config import RunConfig
+from dmrl_ray.spec import load_family
+from dmrl_ray.stages import job_spec
+from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.yaml_config import parse_config
+
+_SAME = (
+    "epochs",
+    "minibatches",
+    "lr",
+    "gamma",
+    "gae_lambda",
+    "clip",
+    "entropy_coef",
+    "value_coef",
+    "max_grad_norm",
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One task with everything that a peer is to do as we do.
+
+    Attributes:
+        row: of the table of speed.
+        hidden: widths of the fully connected layers; empty where an LSTM reads the observations.
+        memory: width of the LSTM, or 0.
+        num_steps: of a rollout in one environment; a whole trial, where there is memory.
+        target: mean return, and of how many of the newest episodes (trials, with memory).
+    """
+
+    row: str
+    seconds: float
+    limit: float
+    hidden: tuple[int, ...]
+    activation: str
+    memory: int
+    num_envs: int
+    num_steps: int
+    epochs: int
+    minibatches: int
+    lr: float
+    gamma: float
+    gae_lambda: float
+    clip: float
+    entropy_coef: float
+    value_coef: float
+    max_grad_norm: float
+    target: tuple[float, int]
+
+    @property
+    def batch(self) -> int:
+        """Steps between updates."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the row."""
+        return parse_config(ROWS[self.row].text, self.row)
+
+    def family(self) -> TaskDistribution:
+        """The task family."""
+        return load_family(self.config.tasks)
+
+
+def match(row: str, seconds: float, limit: float) -> Match:
+    """The settings of a row's config, with its defaults."""
+    config = parse_config(ROWS[row].text, row)
+    spec = job_spec(config, "train")
+    algorithm, family = spec.algorithm.settings, load_family(spec.tasks)
+    encoder = spec.network.settings.encoder.settings
+    target = ROWS[row].target
+    assert target is not None
+    return Match(
+        row=row,
+        seconds=seconds,
+        limit=limit,
+        hidden=getattr(encoder, "sizes", ()),
+        activation=getattr(encoder, "activation", "relu"),
+        memory=getattr(encoder, "size", 0),
+        num_envs=config.rollout.shards * config.rollout.num_envs,
+        num_steps=getattr(algorithm, "num_steps", family.trial_steps),
+        target=target,
+        **{name: getattr(algorithm, name) for name in _SAME},
+    )
+
+
+class Clock:
+    """Notes a peer's time, steps, CPU and returns, as `throughput.probe.Probe` notes ours.
+
+    Made when everything is set up, so that the first rollout begins.
+    """
+
+    def __init__(self, match: Match) -> None:
+        self._match = match
+        self._began = time.monotonic()
+        self._first: float | None = None
+        self._points: list[Point] = []
+        self._reached: float | None = None
+        self._newest: float | None = None
+
+    def update(self, steps: int, newest: float | None) -> bool:
+        """After an iteration: `newest` is the mean return of the newest episodes; True to stop."""
+        now, match = time.monotonic(), self._match
+        if self._first is None:
+            self._first = now
+        self._newest = newest
+        if self._reached is None and newest is not None and newest >= match.target[0]:
+            self._reached = now - self._began
+        elapsed = now - self._first
+        if not self._points:
+            if elapsed >= match.seconds / 5:
+                self._note(now, steps)
+            return False
+        waits = self._reached is None and elapsed < match.limit
+        over = elapsed >= match.seconds and not waits
+        if over:
+            self._note(now, steps)
+        return over
+
+    def figures(self) -> Figures:
+        """As of a row of the table of speed."""
+        start, stop = self._points
+        own: Figures = {"to_target_s": self._reached, "final_return": self._newest}
+        return {**speed(start, stop), **own}
+
+    def _note(self, now: float, steps: int) -> None:
+        self._points.append(Point(now, steps, cpu_seconds(), busy_seconds()))
+
+
+def fail_on_missing(needs: Sequence[str]) -> None:
+    """Stop with one sentence if a peer's package cannot be imported."""
+    for name in needs:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise SystemExit(
+                f"error: {name} must be installed to be measured ({error}); "
+                "try: pip install -c constraints.txt -e '.[peers]'"
+            ) from error
