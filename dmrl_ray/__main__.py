@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from dmrl_ray.config import RunConfig
     from dmrl_ray.types import Split
 
-FAULT = "this is a fault of dmrl_ray, unless the traceback ends in your code; please report it"
-
 app = typer.Typer(
     help="Train policies that adapt: run a config, resume it, look at what came out.",
     no_args_is_help=True,
@@ -193,6 +191,37 @@ def verify(run: RunName, verbose: Verbose = False) -> None:
         typer.echo(f"{folder}: every file agrees with its commit")
 
 
+@app.command()
+def export(
+    run: RunName,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; it must not exist.")],
+    to: Annotated[str, typer.Option(help="rllib: a policy; rllib-data: recorded steps.")],
+    stage: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Which stage's, or fine-tuned job's; the last trained if left out."),
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    verbose: Verbose = False,
+) -> None:
+    """Hand a policy, or recorded steps, to RLlib."""
+    with errors_told(verbose):
+        _choose("--to", to, ("rllib", "rllib-data"))
+        _choose("--checkpoint", checkpoint, ("best", "last"))
+        source = _find_run(run)
+        if not verbose:  # RLlib warns of itself.
+            logging.getLogger("ray").setLevel(logging.ERROR)
+        if to == "rllib":
+            from dmrl_ray.rllib.policies import export_policy
+
+            name = export_policy(source, folder.absolute(), stage=stage, checkpoint=checkpoint)
+            typer.echo(f"{folder}: policy {name}, for dmrl_ray.rllib.policies.exported('{folder}')")
+        else:
+            from dmrl_ray.rllib.data import export_steps
+
+            steps = export_steps(source, folder.absolute(), stage=stage)
+            typer.echo(f"{folder}: {steps:,} steps, for offline_data(input_=['{folder}'])")
+
+
 @contextmanager
 def errors_told(verbose: bool) -> Iterator[None]:
     """Turn what a user can do something about into one sentence and an exit code."""
@@ -200,16 +229,18 @@ def errors_told(verbose: bool) -> Iterator[None]:
         level=logging.INFO if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    from dmrl_ray.errors import FAULT, exit_code, sentence
+
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, typer.Exit | typer.Abort):
             raise
-        told = _sentence(error)
+        told = sentence(error)
         if verbose or told is None:
             traceback.print_exception(error)
         typer.echo(told or f"error: {FAULT}", err=True)
-        raise typer.Exit(_exit_code(error)) from error
+        raise typer.Exit(exit_code(error)) from error
 
 
 @contextmanager
@@ -223,29 +254,6 @@ def _resumable(folder: Path) -> Iterator[None]:
         command = f"python -m dmrl_ray resume {_shown(folder)}"
         typer.echo(f"interrupted; resume with: {command}", err=True)
         raise typer.Exit(error.exit_code) from error
-
-
-def _exit_code(error: BaseException) -> int:
-    from dmrl_ray.errors import exit_code
-
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, ModuleNotFoundError) else exit_code(error)
-
-
-def _sentence(error: BaseException) -> str | None:
-    """What to tell the user; None for an error that only we can mend."""
-    from dmrl_ray.errors import ConfigError, DmrlError
-
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dmrl_ray"):
-        return f"error: the package '{error.name}' is not installed; try: pip install {error.name}"
-    if isinstance(error, ConfigError) and "\n" in str(error):
-        return f"error: the config cannot be used\n{error}"
-    if isinstance(error, DmrlError | ValueError | OSError) or hasattr(error, "exit_code"):
-        return f"error: {error}"
-    return None
 
 
 def _shown(folder: Path) -> Path:

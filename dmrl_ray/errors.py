@@ -6,6 +6,8 @@ that breaks its contract raises `types.EnvironmentFault`, whose code is 5.
 
 from __future__ import annotations
 
+FAULT = "this is a fault of dmrl_ray, unless the traceback ends in your code; please report it"
+
 
 class DmrlError(Exception):
     """A mistake or misfortune told in one sentence: where, what was found, what to do."""
@@ -66,6 +68,22 @@ def exit_code(error: BaseException) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     if isinstance(error, OSError):
         return StorageError.exit_code
-    return ConfigError.exit_code if isinstance(error, ValueError) else DmrlError.exit_code
+    mistake = isinstance(error, ValueError | ModuleNotFoundError)
+    return ConfigError.exit_code if mistake else DmrlError.exit_code
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user of an error; None for one that only we can mend."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dmrl_ray"):
+        return f"error: the package '{error.name}' is not installed; try: pip install {error.name}"
+    if isinstance(error, ConfigError) and "\n" in str(error):
+        return f"error: the config cannot be used\n{error}"
+    if isinstance(error, DmrlError | ValueError | OSError) or hasattr(error, "exit_code"):
+        return f"error: {error}"
+    return None
