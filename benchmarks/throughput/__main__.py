@@ -1,16 +1,18 @@
 """Steps per second of real training, rollouts, updates and writing results, end to end.
 
-    python -m benchmarks.throughput                                 # every row, five runs each
-    python -m benchmarks.throughput --rows cartpole tables --runs 3 --seconds 10
+    python -m benchmarks.throughput                    # every row, five runs each: hours
+    python -m benchmarks.throughput --rows cartpole tables --runs 3 --limit 60
 
 Prints a JSON line for each variant of a row when its runs are done, and a table at the end. Every
 run is a process of its own, and the runs of a row's variants take turns. Figures: ``sps``
 environment steps per second; ``cpu_us_per_step`` CPU microseconds per step over the whole process
 tree, which neighbours on the machine move far less; ``cores`` of them busy on average, ``foreign``
 cores that other programs kept busy meanwhile; ``to_target_s`` seconds of training until the mean
-of the newest training episodes reached the target return; ``learner_waits`` share of time that the
-learner waited for rollouts; ``of_ideal`` share of the rate at which every worker would do nothing
-but step environments. The first fifth of the time is warm-up and counts for ``to_target_s`` only.
+of the newest training episodes reached the target return, for which a run goes on longer than its
+seconds, up to its limit; ``final_return`` that mean in the end; ``learner_waits`` share of time
+that the learner waited for rollouts; ``of_ideal`` share of the rate at which every worker would do
+nothing but step environments. The first fifth of the time is warm-up and counts for
+``to_target_s`` only.
 """
 
 from __future__ import annotations
