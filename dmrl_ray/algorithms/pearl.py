@@ -6,8 +6,8 @@ Variables", 2019 (arXiv:1903.08254), algorithms 1 and 2.
 Every transition that was seen of a task is a Gaussian factor; their product with the standard
 normal prior is the belief, whatever their order. The encoder learns from the critics' loss alone.
 Critics learn from whole trials, beliefs from the beginnings of trials, which is what a policy knows
-when it needs them. With `belief_steps` the belief is renewed within episodes, too: in the paper it
-waits for their ends.
+when it needs them. Not in the paper: with `belief_steps` the belief is renewed within episodes, too,
+instead of at their ends; with `explorers` some columns look for tasks that no belief leads to.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ class PEARL(SAC):
         """Steps between renewals of the belief; null is an episode. The noise by which a latent is
         drawn from it stays the same for an episode."""
 
+        explorers: float = Field(default=0.0, ge=0, le=1)
+        """Share of the columns of a collection that explore in the first half of a trial: there the
+        means of their actions before tanh (discrete: the logits) are standard normal noise, which
+        stays for an episode and so leads far away. A policy whose beliefs are sharp always looks in
+        the same places; tasks that show themselves elsewhere are not met without explorers."""
+
         kl_weight: float = Field(default=0.1, ge=0)  # Rakelly et al. 2019; 1 for sparse rewards
         """Price of each nat by which a belief differs from the prior."""
 
@@ -78,25 +84,32 @@ class PEARL(SAC):
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.begin_trial(tasks, self.policy)
-        return self.play(sampler, self.distribution.trial_steps)
+        explorers = round(self.config.explorers * sampler.num_envs)
+        return self._play(sampler, self.distribution.trial_steps, explorers)
 
     def play(self, sampler: Sampler, num_steps: int) -> Trial:
+        return self._play(sampler, num_steps)
+
+    def _play(self, sampler: Sampler, num_steps: int, explorers: int = 0) -> Trial:
         """Whole episodes, each with a latent drawn from what earlier ones have shown."""
         horizon = self.distribution.max_episode_steps
         span = self.config.belief_steps or horizon
         shape = (sampler.num_envs, self.config.latent)
+        actions = self.policy.policy_head.num_actions
         belief: Memory = sampler.memory or (torch.zeros(shape), torch.zeros(shape))
         trial = []
         for shot in range(num_steps // horizon):
             sampler.begin_episodes()
             noise = torch.from_numpy(sampler.rng.standard_normal(shape, dtype=np.float32))
+            exploring = explorers if 2 * shot < self.distribution.episodes_per_trial else 0
+            aims = sampler.rng.standard_normal((exploring, actions), dtype=np.float32)
             for start in range(0, horizon, span):
                 mean, log_var = product_of_gaussians(*(x.unsqueeze(1) for x in belief))
                 latent = gaussian_sample(mean, log_var, noise).unsqueeze(0)
                 rollout = sampler.rollout(
                     self.policy,
                     min(span, horizon - start),
-                    actor=partial(self._act, latent),
+                    actor=partial(self._act, latent, torch.from_numpy(aims)),
                     shot=shot,
                     with_value=False,
                 )
@@ -144,11 +157,16 @@ class PEARL(SAC):
     def _act(
         self,
         latent: Tensor,
+        aims: Tensor,
         obs: Tensor,
         previous: Previous | None,
         memory: Memory,
         reset: Tensor | None,
     ) -> tuple[Tensor, Tensor, Memory]:
-        """The actor on a given task; the belief is not the encoder's memory, and stays."""
+        """The actor on a given task, but for the first columns, whose aims (N, A) are given.
+
+        The belief is not the encoder's memory, and stays.
+        """
         pi, features, _ = self.policy(obs, latent=latent)
+        pi[:, : aims.shape[0], : aims.shape[1]] = aims
         return pi, features, memory

@@ -87,6 +87,27 @@ def test_a_belief_renewed_within_episodes_moves_the_latent_there():
     assert len({tuple(x.flatten().tolist()) for x in spans[:, 0]}) == 3
 
 
+def test_explorers_aim_somewhere_for_an_episode_of_the_first_half():
+    spec = make_spec(explorers=0.5)
+    program = build(spec)
+    sampler = Sampler(program.distribution, 4, memory_spans_trial=False)
+    sampler.start(np.random.default_rng(0), 0)
+    aims, act = [], program.algorithm._act
+
+    def watching(latent, aim, *inputs):
+        pi, *rest = act(latent, aim, *inputs)
+        aims.append(pi[0, :, :2].clone())
+        return pi, *rest
+
+    program.algorithm._act = watching
+    tasks = program.distribution.sample(np.random.default_rng(0), 4, "train")
+    program.algorithm.collect(sampler, tasks)
+    by_episode = torch.stack(aims).reshape(EPISODES, HORIZON, 4, 2)
+    stays = (by_episode == by_episode[:, :1]).all(1).all(-1)
+    assert stays.tolist() == [[True, True, False, False]] * 2 + [[False] * 4]
+    assert not torch.equal(by_episode[0, 0, :2], by_episode[1, 0, :2])
+
+
 def test_a_trial_played_in_parts_is_remembered_whole():
     whole, parts = (playing(make_spec(), n) for n in ([3], [2, 1]))
     for one, other in zip(whole[1].memory, parts[1].memory, strict=True):
