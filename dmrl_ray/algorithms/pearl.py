@@ -6,8 +6,8 @@ Variables", 2019 (arXiv:1903.08254), algorithms 1 and 2.
 Every transition that was seen of a task is a Gaussian factor; their product with the standard
 normal prior is the belief, whatever their order. The encoder learns from the critics' loss alone.
 Critics learn from whole trials, beliefs from the beginnings of trials, which is what a policy knows
-when it needs them. Not in the paper: with `belief_steps` the belief is renewed within episodes, too,
-instead of at their ends; with `explorers` some columns look for tasks that no belief leads to.
+when it needs them. Not in the paper: with `belief_steps` the belief is renewed within episodes,
+not at their ends alone; with `explorers` some columns look for tasks that no belief leads to.
 """
 
 from __future__ import annotations
