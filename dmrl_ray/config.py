@@ -59,6 +59,10 @@ class LearnerSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
 
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the layers below the heads, in gradient steps on minibatches. bfloat16 is faster on CPUs
+    and GPUs that have it, and learns less well where differences are small, as in long trials."""
+
 
 class CommitSettings(Settings):
     """When a run is made durable."""

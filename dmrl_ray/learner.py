@@ -35,6 +35,7 @@ class Learner:
         self.algorithm = program.algorithm
         self.policy = program.policy.to(self.device)
         self.algorithm.prepare_training(spec.trainable)
+        self.algorithm.precision = getattr(torch, spec.precision)
         if self.device.type == "cpu":
             self.algorithm.team = Team(spec.learner_threads)
         self._poisoned = 0

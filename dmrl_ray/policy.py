@@ -166,7 +166,7 @@ class ActorCritic(nn.Module):
         """
         x = self.actor_input(obs)
         features, memory = self.encoder(x, self.extra(previous, obs, latent), memory, reset)
-        return self.policy_head(features), features, memory
+        return exactly(self.policy_head, features), features, memory
 
     def value(
         self,
@@ -191,8 +191,7 @@ class ActorCritic(nn.Module):
             memory = tuple(leaf.to(obs.device) for leaf in memory)
             extra = self.extra(previous, obs)
             features = self.value_encoder(self.scale(obs), extra, memory, reset)[0]
-        value: Tensor = self.value_head(features)
-        return value.squeeze(-1)
+        return exactly(self.value_head, features).squeeze(-1)
 
     def denormalize_value(self, value: Tensor) -> Tensor:
         """From the critic's units to returns."""
@@ -280,6 +279,20 @@ class ActorCritic(nn.Module):
             nothing = torch.zeros(*obs.shape[:2], self.latent, device=obs.device)
             parts.append(nothing if latent is None else latent)
         return torch.cat(parts, -1) if parts else None
+
+
+def exactly(head: nn.Module, features: Tensor) -> Tensor:
+    """A head's answer in full precision, whatever the layers below it were computed in.
+
+    Ratios of probabilities and small differences of values are lost in eight bits.
+    """
+    answer: Tensor
+    if features.dtype == torch.bfloat16:
+        with torch.autocast(features.device.type, enabled=False):
+            answer = head(features.float())
+    else:
+        answer = head(features)
+    return answer
 
 
 def mask_previous(action: Tensor, reward: Tensor, done: Tensor, reset: Tensor) -> Previous:

@@ -35,6 +35,7 @@ class JobSpec:
     fixed_tasks: tuple[Task, ...] = ()  # instead of tasks drawn from the split
     trainable: tuple[str, ...] = ("",)
     learner_threads: int = 1
+    precision: str = "float32"
     device: str = "cpu"
     record: bool = False  # every step is a row of the transitions table
     run_folder: str = ""  # where algorithms find what earlier stages recorded

@@ -58,6 +58,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         env_steps=getattr(stage, "env_steps", 0),
         trainable=getattr(stage, "trainable", ("",)),
         learner_threads=config.learners.threads,
+        precision=config.learners.precision,
         device=config.learners.device,
         record=getattr(stage, "record", False),
     )

@@ -25,7 +25,7 @@ class Algorithm(ABC):
 
     Networks that an algorithm needs beside the policy are put into ``policy.auxiliary`` when it is
     made. What a learner sets before `update`: `rng` (the random stream of this update), `team` (the
-    threads that differentiate) and, with several learners, `rank`, `world_size` and
+    threads that differentiate), `precision` and, with several learners, `rank`, `world_size` and
     `average_gradients`. Learner and worker both set `progress`, the share of the budget spent.
     """
 
@@ -81,6 +81,7 @@ class Algorithm(ABC):
         self.rng = np.random.default_rng(0)
         self.progress = 0.0
         self.team = Team(1)
+        self.precision = torch.float32
         self.rank, self.world_size = 0, 1
         self.average_gradients: Callable[[list[nn.Parameter]], None] | None = None
         self.skipped_batches = 0

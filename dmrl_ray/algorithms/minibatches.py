@@ -64,11 +64,15 @@ def _differentiate(
     algorithm: Algorithm, team: Team, batch: Batch, loss: Loss, weight: float
 ) -> tuple[list[str], Tensor, list[Tensor | None]]:
     """Names and means of what the loss reports of a minibatch, and `weight` x its gradients."""
-    steps, columns = next(iter(batch.values())).shape[:2]
+    first = next(iter(batch.values()))
+    steps, columns = first.shape[:2]
+    device, precision = first.device.type, algorithm.precision
 
     def of_share(share: slice) -> tuple[list[str], Tensor, tuple[Tensor | None, ...]]:
         part = (share.stop - share.start) / max(1, columns)
-        value, report = loss({name: x[:, share] for name, x in batch.items()})
+        exact = precision == torch.float32
+        with nullcontext() if exact else torch.autocast(device, precision):
+            value, report = loss({name: x[:, share] for name, x in batch.items()})
         value = value * (weight * part)
         gradients = torch.autograd.grad(value, algorithm.parameters, allow_unused=True)
         return list(report), torch.stack([x.detach() for x in report.values()]) * part, gradients

@@ -22,7 +22,7 @@ from dmrl_ray.algorithms.rl2 import RL2
 from dmrl_ray.losses.latent import chained_kl, gaussian_sample
 from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import TrialDecoder
-from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
+from dmrl_ray.policy import ActorCritic, Previous, exactly, mask_previous, previous_inputs
 from dmrl_ray.replay import Transitions, TrialReplay
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Rollout, Trial
@@ -125,7 +125,8 @@ class VariBAD(RL2):
         policy, obs = self.policy, batch["obs"]
         features = self.encoder.features(policy.actor_input(obs), batch["mean"], batch["log_var"])
         value = policy.value(features, obs)
-        return policy.policy_head(features), 0.5 * (value - batch["target"]).square().mean()
+        pi = exactly(policy.policy_head, features)
+        return pi, 0.5 * (value - batch["target"]).square().mean()
 
     def _beliefs(self, obs: Tensor, previous: Previous) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (T, B, L) of the beliefs of whole trials."""
