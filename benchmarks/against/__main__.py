@@ -107,13 +107,17 @@ def rounds(
     peer: str, row: str, only: str, number_of: int, seconds: float, limit: float
 ) -> list[dict[str, object]]:
     """Run both sides in turns."""
+    before = machine()
     mine: dict[str, list[Figures]] = {n: [] for n in ROWS[row].variants if only in n}
     theirs: list[Figures] = []
     for _ in range(number_of):
         for variant, figures in mine.items():
             figures.append(ours(row, variant, {"seconds": seconds, "limit": limit}, []))
         theirs.append(run_peer(peer, row, seconds, limit))
-    return [line(row, peer, variant, figures, theirs) for variant, figures in mine.items()]
+    return [
+        {**line(row, peer, variant, figures, theirs), "machine": before}
+        for variant, figures in mine.items()
+    ]
 
 
 def run_peer(peer: str, row: str, seconds: float, limit: float) -> Figures:
