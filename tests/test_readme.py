@@ -124,7 +124,9 @@ def test_what_pip_is_pointed_at_is_there(command):
 
 
 @pytest.mark.parametrize("command", beginning(*OURS, "run"))
-def test_a_run_runs(command, here):
+def test_a_run_runs(command, here, request):
+    if "rllib" in command[4]:
+        request.getfixturevalue("ray_instance")  # or it would start a smaller one
     assert "Adaptation on held-out tasks" in call(smaller(command[3:]))
 
 

@@ -92,7 +92,9 @@ class Baseline(ForeignAlgorithm):
     ) -> tuple[CollectReport, dict[str, float]]:
         """One iteration of RLlib's."""
         start, iteration = time.monotonic(), self.version
-        torch.set_num_threads(self.spec.learner_threads)
+        # Threads that wait for each other at every step of a few columns are slower than one.
+        samples_here = self._algorithm.config.num_env_runners == 0
+        torch.set_num_threads(1 if samples_here else self.spec.learner_threads)
         with _library_errors():
             if learn:
                 result = self._algorithm.train()

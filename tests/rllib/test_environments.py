@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -222,6 +223,19 @@ def test_a_family_or_setting_that_does_not_exist_is_told_when_it_is_registered()
         register("x", "bandit", whole_trial=True)
     with pytest.raises(ValueError, match="splt"):
         EnvCreator(EnvSettings(tasks="bandit"))({"splt": "test"})
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_the_readme_shows_how_to_register_a_family():
+    (text,) = re.findall(r"```python\n(# goals_in_rllib.py\n.*?)```", README, re.S)
+    scope = {}
+    exec(text, scope)
+    scope["config"].env_runners(num_env_runners=0, gym_env_vectorize_mode="vector_entry_point")
+    made = scope["config"].debugging(log_level="ERROR").build_algo()
+    made.env_runner.sample(num_episodes=1)
+    rows, _ = made.env_runner.env.unwrapped.take_episodes()
+    assert {(row["length"], row["task"].split) for row in rows} == {(20, "test")}
+    made.stop()
 
 
 @pytest.mark.usefixtures("ray_instance")
