@@ -20,8 +20,7 @@ class TensorStream:
     """
 
     def __init__(self, seed: np.random.Generator, device: torch.device) -> None:
-        self._generator = torch.Generator(device)
-        self._generator.manual_seed(int(seed.integers(2**63)))
+        self._generator = torch.Generator(device).manual_seed(int(seed.integers(2**63)))
 
     def random(self, size: int | tuple[int, ...]) -> Tensor:
         """float64, uniform on [0, 1)."""
@@ -41,7 +40,22 @@ class TensorStream:
 
 _TYPES = {np.float32: torch.float32, np.float64: torch.float64}
 
+MANY = 100_000
+"""Numbers in a permutation from which on it is drawn on the device."""
+
 Stream: TypeAlias = np.random.Generator | TensorStream
+
+
+def permutation(rng: np.random.Generator, n: int, device: torch.device) -> Tensor:
+    """(n,) the numbers below n in random order.
+
+    Few are drawn on the host, the same ones for every device. Millions would take longer to draw
+    there than a GPU takes to learn from them, and are drawn where they are needed.
+    """
+    if device.type == "cpu" or n < MANY:
+        return torch.from_numpy(rng.permutation(n)).to(device)
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
+    return torch.randperm(n, generator=generator, device=device)
 
 
 def namespace(x: Array) -> Any:

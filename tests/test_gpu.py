@@ -13,7 +13,7 @@ from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.display import Display
 from dmrl_ray.learner import Learner
 from dmrl_ray.results import load
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.spec import JobSpec, Weights, build
 from dmrl_ray.worker import CollectCall, RolloutWorker
 from dmrl_ray.yaml_config import parse_config
 
@@ -91,6 +91,70 @@ def test_a_whole_run_trains_on_the_gpu_without_ray(tmp_path):
         network: {encoder: {type: lstm, size: 64}}
         algorithm: {type: rl2}
         rollout: {shards: 2, num_envs: 512}
+        workers: {num: 0}
+        stages:
+          meta: {type: pretrain, env_steps: 500k, validate_every: 25, validation_tasks: 512}
+          held_out: {type: evaluate, init_from: meta, tasks: 1024}
+    """
+    folder = tmp_path / "run"
+    controller.run(parse_config(text, "gpu"), folder, display=Display(quiet=True))
+    frame = load(folder).query("stage == 'held_out'")
+    assert frame["return"].mean() > 5.4  # 5.0 is chance, 6.66 optimal
+
+
+RESIDENT = {"ppo": {"type": "point_goal", "horizon": 20}, "rl2": "bandit", "maml": "point_goal"}
+
+
+def resident_spec(case: str) -> JobSpec:
+    rollout = RolloutSettings(shards=1, num_envs=64, device="cuda")
+    tasks = Component.model_validate(RESIDENT[case])
+    return replace(make_spec(case, "cuda"), tasks=tasks, rollout=rollout)
+
+
+@pytest.mark.parametrize("case", RESIDENT)
+def test_what_stays_on_the_gpu_is_fixed_by_its_seed(case):
+    results = []
+    for _ in range(2):
+        learner, worker, state = Learner(resident_spec(case)), RolloutWorker(), {}
+        for version in range(3):
+            weights = Weights(version, learner.weights())
+            call = CollectCall(learner.spec, 0, version, 0)
+            _, trial, state = worker.collect(call, weights, state)
+            assert trial[0].obs.is_cuda
+            learner.update(version, 0, [trial])
+        results.append(learner.weights())
+    for name, array in results[0].items():
+        np.testing.assert_array_equal(results[1][name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("case", RESIDENT)
+def test_the_host_does_not_wait_while_the_gpu_acts(case):
+    spec = resident_spec(case)
+    program = build(spec, "cuda")
+    sampler = program.sampler(64)
+    sampler.start(np.random.default_rng(0), 0)
+    tasks = program.distribution.sample(np.random.default_rng(0), 64, "train")
+    sampler.begin_trial(tasks, program.policy)
+    act_on = sampler._act_on
+
+    def strictly(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            act_on(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    sampler._act_on = strictly
+    for _ in range(2):
+        sampler.rollout(program.policy, program.distribution.max_episode_steps)
+
+
+def test_a_whole_run_stays_on_the_gpu(tmp_path):
+    text = """
+        tasks: {type: bandit}
+        network: {encoder: {type: lstm, size: 64}}
+        algorithm: {type: rl2}
+        rollout: {shards: 1, num_envs: 1024, device: cuda}
         workers: {num: 0}
         stages:
           meta: {type: pretrain, env_steps: 500k, validate_every: 25, validation_tasks: 512}

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmrl_ray import controller
-from dmrl_ray.arrays import TensorStream, host
+from dmrl_ray.arrays import TensorStream, host, permutation
 from dmrl_ray.calls import CollectCall
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.display import Display
@@ -206,6 +206,14 @@ def test_streams_of_a_device_have_the_moments_of_numpys():
     ):
         assert abs(numbers.mean() - mean) < 0.02
         assert abs(numbers.std() - std) < 0.02
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_few_numbers_are_shuffled_alike_for_every_device(device):
+    order = permutation(rng(3), 1000, torch.device(device))
+    assert order.device.type == device
+    if device == "cpu":
+        np.testing.assert_array_equal(order, rng(3).permutation(1000))
 
 
 class Asked(TorchDispatchMode):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.team import Team, divisible, one_thread
+from dmrl_ray.arrays import permutation
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.types import Rollout
 
@@ -48,7 +49,7 @@ def step_through(
     steps = []
     with one_thread() if team.size > 1 else nullcontext():
         for _ in range(epochs):
-            order = torch.from_numpy(algorithm.rng.permutation(columns)).to(first.device)
+            order = permutation(algorithm.rng, columns, first.device)
             for start, stop in pairwise(bounds):
                 mine = order[start + rank : stop : world_size]
                 minibatch = {name: x.index_select(1, mine) for name, x in batch.items()}

@@ -1,0 +1,101 @@
+"""Steps per second of training that stays on a device: rollouts and updates, without tables.
+
+    python -m benchmarks.device                                # on a GPU if there is one
+    python -m benchmarks.device --tasks bandit --device cpu numpy --columns 1024
+
+Prints one JSON line for each task, device and number of columns: ``sps`` environment steps per
+second, with every step learned from `epochs` times; ``collect`` and ``update``, their shares of
+the time; ``return``, the mean of the last collection's episodes; ``updates`` measured, after two
+that are not. The device ``numpy`` is the path of rollout workers, with the learner on the CPU.
+Needs PyTorch, gymnasium, pydantic, PyYAML and pyarrow; neither Ray nor an installed package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from time import perf_counter
+
+import torch
+
+from dmrl_ray.calls import CollectCall
+from dmrl_ray.config import RolloutSettings
+from dmrl_ray.learner import Learner
+from dmrl_ray.settings import Component
+from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.worker import RolloutWorker
+
+LSTM = {"type": "lstm", "size": 128}
+RL2 = {"type": "rl2", "epochs": 4, "minibatches": 4}
+PPO = {"type": "ppo", "num_steps": 100, "epochs": 4, "minibatches": 4}
+TASKS = {
+    "bandit": ({"type": "bandit", "arms": 5, "pulls": 10}, LSTM, RL2),
+    "grid_nav": ({"type": "grid_nav"}, LSTM, RL2),
+    "point_goal": ({"type": "point_goal"}, {"type": "mlp", "sizes": [64, 64]}, PPO),
+}
+WARM_UP = 2
+"""Updates before the clock starts."""
+
+
+def measure(task: str, device: str, columns: int, seconds: float) -> dict[str, object]:
+    """Train for some seconds and return the figures."""
+    family, encoder, algorithm = TASKS[task]
+    parts = (family, {"type": "actor_critic", "encoder": encoder}, algorithm)
+    resident = None if device == "numpy" else device
+    rollout = RolloutSettings.model_validate({"shards": 1, "num_envs": columns, "device": resident})
+    spec = JobSpec(
+        "device",
+        "device",
+        0,
+        *map(Component.model_validate, parts),
+        rollout,
+        env_steps=10**12,
+        device=resident or "cpu",
+    )
+    worker, learner = RolloutWorker(), Learner(spec)
+    updates = steps = 0
+    collect_s = update_s = 0.0
+    state: dict[str, object] = {}
+    while updates < WARM_UP + 1 or collect_s + update_s < seconds:
+        if updates == WARM_UP:
+            steps, collect_s, update_s = 0, 0.0, 0.0
+        start = perf_counter()
+        weights = Weights(updates, learner.weights())
+        report, trial, state = worker.collect(CollectCall(spec, 0, updates, 0), weights, state)
+        collected = perf_counter()
+        learner.update(updates, 0, [trial])
+        collect_s += collected - start
+        update_s += perf_counter() - collected
+        steps += report.env_steps
+        updates += 1
+    total = collect_s + update_s
+    returns = report.episodes["return"]
+    return {
+        "task": task,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "columns": columns,
+        "sps": round(steps / total),
+        "collect": round(collect_s / total, 3),
+        "update": round(update_s / total, 3),
+        "epochs": algorithm["epochs"],
+        "updates": updates - WARM_UP,
+        "return": round(float(returns.mean()), 3) if len(returns) else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", nargs="+", choices=["cuda", "cpu", "numpy"], default=[default])
+    parser.add_argument("--columns", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    options = parser.parse_args()
+    for task in options.tasks:
+        for columns in options.columns:
+            for device in options.device:
+                print(json.dumps(measure(task, device, columns, options.seconds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
