@@ -32,7 +32,7 @@ from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.settings import did_you_mean
-from dmrl_ray.spec import get_weights, load_family, set_weights
+from dmrl_ray.spec import JobSpec, get_weights, load_family, set_weights
 from dmrl_ray.stages import job_spec
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays
@@ -221,18 +221,13 @@ def _choose(
     )
 
 
-def _module(config: RunConfig, stage: str, weights: Arrays) -> ActorCriticModule:
-    """The module with these weights."""
-    spec = job_spec(config, stage)
+def module_spec(spec: JobSpec) -> RLModuleSpec:
+    """The policy of a job as RLlib makes it, with weights that nothing has trained."""
     kind = spec.algorithm.load("algorithm")
     options = kind.policy_options(spec.algorithm.settings)
-    if options.get("latent"):
-        raise ConfigError(
-            f"stage {stage!r}: {spec.algorithm_name}'s policy needs a guess of the task that its "
-            "algorithm makes between steps, which RLlib does not; export a policy of another one"
-        )
     family = load_family(spec.tasks)
-    module = ActorCriticModule(
+    return RLModuleSpec(
+        module_class=ActorCriticModule,
         observation_space=_shown(family, options),
         action_space=family.action_space,
         model_config={
@@ -242,6 +237,17 @@ def _module(config: RunConfig, stage: str, weights: Arrays) -> ActorCriticModule
             "max_seq_len": family.trial_steps if kind.memory_spans_trial else SEQUENCE_STEPS,
         },
     )
+
+
+def _module(config: RunConfig, stage: str, weights: Arrays) -> ActorCriticModule:
+    """The module with these weights."""
+    spec = job_spec(config, stage)
+    module: ActorCriticModule = module_spec(spec).build()
+    if module.policy.latent:
+        raise ConfigError(
+            f"stage {stage!r}: {spec.algorithm_name}'s policy needs a guess of the task that its "
+            "algorithm makes between steps, which RLlib does not; export a policy of another one"
+        )
     if module.policy.recurrent and module.policy.value_encoder is not None:
         raise ConfigError(
             f"stage {stage!r}: its value function has a memory of its own, which RLlib would cut "
