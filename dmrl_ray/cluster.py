@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from dmrl_ray.calls import CollectCall, CollectReport
-from dmrl_ray.config import WorkerSettings
+from dmrl_ray.config import WorkerSettings, settled
 from dmrl_ray.connection import cause_of, connect
 from dmrl_ray.pool import Request, WorkerPool
 
@@ -38,7 +38,7 @@ class RayWorkers:
         on_event: Callable[[str, dict[str, object]], None],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.total = settings.num
+        self.total = settled(settings.num)
         self._pool = WorkerPool(settings, on_event, check)
 
     @property

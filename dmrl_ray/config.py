@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from dmrl_ray.settings import SHORT_NAMES, Component, Count, Settings
 
@@ -16,6 +16,20 @@ __all__ = ["SHORT_NAMES", "Component", "Count", "RunConfig", "Settings", "Stage"
 
 RLLIB = "rllib:"
 """Begins an ``init_from`` that names a checkpoint of RLlib and not a stage."""
+
+
+_AUTO = Discriminator(lambda value: "auto" if value == "auto" else "number")  # one message, not two
+Processes: TypeAlias = Annotated[
+    Annotated[int, Field(ge=0), Tag("number")] | Annotated[Literal["auto"], Tag("auto")], _AUTO
+]
+Threads: TypeAlias = Annotated[
+    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")], _AUTO
+]
+
+
+def settled(number: Processes | Threads) -> int:
+    """The number; 1 for an auto that `placement` has not settled, as in checks before a run."""
+    return 1 if number == "auto" else number
 
 
 class RolloutSettings(Settings):
@@ -37,8 +51,9 @@ class RolloutSettings(Settings):
 class WorkerSettings(Settings):
     """Rollout workers. Their number changes the speed of a run, never its result."""
 
-    num: int = Field(default=2, ge=0)
-    """Ray actors that roll out; 0 runs everything in this process, without Ray."""
+    num: Processes = "auto"
+    """Ray actors that roll out; 0 runs everything in this process, without Ray. auto measures
+    what a step costs when the run starts, and says what it chose."""
 
     deadline_s: float = Field(default=60.0, gt=0)
     """A worker that has not answered after max(this, 5 x the median answer) is replaced."""
@@ -53,8 +68,9 @@ class LearnerSettings(Settings):
     num: int = Field(default=1, ge=1)
     """Learner actors; gradients are averaged over them."""
 
-    threads: int = Field(default=2, ge=1)
-    """Torch threads of each learner. Part of the result: it changes the last bits."""
+    threads: Threads = "auto"
+    """Torch threads of each learner; auto chooses by the cores. Part of the result: they change
+    the last bits."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
@@ -266,7 +282,7 @@ class RunConfig(Settings):
     def _is_one_process_on_a_device(self) -> RunConfig:
         rollouts = [self.rollout, *(getattr(s, "rollout", None) for s in self.stages.values())]
         devices = [r.device for r in rollouts if r is not None and r.device is not None]
-        if devices and self.workers.num != 0:
+        if devices and self.workers.num not in (0, "auto"):
             raise ValueError(
                 f"rollout.device: {devices[0]} keeps everything in this process, which needs "
                 f"workers.num: 0, found {self.workers.num}"

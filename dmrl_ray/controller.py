@@ -21,6 +21,7 @@ from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
 from dmrl_ray.foreign import check_foreign
 from dmrl_ray.jobs import evaluate as evaluate_policy
+from dmrl_ray.placement import place
 from dmrl_ray.run import Run
 from dmrl_ray.settings import did_you_mean
 from dmrl_ray.spec import JobSpec, Program, Weights, build, get_weights, rehearse, set_weights
@@ -52,10 +53,15 @@ def run(
         Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
     """
     check(config)
+    config, placement = place(config, address)
     with RunWriter.create(
         folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
     ) as writer:
-        _execute(Run(config, writer, display, address))
+        current = Run(config, writer, display, address)
+        if placement:
+            current.event("placed", message=placement)
+            display.message(placement)
+        _execute(current)
         return writer.folder
 
 

@@ -184,3 +184,17 @@ class SquashedGaussianHead(nn.Module):
     def encode(self, action: Tensor) -> Tensor:
         """As it is."""
         return action
+
+
+def exactly(head: nn.Module, features: Tensor) -> Tensor:
+    """A head's answer in full precision, whatever the layers below it were computed in.
+
+    Ratios of probabilities and small differences of values are lost in eight bits.
+    """
+    answer: Tensor
+    if features.dtype == torch.bfloat16:
+        with torch.autocast(features.device.type, enabled=False):
+            answer = head(features.float())
+    else:
+        answer = head(features)
+    return answer

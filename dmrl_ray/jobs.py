@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from dmrl_ray.calls import CollectCall, CollectReport, EvaluateCall
-from dmrl_ray.config import Pretrain
+from dmrl_ray.config import Pretrain, settled
 from dmrl_ray.foreign import ForeignAlgorithm, foreign_of
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, build
@@ -58,7 +58,7 @@ class Progress:
 
 def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) -> Progress:
     """Train until the budget is spent, from the newest commit if it holds this job's state."""
-    foreign = foreign_of(spec, run.config.workers.num)
+    foreign = foreign_of(spec, settled(run.config.workers.num))
     if foreign is not None:
         return _run_foreign(run, spec, stage, initial, foreign)
     with closing(run.learners(spec)) as learners:

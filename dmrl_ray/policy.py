@@ -22,6 +22,7 @@ from dmrl_ray.heads import (
     CategoricalHead,
     GaussianHead,
     SquashedGaussianHead,
+    exactly,
 )
 from dmrl_ray.networks.base import Encoder, Memory, linear
 from dmrl_ray.networks.norm import RunningNorm
@@ -279,20 +280,6 @@ class ActorCritic(nn.Module):
             nothing = torch.zeros(*obs.shape[:2], self.latent, device=obs.device)
             parts.append(nothing if latent is None else latent)
         return torch.cat(parts, -1) if parts else None
-
-
-def exactly(head: nn.Module, features: Tensor) -> Tensor:
-    """A head's answer in full precision, whatever the layers below it were computed in.
-
-    Ratios of probabilities and small differences of values are lost in eight bits.
-    """
-    answer: Tensor
-    if features.dtype == torch.bfloat16:
-        with torch.autocast(features.device.type, enabled=False):
-            answer = head(features.float())
-    else:
-        answer = head(features)
-    return answer
 
 
 def mask_previous(action: Tensor, reward: Tensor, done: Tensor, reset: Tensor) -> Previous:

@@ -23,7 +23,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from dmrl_ray.config import WorkerSettings
+from dmrl_ray.config import WorkerSettings, settled
 from dmrl_ray.connection import (
     START_TIMEOUT_S,
     cause_of,
@@ -108,9 +108,9 @@ class WorkerPool:
         self._listening: dict[Any, tuple[Worker, Request | None]] = {}
         self._seconds: dict[str, deque[float]] = {}
         self._failures = self._bad_starts = 0
-        self._needed = settings.num
+        self._total = self._needed = settled(settings.num)
         self._complete_at = time.monotonic()
-        self._workers = [self._spawn(index) for index in range(settings.num)]
+        self._workers = [self._spawn(index) for index in range(self._total)]
         self._start()
 
     def up(self) -> list[Worker]:
@@ -171,9 +171,7 @@ class WorkerPool:
             self._complete_at = now
         elif now - self._complete_at > START_TIMEOUT_S:
             if not nodes_are_coming():
-                raise no_room(
-                    f"workers.num: {self._settings.num} rollout workers", self._settings.num
-                )
+                raise no_room(f"workers.num: {self._total} rollout workers", self._total)
             self._needed = 1
 
     def _spawn(self, index: int, *, replaces: bool = False) -> Worker:

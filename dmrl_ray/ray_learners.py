@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from dmrl_ray.config import LearnerSettings, WorkerSettings
+from dmrl_ray.config import LearnerSettings, WorkerSettings, settled
 from dmrl_ray.connection import START_TIMEOUT_S, cause_of, no_room, nodes_are_coming, where
 from dmrl_ray.errors import ClusterError, JobLost
 from dmrl_ray.learner import Learner
@@ -89,13 +89,13 @@ class RayLearners:
         self._published: Any = None
         gpus = self._gpus(settings)
         actor: Any = ray.remote(LearnerActor).options(
-            num_cpus=settings.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
+            num_cpus=settled(settings.threads), num_gpus=gpus, max_restarts=0, max_task_retries=0
         )
         self._actors: list[Any] = [actor.remote() for _ in range(settings.num)]
         try:
             places = self._start(settings, gpus)
             device = spec.device if gpus else "cpu"
-            spec = replace(spec, device=device, learner_threads=settings.threads)
+            spec = replace(spec, device=device, learner_threads=settled(settings.threads))
             self._on_all("build", spec, least_s=START_TIMEOUT_S)
             if settings.num > 1:
                 _, ip, port = places[0]
@@ -178,9 +178,9 @@ class RayLearners:
             if len(ready) == len(refs):
                 return self._wait(refs)
             if not nodes_are_coming():
-                count = settings.num
-                what = f"learners.num: {count} learners of {settings.threads} threads"
-                raise no_room(what, count * settings.threads, count * gpus)
+                count, threads = settings.num, settled(settings.threads)
+                what = f"learners.num: {count} learners of {threads} threads"
+                raise no_room(what, count * threads, count * gpus)
 
     def _join(self, init_method: str) -> None:
         """The learners meet, and average their gradients from now on."""

@@ -7,7 +7,17 @@ from dataclasses import replace
 import numpy as np
 
 from dmrl_ray.calls import AdaptCall
-from dmrl_ray.config import RLLIB, Adapt, Component, Evaluate, Finetune, Pretrain, RunConfig, Stage
+from dmrl_ray.config import (
+    RLLIB,
+    Adapt,
+    Component,
+    Evaluate,
+    Finetune,
+    Pretrain,
+    RunConfig,
+    Stage,
+    settled,
+)
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.jobs import EVALUATION_COLUMNS, run_job
 from dmrl_ray.jobs import evaluate as evaluate_policy
@@ -57,7 +67,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         rollout=rollout,
         env_steps=getattr(stage, "env_steps", 0),
         trainable=getattr(stage, "trainable", ("",)),
-        learner_threads=config.learners.threads,
+        learner_threads=settled(config.learners.threads),
         precision=config.learners.precision,
         device=config.learners.device,
         record=getattr(stage, "record", False),

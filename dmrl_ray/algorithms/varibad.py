@@ -19,10 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.rl2 import RL2
+from dmrl_ray.heads import exactly
 from dmrl_ray.losses.latent import chained_kl, gaussian_sample
 from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import TrialDecoder
-from dmrl_ray.policy import ActorCritic, Previous, exactly, mask_previous, previous_inputs
+from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
 from dmrl_ray.replay import Transitions, TrialReplay
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Rollout, Trial

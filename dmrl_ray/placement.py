@@ -1,0 +1,92 @@
+"""How a run is spread over the machine that it starts on, where its config leaves that open."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from dmrl_ray.algorithms.team import one_thread
+from dmrl_ray.config import Pretrain, RunConfig
+from dmrl_ray.faults import sample
+from dmrl_ray.foreign import foreign_of
+from dmrl_ray.spec import JobSpec, build
+from dmrl_ray.stages import job_spec
+from dmrl_ray.types import random_stream
+
+MEASURE_S = 1.0
+"""Time for a measurement, beside that of its first steps."""
+
+WORTH_US = 20.0
+"""Cost of a column's step from which other processes roll out faster than the learner's own.
+
+A trial costs about 2 us a step to hand over, and Ray's calls 5 ms an iteration; on CartPole, whose
+step costs 2 us, two workers were slower than none.
+"""
+
+WORTH_S = 30.0
+"""Seconds of rolling out that are worth the start of Ray."""
+
+
+def place(config: RunConfig, address: str | None) -> tuple[RunConfig, str]:
+    """The config with `workers.num` and `learners.threads` settled, and why so; "" if they were.
+
+    On a cluster every shard gets a worker. On one machine a second of rolling out tells whether
+    workers pay. Results do not depend on the workers, and on the threads in their last bits.
+    """
+    why, cores = [], len(os.sched_getaffinity(0))
+    workers, learners = config.workers, config.learners
+    if workers.num == "auto":
+        number, because = _workers(config, address, cores)
+        workers = workers.model_copy(update={"num": number})
+        why.append(f"workers.num: {number}, as {because}")
+    if learners.threads == "auto":
+        threads = 2 if cores >= 4 else 1
+        learners = learners.model_copy(update={"threads": threads})
+        why.append(f"learners.threads: {threads}, of {cores} cores")
+    return config.model_copy(update={"workers": workers, "learners": learners}), "; ".join(why)
+
+
+def _workers(config: RunConfig, address: str | None, cores: int) -> tuple[int, str]:
+    """Rollout workers, and the reason."""
+    specs = [job_spec(config, name) for name in config.stages]
+    shards = max(spec.rollout.shards for spec in specs)
+    if any(spec.rollout.device for spec in specs):
+        return 0, "rollouts stay on a device"
+    if address or os.environ.get("RAY_ADDRESS"):
+        return shards, f"a cluster plays {shards} shards"
+    most = min(shards, cores - 1)
+    if most < 2:
+        return 0, f"{shards} shards on {cores} cores leave nothing to do side by side"
+    training = [spec for spec in specs if isinstance(config.stages[spec.stage], Pretrain)]
+    own = [spec for spec in training if foreign_of(spec, 0) is None]
+    if not own:
+        return most, f"{shards} shards are played on {cores} cores"
+    cost = step_us(own[0])
+    seconds = sum(s.env_steps for s in own) * cost * 1e-6
+    what = f"a step of a column costs {cost:.3g} us, {seconds:.3g} s in all"
+    pays = cost >= WORTH_US and seconds >= WORTH_S
+    return (most if pays else 0), what + ("" if pays else ", too little for other processes")
+
+
+def step_us(spec: JobSpec) -> float:
+    """Microseconds that a step of one column costs while rolling out with one thread."""
+    program = build(spec)
+    stream = random_stream(spec.seed, *spec.key, "placement")
+    tasks = sample(program.distribution, stream, spec.rollout.num_envs, spec.split)
+    sampler = program.sampler(spec.rollout.num_envs)
+    try:
+        with one_thread(), torch.no_grad():
+            sampler.start(stream, 0)
+            sampler.begin_trial(tasks, program.policy)
+            sampler.rollout(program.policy, 1, with_value=False)  # The first steps are slower.
+            steps, seconds = 1, 0.0
+            while seconds < MEASURE_S / 4:
+                steps *= 2
+                start = time.perf_counter()
+                sampler.rollout(program.policy, steps, with_value=False)
+                seconds = time.perf_counter() - start
+    finally:
+        sampler.env.close()
+    return 1e6 * seconds / steps / spec.rollout.num_envs
