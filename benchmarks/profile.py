@@ -56,12 +56,13 @@ def shares(seconds: pd.Series[Any], *, parallel: int, overlapped: bool) -> Share
         "rest": (seconds["shards"] - seconds["env"] - seconds["inference"]) / parallel,
     }
     busy = sum(rollouts.values())
-    waited = seconds["learner_wait"] - seconds["write"] - seconds["validate"]
+    validated = seconds.get("validate", 0.0)  # It may never have been due.
+    waited = seconds["learner_wait"] - seconds["write"] - validated
     driver = {
         "learning": seconds["update"],
         "transfer": seconds["learner_call"] - seconds["update"],
         "writing": seconds["write"],
-        "validation": seconds["validate"],
+        "validation": validated,
         "other": wall - seconds["learner_wait"] - seconds["learner_call"],
     }
     if overlapped:
@@ -101,7 +102,7 @@ def tables(folder: Path) -> Iterator[str]:
             continue
         seconds = sums(here)
         shards = job_spec(config, name).rollout.shards
-        parallel = max(1, min(shards, config.workers.num))
+        parallel = max(1, min(shards, int(config.workers.num)))
         found = shares(seconds, parallel=parallel, overlapped=stage.max_policy_lag > 0)
         steps, updates = here["env_steps"].max(), here["policy_version"].max()
         yield (

@@ -48,6 +48,12 @@ def test_rollouts_beside_an_update_cost_the_driver_what_it_waits():
     assert "env" not in driver
 
 
+def test_a_run_need_not_have_validated():
+    driver = shares(SECONDS.drop("validate"), parallel=2, overlapped=False)["driver"]
+    assert driver["validation"] == 0
+    assert sum(driver.values()) == pytest.approx(1)
+
+
 def test_wall_time_is_steps_over_rate():
     # 100 steps at 50 a second and 300 more at 100: 2 + 3 s. Validation rows are no update.
     rows = [(1, 100, "steps_per_s", 50.0), (1, 100, "time/env_s", 1.0)]
