@@ -56,7 +56,8 @@ def training(row: Row, variant: Variant) -> Figures:
         if row.target is not None:
             newest = training_returns(folder, row.target[1])
             figures["to_target_s"] = seconds_to_target(newest, metrics, row.target[0])
-            figures["final_return"] = float(newest["newest"].iloc[-1])
+            final = newest["newest"].iloc[-1]
+            figures["final_return"] = None if pd.isna(final) else float(final)
     wide = metrics.pivot_table(index="policy_version", columns="name", values="value")
     wall = steps_per_update(metrics) / wide["steps_per_s"]
     figures["learner_waits"] = float(wide["time/learner_wait_s"].sum() / wall.sum())
