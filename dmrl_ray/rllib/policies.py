@@ -23,6 +23,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
+from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.checkpoint import load_arrays
 from dmrl_ray.commits import newest_commit, run_facts
 from dmrl_ray.config import Component, Pretrain, RunConfig
@@ -222,8 +223,17 @@ def _choose(
 
 
 def module_spec(spec: JobSpec) -> RLModuleSpec:
-    """The policy of a job as RLlib makes it, with weights that nothing has trained."""
+    """The policy of a job as RLlib makes it, with weights that nothing has trained.
+
+    Raises:
+        ConfigError: its algorithm is another library's.
+    """
     kind = spec.algorithm.load("algorithm")
+    if not issubclass(kind, Algorithm):
+        raise ConfigError(
+            f"stage {spec.stage!r}: {spec.algorithm.type} has a network of its own library; only "
+            "policies of our own algorithms can be handed to RLlib"
+        )
     options = kind.policy_options(spec.algorithm.settings)
     family = load_family(spec.tasks)
     return RLModuleSpec(

@@ -1,5 +1,6 @@
 """A policy computes in RLlib what it computed here, goes on there, and comes back."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -8,9 +9,11 @@ from ray.rllib.algorithms.ppo import PPOConfig
 
 from dmrl_ray.checkpoint import load_arrays
 from dmrl_ray.commits import newest_commit
+from dmrl_ray.config import RunConfig
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.rllib import register
 from dmrl_ray.rllib.environments import EnvSettings, TaskEnv
-from dmrl_ray.rllib.policies import ActorCriticModule, export_policy, exported
+from dmrl_ray.rllib.policies import ActorCriticModule, export_policy, exported, module_spec
 from dmrl_ray.spec import build, get_weights, set_weights
 from dmrl_ray.stages import job_spec
 from dmrl_ray.transfer import rllib_start
@@ -167,3 +170,19 @@ def test_rllibs_ppo_goes_on_from_there_and_comes_back(kind, policies, ray_instan
 def after(first, x):
     """What was shown of x, (T, 1): each step's is the one before."""
     return torch.cat([torch.tensor([first], dtype=x.dtype), x[:-1]]).unsqueeze(1)
+
+
+def test_what_rllib_cannot_act_as_is_refused_in_one_sentence(tmp_path):
+    def job(algorithm, network="actor_critic"):
+        stage = {"type": "pretrain", "env_steps": 1}
+        parts = {"tasks": "bandit", "algorithm": algorithm, "network": network}
+        return job_spec(RunConfig.model_validate({**parts, "stages": {"meta": stage}}), "meta")
+
+    with pytest.raises(ConfigError, match="stage 'meta': rllib:PPO has a network of its own"):
+        module_spec(job("rllib:PPO"))
+    with pytest.raises(ConfigError, match=r"no exported policy, it has no dmrl_ray.json"):
+        exported(tmp_path)
+    spec = module_spec(job("ppo"))
+    spec.observation_space = gym.spaces.Box(0, 1, (7,), np.float32)
+    with pytest.raises(ValueError, match=r"reads observations \(1,\), .* shows \(7,\)"):
+        spec.build()
