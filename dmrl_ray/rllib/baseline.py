@@ -263,4 +263,6 @@ def _library_errors() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, EnvironmentFault):
             cause = cause.__cause__
-        raise cause or error from error
+        if cause is None:
+            raise
+        raise cause from error

@@ -6,7 +6,7 @@ An update is an iteration of RLlib's ``Algorithm.train``; samples, learners and 
 RLlib's, on its new API stack. The policy is committed as arrays like ours. What a run resumes from
 is RLlib's own checkpoint, whose files are pickles: the one exception to "nothing on disk is a
 pickle". It is of the last iteration that was committed; episodes that were open begin afresh, and
-so, unless ``store_buffer_in_checkpoints`` is true, does replay.
+so does the replay of SAC and DQN, which RLlib's checkpoints leave out.
 """
 
 from ray.rllib.algorithms.appo import APPOConfig

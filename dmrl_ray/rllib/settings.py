@@ -48,8 +48,15 @@ COMMON: dict[str, str] = {
 """Settings of all algorithms, by the method of ``AlgorithmConfig`` that takes them. All that an
 algorithm adds to ``training`` joins them."""
 
-REFUSED = {"model", "optimizer", "lr_schedule", "entropy_coeff_schedule"}
-"""Of the old API stack. Here ``model`` is what RLlib calls ``DefaultModelConfig``."""
+REFUSED = {
+    "model",
+    "optimizer",
+    "lr_schedule",
+    "entropy_coeff_schedule",
+    "store_buffer_in_checkpoints",
+}
+"""Of the old API stack; the new one refuses or ignores them. Here ``model`` is what RLlib calls
+``DefaultModelConfig``."""
 
 OTHER_DEFAULTS: dict[str, Any] = {
     "num_cpus_per_env_runner": 0,
