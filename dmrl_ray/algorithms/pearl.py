@@ -7,7 +7,7 @@ Every transition that was seen of a task is a Gaussian factor; their product wit
 normal prior is the belief, whatever their order. The encoder learns from the critics' loss alone.
 Critics learn from whole trials, beliefs from the beginnings of trials, which is what a policy knows
 when it needs them. Not in the paper: with `belief_steps` the belief is renewed within episodes,
-not at their ends alone; with `explorers` some columns look for tasks that no belief leads to.
+not at their ends alone; with `kept_noise` exploration goes farther.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 from dmrl_ray.algorithms.sac import SAC, SoftConfig
+from dmrl_ray.heads import CategoricalHead
 from dmrl_ray.losses.latent import gaussian_kl, gaussian_sample, product_of_gaussians
 from dmrl_ray.networks.base import Memory, linear, stack
 from dmrl_ray.policy import ActorCritic, Previous
@@ -48,11 +49,10 @@ class PEARL(SAC):
         """Steps between renewals of the belief; null is an episode. The noise by which a latent is
         drawn from it stays the same for an episode."""
 
-        explorers: float = Field(default=0.0, ge=0, le=1)
-        """Share of the columns of a collection that explore in the first half of a trial: there the
-        means of their actions before tanh (discrete: the logits) are standard normal noise, which
-        stays for an episode and so leads far away. A policy whose beliefs are sharp always looks in
-        the same places; tasks that show themselves elsewhere are not met without explorers."""
+        kept_noise: float = Field(default=0.0, ge=0, lt=1)
+        """Weight of a part of the noise of continuous actions that stays for an episode, while
+        collecting; its square is the correlation between steps. Noise that stays leads farther away than noise that is drawn anew at every step (Eberhard et al.,
+        "Pink noise is all you need", 2023); tasks that no belief leads to are met by it alone."""
 
         kl_weight: float = Field(default=0.1, ge=0)  # Rakelly et al. 2019; 1 for sparse rewards
         """Price of each nat by which a belief differs from the prior."""
@@ -67,6 +67,8 @@ class PEARL(SAC):
                 f"algorithm.context_episodes: {config.context_episodes}, but trials of the family "
                 f"have {distribution.episodes_per_trial} episodes"
             )
+        if config.kept_noise and isinstance(policy.policy_head, CategoricalHead):
+            raise ValueError("algorithm.kept_noise: discrete actions have no noise to keep; use 0")
         width = math.prod(distribution.observation_space.shape or ())
         sizes = (width + policy.policy_head.num_actions + 1, *config.context_sizes)
         self.context_encoder = nn.Sequential(
@@ -84,13 +86,12 @@ class PEARL(SAC):
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.begin_trial(tasks, self.policy)
-        explorers = round(self.config.explorers * sampler.num_envs)
-        return self._play(sampler, self.distribution.trial_steps, explorers)
+        return self._play(sampler, self.distribution.trial_steps, self.config.kept_noise)
 
     def play(self, sampler: Sampler, num_steps: int) -> Trial:
         return self._play(sampler, num_steps)
 
-    def _play(self, sampler: Sampler, num_steps: int, explorers: int = 0) -> Trial:
+    def _play(self, sampler: Sampler, num_steps: int, kept: float = 0.0) -> Trial:
         """Whole episodes, each with a latent drawn from what earlier ones have shown."""
         horizon = self.distribution.max_episode_steps
         span = self.config.belief_steps or horizon
@@ -101,15 +102,18 @@ class PEARL(SAC):
         for shot in range(num_steps // horizon):
             sampler.begin_episodes()
             noise = torch.from_numpy(sampler.rng.standard_normal(shape, dtype=np.float32))
-            exploring = explorers if 2 * shot < self.distribution.episodes_per_trial else 0
-            aims = sampler.rng.standard_normal((exploring, actions), dtype=np.float32)
+            drift = torch.zeros(sampler.num_envs, actions)
+            if kept:
+                drift = torch.from_numpy(
+                    sampler.rng.standard_normal(tuple(drift.shape), dtype=np.float32)
+                )
             for start in range(0, horizon, span):
                 mean, log_var = product_of_gaussians(*(x.unsqueeze(1) for x in belief))
                 latent = gaussian_sample(mean, log_var, noise).unsqueeze(0)
                 rollout = sampler.rollout(
                     self.policy,
                     min(span, horizon - start),
-                    actor=partial(self._act, latent, torch.from_numpy(aims)),
+                    actor=partial(self._act, latent, kept, drift),
                     shot=shot,
                     with_value=False,
                 )
@@ -157,16 +161,20 @@ class PEARL(SAC):
     def _act(
         self,
         latent: Tensor,
-        aims: Tensor,
+        kept: float,
+        drift: Tensor,
         obs: Tensor,
         previous: Previous | None,
         memory: Memory,
         reset: Tensor | None,
     ) -> tuple[Tensor, Tensor, Memory]:
-        """The actor on a given task, but for the first columns, whose aims (N, A) are given.
+        """The actor on a given task, whose noise is in part the drift of its column (B, A).
 
         The belief is not the encoder's memory, and stays.
         """
         pi, features, _ = self.policy(obs, latent=latent)
-        pi[:, : aims.shape[0], : aims.shape[1]] = aims
+        if kept:
+            mean, log_std = pi.chunk(2, -1)
+            mean = mean + kept * log_std.exp() * drift
+            pi = torch.cat([mean, log_std + 0.5 * math.log(1 - kept * kept)], -1)
         return pi, features, memory

@@ -87,25 +87,38 @@ def test_a_belief_renewed_within_episodes_moves_the_latent_there():
     assert len({tuple(x.flatten().tolist()) for x in spans[:, 0]}) == 3
 
 
-def test_explorers_aim_somewhere_for_an_episode_of_the_first_half():
-    spec = make_spec(explorers=0.5)
+def test_kept_noise_is_as_strong_as_that_drawn_anew_and_stays_for_an_episode():
+    columns, steps = 4096, 5
+    spec = make_spec(kept_noise=0.6, tasks={"type": "point_goal", "horizon": steps, "episodes": 2})
     program = build(spec)
-    sampler = Sampler(program.distribution, 4, memory_spans_trial=False)
+    sampler = Sampler(program.distribution, columns, memory_spans_trial=False)
     sampler.start(np.random.default_rng(0), 0)
-    aims, act = [], program.algorithm._act
+    tasks = program.distribution.sample(np.random.default_rng(0), 4, "train")
+    noise, act, plain = [], program.algorithm._act, []
 
-    def watching(latent, aim, *inputs):
-        pi, *rest = act(latent, aim, *inputs)
-        aims.append(pi[0, :, :2].clone())
-        return pi, *rest
+    def watching(latent, kept, drift, obs, *inputs):
+        mean, log_std = program.policy(obs, latent=latent)[0].chunk(2, -1)
+        plain.append((mean, log_std))
+        return act(latent, kept, drift, obs, *inputs)
 
     program.algorithm._act = watching
-    tasks = program.distribution.sample(np.random.default_rng(0), 4, "train")
-    program.algorithm.collect(sampler, tasks)
-    by_episode = torch.stack(aims).reshape(EPISODES, HORIZON, 4, 2)
-    stays = (by_episode == by_episode[:, :1]).all(1).all(-1)
-    assert stays.tolist() == [[True, True, False, False]] * 2 + [[False] * 4]
-    assert not torch.equal(by_episode[0, 0, :2], by_episode[1, 0, :2])
+    trial = program.algorithm.collect(sampler, tasks)
+    actions = torch.cat([torch.from_numpy(rollout.action) for rollout in trial])
+    for action, (mean, log_std) in zip(actions, plain, strict=True):
+        unsquashed = action.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+        noise.append(((unsquashed - mean[0]) / log_std[0].exp()).clamp(-4, 4))
+    noise = torch.stack(noise).reshape(2, steps, -1)  # episode, step, column and action
+    correlation = torch.corrcoef(noise.reshape(2 * steps, -1))
+    same_episode = torch.block_diag(*[torch.ones(steps, steps)] * 2).bool()
+    expected = torch.where(same_episode, torch.tensor(0.36), torch.tensor(0.0))
+    expected.fill_diagonal_(1.0)
+    torch.testing.assert_close(correlation, expected, rtol=0, atol=0.05)
+    torch.testing.assert_close(noise.std((0, 2)), torch.ones(steps), rtol=0, atol=0.05)
+
+
+def test_discrete_actions_have_no_noise_to_keep():
+    with pytest.raises(ValueError, match="kept_noise: discrete actions"):
+        build(make_spec(tasks={"type": "grid_nav"}, kept_noise=0.5))
 
 
 def test_a_trial_played_in_parts_is_remembered_whole():
