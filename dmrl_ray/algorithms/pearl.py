@@ -51,8 +51,9 @@ class PEARL(SAC):
 
         kept_noise: float = Field(default=0.0, ge=0, lt=1)
         """Weight of a part of the noise of continuous actions that stays for an episode, while
-        collecting; its square is the correlation between steps. Noise that stays leads farther away than noise that is drawn anew at every step (Eberhard et al.,
-        "Pink noise is all you need", 2023); tasks that no belief leads to are met by it alone."""
+        collecting; its square is the correlation between steps. Such noise leads farther away
+        than noise that is drawn anew at every step (Eberhard et al., "Pink noise is all you
+        need", 2023); tasks that no belief leads to are met by it alone."""
 
         kl_weight: float = Field(default=0.1, ge=0)  # Rakelly et al. 2019; 1 for sparse rewards
         """Price of each nat by which a belief differs from the prior."""

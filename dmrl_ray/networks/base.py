@@ -15,6 +15,7 @@ from gymnasium.spaces import Box
 from torch import Tensor, nn
 
 from dmrl_ray.config import Component, Settings
+from dmrl_ray.networks.linear import Linear
 
 Memory: TypeAlias = tuple[Tensor, ...]
 Activation: TypeAlias = Literal[
@@ -113,7 +114,7 @@ def join(x: Tensor, extra: Tensor | None) -> Tensor:
 
 def linear(width: int, size: int, *, gain: float) -> nn.Linear:
     """A linear layer: orthogonal weights times `gain`, and a bias of zero."""
-    layer = nn.Linear(width, size)
+    layer = Linear(width, size)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
