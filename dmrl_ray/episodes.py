@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dmrl_ray.types import Arrays, Columns, Task, tasks_from_array, tasks_to_array
+from dmrl_ray.types import Arrays, Columns, Task, tasks_from_array
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Episodes:
             "begun_at": self._begun_at,
             "return": self._return,
             "length": self._length,
-            "task_of": tasks_to_array(list(self._task_of)),
+            "task_of": self._task_of,
         }
 
     def set_state(self, state: Arrays) -> None:

@@ -39,7 +39,7 @@ from dmrl_ray.config import Pretrain, settled
 from dmrl_ray.foreign import ForeignAlgorithm, foreign_of
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, build
-from dmrl_ray.types import Arrays, Columns, Task
+from dmrl_ray.types import Arrays, Columns, Task, storable
 
 EVALUATION_COLUMNS = 1024
 """Environment columns of one evaluation call; fixed, so that results do not depend on workers."""
@@ -292,7 +292,7 @@ def _snapshot(
     shards = {
         f"{shard}/{name}": array
         for shard, state in enumerate(states)
-        for name, array in run.workers.fetch(state).items()
+        for name, array in storable(run.workers.fetch(state)).items()
     }
     if shards:
         run.save(f"{spec.stage}.shards", shards)

@@ -30,7 +30,6 @@ from dmrl_ray.types import (
     Rollout,
     Task,
     tasks_from_array,
-    tasks_to_array,
 )
 from dmrl_ray.values import Carried, peek_value, values
 
@@ -166,7 +165,10 @@ class Sampler:
         return self.episodes.take()
 
     def get_state(self) -> Arrays:
-        """Everything open episodes and memory depend on; empty before the first trial."""
+        """Everything open episodes and memory depend on; empty before the first trial.
+
+        `storable` makes of it what a checkpoint can hold.
+        """
         if not self._has_episodes:
             return {}
         of_env = answer_of(self.distribution, self.env.get_state)
@@ -174,7 +176,7 @@ class Sampler:
         state |= {f"memory.{i}": host(leaf) for i, leaf in enumerate(self.memory)}
         state |= {name: host(getattr(self, f"_{name}")) for name in STATE}
         state |= self.episodes.get_state()
-        state["pending_task_of"] = tasks_to_array(list(self._pending_task_of))
+        state["pending_task_of"] = self._pending_task_of
         return {name: np.array(array) for name, array in state.items()}
 
     def set_state(self, state: Arrays) -> None:

@@ -16,7 +16,7 @@ from dmrl_ray.resident import ResidentSampler
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.settings import SHORT_NAMES, import_class
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream
+from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream, storable
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def rehearse(program: Program, spec: JobSpec) -> None:
     sampler.begin_trial(tasks, policy)
     sampler.rollout(policy, 2, with_value=False)
     if program.algorithm.continues_episodes:
-        sampler.get_state()  # for a commit
+        storable(sampler.get_state())  # for a commit
     sampler.env.close()
 
 

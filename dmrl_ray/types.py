@@ -64,8 +64,15 @@ def tasks_to_array(tasks: list[Task]) -> np.ndarray:
     return np.array(json.dumps([task.to_json() for task in tasks]))
 
 
+def storable(state: Arrays) -> Arrays:
+    """A shard's state as checkpoints hold it: arrays of tasks as text, which takes a while."""
+    return {k: tasks_to_array(list(v)) if v.dtype == object else v for k, v in state.items()}
+
+
 def tasks_from_array(array: np.ndarray) -> list[Task]:
-    """Inverse of `tasks_to_array`."""
+    """Inverse of `tasks_to_array`; an array of tasks is just listed."""
+    if array.dtype == object:
+        return list(array)
     return [Task.from_json(record) for record in json.loads(str(array))]
 
 

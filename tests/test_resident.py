@@ -20,7 +20,7 @@ from dmrl_ray.resident import ResidentSampler
 from dmrl_ray.results import load
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Weights, build
-from dmrl_ray.types import EnvironmentFault, Rollout
+from dmrl_ray.types import EnvironmentFault, Rollout, storable
 from dmrl_ray.worker import RolloutWorker
 from dmrl_ray.yaml_config import parse_config
 
@@ -183,7 +183,7 @@ def test_open_episodes_go_on_from_their_state(family, policy):
     state = sampler.get_state()
     assert all(isinstance(array, np.ndarray) for array in state.values())
     fresh = ResidentSampler(family, COLUMNS, memory_spans_trial=False, device=CPU)
-    fresh.set_state(state)
+    fresh.set_state(storable(state))  # as a checkpoint holds it
     tasks = family.sample(rng(8), COLUMNS, "train")
     rollouts = []
     for each in (sampler, fresh):
