@@ -120,10 +120,11 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
             run.event("job_finished", name, job.name, updates=stage.updates)
             finished.append(job.name)
             steps += int(rows["length"].sum())
+            last = rows["return"][rows["shot"] == stage.updates]  # None if no episode ended then.
             run.display.update(
                 name,
                 steps,
-                return_=float(rows["return"][rows["shot"] == stage.updates].mean()),
+                return_=float(last.mean()) if len(last) else None,
                 extra={"jobs": f"{len(finished)}/{len(specs)}"},
                 workers_alive=(run.workers.alive, run.workers.total),
             )
