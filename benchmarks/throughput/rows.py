@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+SYMMETRIC = "network.encoder={type: symmetric, updates: taken}"
+SHORT_SIGHTED = (  # as in configs/bandit_n100_rl2.yaml
+    "algorithm.lr=1e-3",
+    "algorithm.gamma=0.95",
+    "algorithm.gae_lambda=0.7",
+    "algorithm.entropy_coef=0.02",
+    "rollout.num_envs=128",
+)
 TRAINING = "stages: {train: {type: pretrain, env_steps: 100G, validate_every: 1000000}}\n"
 
 
@@ -118,14 +126,16 @@ ROWS: dict[str, Row] = {
     "bandit_n10": Row(
         "bandit k=5 n=10, RL2, LSTM 128, 4 epochs, 1024 envs",
         BANDIT_N10 + TRAINING,
-        workers(0, 2),
+        workers(0, 2)
+        | {"0 workers, symmetric": Variant(("workers.num=0", SYMMETRIC, "algorithm.lr=2e-3"))},
         target=(6.6, 2000),
         limit=120,
     ),
     "bandit_n100": Row(
         "bandit k=5 n=100, RL2, LSTM 128, 4 epochs, 512 envs",
         BANDIT_N100 + TRAINING,
-        workers(2),
+        workers(2)
+        | {"0 workers, symmetric": Variant(("workers.num=0", SYMMETRIC, *SHORT_SIGHTED))},
         seconds=60,
         target=(75.1, 2000),  # Thompson sampling
         limit=1200,

@@ -8,6 +8,7 @@ from benchmarks.floor import DERIVED, config_of, env_s, rate, work
 from benchmarks.throughput.rows import ROWS
 from dmrl_ray.calls import CollectCall
 from dmrl_ray.learner import Learner
+from dmrl_ray.networks import linear
 from dmrl_ray.spec import Weights, build
 from dmrl_ray.stages import job_spec
 from dmrl_ray.worker import RolloutWorker
@@ -15,7 +16,8 @@ from dmrl_ray.yaml_config import parse_config
 
 
 @pytest.mark.parametrize("row", ["cartpole", "maml"])
-def test_operations_are_counted_as_pytorch_counts_them(row):
+def test_operations_are_counted_as_pytorch_counts_them(row, monkeypatch):
+    monkeypatch.setattr(linear, "HAS_ONEDNN", False)  # whose products PyTorch does not count
     settings = ["workers.num=0", "learners.threads=1", "rollout.shards=1", "rollout.num_envs=20"]
     config = parse_config(ROWS[row].text, row, settings)
     spec = job_spec(config, "train")
