@@ -16,7 +16,7 @@ from dmrl_ray.envs.point_goal import PointGoal, PointGoalVectorEnv
 from dmrl_ray.errors import ClusterError, Interrupted, JobLost
 from dmrl_ray.learner import LocalLearners
 from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.types import EnvironmentFault
+from dmrl_ray.types import EnvironmentFault, storable
 from dmrl_ray.worker import CollectCall, EvaluateCall, LocalWorkers
 
 ray = pytest.importorskip("ray")
@@ -127,7 +127,8 @@ def test_a_killed_workers_shard_is_played_again_and_ends_the_same(workers):
     answers = workers.finish_collect(started)
     trials, states = undisturbed(spec, 2)
     assert_same([workers.fetch(trial) for _, trial, _ in answers], trials)
-    assert_same([workers.fetch(state) for _, _, state in answers], states)
+    stored = [storable(workers.fetch(state)) for _, _, state in answers]
+    assert_same(stored, [storable(state) for state in states])
     event, detail = workers.events[0]
     assert (event, detail["worker"], detail["pid"], detail["shards"]) == (
         "worker_lost",
