@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmrl_ray.algorithms.team import Team
 from dmrl_ray.averaging import GradientAverage
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
@@ -36,8 +35,6 @@ class Learner:
         self.policy = program.policy.to(self.device)
         self.algorithm.prepare_training(spec.trainable)
         self.algorithm.precision = getattr(torch, spec.precision)
-        if self.device.type == "cpu":
-            self.algorithm.team = Team(spec.learner_threads)
         self._poisoned = 0
 
     def join(self, init_method: str, rank: int, world_size: int) -> None:

@@ -7,11 +7,10 @@ import time
 
 import torch
 
-from dmrl_ray.algorithms.team import one_thread
 from dmrl_ray.config import Pretrain, RunConfig
 from dmrl_ray.faults import sample
 from dmrl_ray.foreign import foreign_of
-from dmrl_ray.spec import JobSpec, build
+from dmrl_ray.spec import JobSpec, build, one_thread
 from dmrl_ray.stages import job_spec
 from dmrl_ray.types import random_stream
 

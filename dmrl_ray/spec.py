@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.algorithms.team import one_thread
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.faults import check_spaces, fault, name_of, sample
 from dmrl_ray.policy import ActorCritic
@@ -173,6 +174,17 @@ def rehearse(program: Program, spec: JobSpec) -> None:
     if program.algorithm.continues_episodes:
         storable(sampler.get_state())  # for a commit
     sampler.env.close()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations take one thread within."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def get_weights(policy: ActorCritic) -> Arrays:

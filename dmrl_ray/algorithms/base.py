@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.algorithms.parts import select
-from dmrl_ray.algorithms.team import Team
 from dmrl_ray.config import Settings
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
@@ -24,9 +23,9 @@ class Algorithm(ABC):
     """`collect` runs in rollout workers, `update` in learners; both own the same policy class.
 
     Networks that an algorithm needs beside the policy are put into ``policy.auxiliary`` when it is
-    made. What a learner sets before `update`: `rng` (the random stream of this update), `team` (the
-    threads that differentiate), `precision` and, with several learners, `rank`, `world_size` and
-    `average_gradients`. Learner and worker both set `progress`, the share of the budget spent.
+    made. What a learner sets before `update`: `rng` (the random stream of this update), `precision`
+    and, with several learners, `rank`, `world_size` and `average_gradients`. Learner and worker
+    both set `progress`, the share of the budget spent.
     """
 
     class Config(Settings):
@@ -80,7 +79,6 @@ class Algorithm(ABC):
         self.policy = policy
         self.rng = np.random.default_rng(0)
         self.progress = 0.0
-        self.team = Team(1)
         self.precision = torch.float32
         self.rank, self.world_size = 0, 1
         self.average_gradients: Callable[[list[nn.Parameter]], None] | None = None
@@ -171,16 +169,8 @@ class Algorithm(ABC):
         ]
         if not moving:
             return torch.zeros(())
-        return self.descend(moving, torch.autograd.grad(loss, moving, allow_unused=True))
-
-    def descend(self, moving: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> Tensor:
-        """Move some parameters along their gradients, as `step_optimizer` does."""
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter, gradient in zip(moving, gradients, strict=True):
-            # Its own: autograd may give one tensor to several parameters, or a view.
-            parameter.grad = (
-                None if gradient is None else gradient.clone(memory_format=torch.contiguous_format)
-            )
+        loss.backward(inputs=moving)  # type: ignore[no-untyped-call]
         if self.average_gradients is not None:
             self.average_gradients(moving)
         norm = nn.utils.clip_grad_norm_(moving, self.config.max_grad_norm)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import reduce
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.algorithms.team import Team, divisible, one_thread
 from dmrl_ray.arrays import permutation
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.types import Rollout
@@ -33,10 +31,7 @@ def step_through(
 ) -> dict[str, float]:
     """Pass over a batch in random minibatches, a gradient step on each.
 
-    Of several learners each takes its share of every minibatch, and deals it to its threads.
-
-    Args:
-        loss: the mean over a minibatch's columns of what each of them says by itself.
+    Of several learners each takes its share of every minibatch.
 
     Returns:
         Means over all steps of what `loss` reports, and of ``grad_norm``.
@@ -45,47 +40,19 @@ def step_through(
     columns, rank, world_size = first.shape[1], algorithm.rank, algorithm.world_size
     count = min(minibatches, columns)
     bounds = [columns * i // count for i in range(count + 1)]
-    team = algorithm.team if divisible(algorithm.policy) else Team(1)
+    exact = algorithm.precision == torch.float32
     steps = []
-    with one_thread() if team.size > 1 else nullcontext():
-        for _ in range(epochs):
-            order = permutation(algorithm.rng, columns, first.device)
-            for start, stop in pairwise(bounds):
-                mine = order[start + rank : stop : world_size]
-                minibatch = {name: x.index_select(1, mine) for name, x in batch.items()}
-                names, report, gradients = _differentiate(
-                    algorithm, team, minibatch, loss, world_size * len(mine) / (stop - start)
-                )
-                norm = algorithm.descend(algorithm.parameters, gradients)
-                steps.append(torch.cat([report, norm.detach().view(1)]))
-    return dict(zip([*names, "grad_norm"], torch.stack(steps).mean(0).tolist(), strict=True))
-
-
-def _differentiate(
-    algorithm: Algorithm, team: Team, batch: Batch, loss: Loss, weight: float
-) -> tuple[list[str], Tensor, list[Tensor | None]]:
-    """Names and means of what the loss reports of a minibatch, and `weight` x its gradients."""
-    first = next(iter(batch.values()))
-    steps, columns = first.shape[:2]
-    device, precision = first.device.type, algorithm.precision
-
-    def of_share(share: slice) -> tuple[list[str], Tensor, tuple[Tensor | None, ...]]:
-        part = (share.stop - share.start) / max(1, columns)
-        exact = precision == torch.float32
-        with nullcontext() if exact else torch.autocast(device, precision):
-            value, report = loss({name: x[:, share] for name, x in batch.items()})
-        value = value * (weight * part)
-        gradients = torch.autograd.grad(value, algorithm.parameters, allow_unused=True)
-        return list(report), torch.stack([x.detach() for x in report.values()]) * part, gradients
-
-    answers = team.map(of_share, team.shares(columns, steps))
-    names, means, gradients = zip(*answers, strict=True)
-    return names[0], torch.stack(means).sum(0), [_sum(g) for g in zip(*gradients, strict=True)]
-
-
-def _sum(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    known = [part for part in parts if part is not None]
-    return reduce(torch.add, known) if known else None
+    for _ in range(epochs):
+        order = permutation(algorithm.rng, columns, first.device)
+        for start, stop in pairwise(bounds):
+            mine = order[start + rank : stop : world_size]
+            minibatch = {name: x.index_select(1, mine) for name, x in batch.items()}
+            with nullcontext() if exact else torch.autocast(first.device.type, algorithm.precision):
+                value, report = loss(minibatch)
+            share = len(mine) / (stop - start)
+            report["grad_norm"] = algorithm.step_optimizer(value * share * world_size)
+            steps.append(torch.stack([x.detach() for x in report.values()]))
+    return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
 
 
 def shown(policy: ActorCritic, rollout: Rollout) -> Batch:

@@ -57,7 +57,10 @@ def corrected(learner, trial):
 def gradient(algorithm, rollout):
     """Of one minibatch, the whole batch, before any step."""
     steps = []
-    algorithm.descend = lambda _, gradients: steps.append(gradients) or torch.zeros(())
+    algorithm.step_optimizer = lambda loss: (
+        steps.append(torch.autograd.grad(loss, list(algorithm.policy.parameters())))
+        or torch.zeros(())
+    )
     before = {name: x.clone() for name, x in algorithm.policy.state_dict().items()}
     algorithm.update([rollout])
     algorithm.policy.load_state_dict(before)  # an update moves the norms

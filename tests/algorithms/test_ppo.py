@@ -45,7 +45,10 @@ def as_tensors(trial):
 def gradient(algorithm, trial):
     """Of one minibatch, the whole batch, before any step."""
     steps, before = [], {name: x.clone() for name, x in algorithm.policy.state_dict().items()}
-    algorithm.descend = lambda _, gradients: steps.append(gradients) or torch.zeros(())
+    algorithm.step_optimizer = lambda loss: (
+        steps.append(torch.autograd.grad(loss, list(algorithm.policy.parameters())))
+        or torch.zeros(())
+    )
     algorithm.rng = np.random.default_rng(0)
     algorithm.update(trial)
     algorithm.policy.load_state_dict(before)  # an update moves the norms
