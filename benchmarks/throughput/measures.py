@@ -87,7 +87,7 @@ def worker_memory(row: Row, variant: Variant) -> Figures:
     class Look(Probe):
         def last(self) -> None:
             found.extend(
-                resident_mb(pid) for pid in family() if "ray::RolloutWorker" in command_of(pid)
+                resident_mb(pid) for pid in family() if "ray::WorkerActor" in command_of(pid)
             )
 
     with trained(row, variant, Look(row.seconds)):
