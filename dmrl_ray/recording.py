@@ -46,6 +46,22 @@ def episode_rows(rows: Columns, family: TaskDistribution, *, scored: bool) -> Co
     }
 
 
+def evaluation_rows(sampler: Sampler, *, episodes: int, trial: int) -> Columns:
+    """Rows of the episodes table of what a sampler has just played without learning.
+
+    Args:
+        sampler: that played.
+        episodes: of a column that count, after each `begin_episodes`.
+        trial: its number.
+    """
+    rows = take_episodes(sampler)
+    within = rows["since_begun"] < episodes
+    rows = {name: column[within] for name, column in rows.items()}
+    table = episode_rows(rows, sampler.distribution, scored=True)
+    count = len(rows["step"])
+    return table | {"env_steps": np.zeros(count, np.int64), "trial": np.full(count, trial)}
+
+
 def transition_rows(
     trial: Trial,
     tasks: list[Task],

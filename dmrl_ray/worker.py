@@ -20,7 +20,13 @@ from dmrl_ray.calls import AdaptCall, CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.faults import reference, sample
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.learner import Learner
-from dmrl_ray.recording import Steps, episode_rows, take_episodes, transition_rows
+from dmrl_ray.recording import (
+    Steps,
+    episode_rows,
+    evaluation_rows,
+    take_episodes,
+    transition_rows,
+)
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Program, Weights, build, set_weights
 from dmrl_ray.types import Arrays, Columns, Trial, random_stream
@@ -117,13 +123,8 @@ class RolloutWorker:
         stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         trial = algorithm.evaluate(sampler, list(call.tasks))
-        rows = take_episodes(sampler)
-        within = rows["since_begun"] < algorithm.evaluation_episodes
-        rows = {name: column[within] for name, column in rows.items()}
-        episodes = episode_rows(rows, program.distribution, scored=True)
-        episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)
-        episodes["trial"] = np.full(len(rows["step"]), call.trial)
-        return episodes, trial
+        count = algorithm.evaluation_episodes
+        return evaluation_rows(sampler, episodes=count, trial=call.trial), trial
 
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, np.ndarray, np.ndarray]:
         """Meet streams of changing tasks.

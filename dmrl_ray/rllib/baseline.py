@@ -27,12 +27,12 @@ from ray.tune.registry import register_env
 from dmrl_ray.calls import CollectReport, EvaluateCall
 from dmrl_ray.connection import cause_of, first_sentence
 from dmrl_ray.foreign import ForeignAlgorithm
-from dmrl_ray.recording import episode_rows, take_episodes
+from dmrl_ray.recording import episode_rows, evaluation_rows
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
 from dmrl_ray.rllib.player import play
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.rllib.readings import columns_of, metrics_of, sample_once, take_episodes_of
-from dmrl_ray.rllib.settings import BaselineSettings, apply
+from dmrl_ray.rllib.settings import BaselineSettings, apply, settings_of
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.types import Arrays, Columns, EnvironmentFault, random_stream
 
@@ -46,6 +46,9 @@ class Baseline(ForeignAlgorithm):
     library: ClassVar[type[AlgorithmConfig]]
 
     _usual_steps = 0  # of an iteration
+
+    def __init_subclass__(cls) -> None:
+        cls.Config = settings_of(cls.library)
 
     @property
     def memory_spans_trial(self) -> bool:
@@ -129,12 +132,7 @@ class Baseline(ForeignAlgorithm):
         seed = int(random_stream(self.spec.seed, *key, "torch").integers(2**63))
         shown = Shown(family, "flat" if self.settings.previous else "none")
         play(module, shown, sampler, list(call.tasks), greedy=call.greedy, seed=seed)
-        rows = take_episodes(sampler)
-        rows = {k: v[rows["since_begun"] < family.episodes_per_trial] for k, v in rows.items()}
-        episodes = episode_rows(rows, family, scored=True)
-        episodes["env_steps"] = np.zeros(len(rows["step"]), np.int64)
-        episodes["trial"] = np.full(len(rows["step"]), call.trial)
-        return episodes
+        return evaluation_rows(sampler, episodes=family.episodes_per_trial, trial=call.trial)
 
     def weights(self) -> Arrays:
         """Of the module, target networks included."""

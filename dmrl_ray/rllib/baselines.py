@@ -16,39 +16,33 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.sac import SACConfig
 
 from dmrl_ray.rllib.baseline import Baseline
-from dmrl_ray.rllib.settings import settings_of
 
 
 class PPO(Baseline):
     """RLlib's PPO."""
 
     library = PPOConfig
-    Config = settings_of(PPOConfig)
 
 
 class APPO(Baseline):
     """RLlib's APPO."""
 
     library = APPOConfig
-    Config = settings_of(APPOConfig)
 
 
 class IMPALA(Baseline):
     """RLlib's IMPALA."""
 
     library = IMPALAConfig
-    Config = settings_of(IMPALAConfig)
 
 
 class SAC(Baseline):
     """RLlib's SAC."""
 
     library = SACConfig
-    Config = settings_of(SACConfig)
 
 
 class DQN(Baseline):
     """RLlib's DQN."""
 
     library = DQNConfig
-    Config = settings_of(DQNConfig)
