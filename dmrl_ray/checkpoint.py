@@ -12,6 +12,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -115,6 +117,20 @@ def make_folder(folder: Path) -> None:
     with storage_errors(folder), suppress(FileExistsError):
         os.mkdir(folder)
     sync_folder(folder.parent)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Make `folder`, which must not exist, whole or not at all; yields where to write."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"_{folder.name}", dir=folder.parent)).absolute()
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -9,9 +9,6 @@ RLlib cannot read it as it lies; what is written here it reads without a schema 
 from __future__ import annotations
 
 import glob
-import os
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmrl_ray.checkpoint import atomic_folder
 from dmrl_ray.commits import run_facts
 from dmrl_ray.data_files import Block, Recorded
 from dmrl_ray.errors import ConfigError
@@ -49,16 +47,8 @@ def export_steps(run: Path, folder: Path, *, stage: str | None = None) -> int:
         source = Recorded([glob.escape(str(run))], stage or recorded[0])
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"_{folder.name}", dir=folder.parent))
-    try:
-        steps = _write(source, temporary)
-        temporary.chmod(0o755)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return steps
+    with atomic_folder(folder) as there:
+        return _write(source, there)
 
 
 def _write(source: Recorded, folder: Path) -> int:

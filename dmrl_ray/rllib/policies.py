@@ -8,9 +8,6 @@ training moves its weights, and leaves the statistics of its normalisation as th
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +21,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.checkpoint import load_arrays
+from dmrl_ray.checkpoint import atomic_folder, load_arrays
 from dmrl_ray.commits import newest_commit, run_facts
 from dmrl_ray.config import Component, Pretrain, RunConfig
 from dmrl_ray.errors import ConfigError
@@ -166,17 +163,10 @@ def export_policy(
     files = commit.files if commit is not None else {}
     name, owner = _choose(run, config, list(files), stage, checkpoint)
     module = _module(config, owner, load_arrays(run, files[name]))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f"_{folder.name}", dir=folder.parent)
-    try:
-        module.save_to_path(os.path.abspath(temporary))
+    with atomic_folder(folder) as there:
+        module.save_to_path(str(there))
         facts = {"run": run.name, "policy": name, "model_config": module.model_config}
-        Path(temporary, MODEL_FILE).write_text(json.dumps(facts, indent=1))
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (there / MODEL_FILE).write_text(json.dumps(facts, indent=1))
     return name
 
 
