@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmrl_ray.config import RunConfig, settled
 from dmrl_ray.errors import ClusterError, JobLost
+from dmrl_ray.places import JOB_VARIABLE, find_cluster
 
 START_TIMEOUT_S = 60.0
 """Time for actors to be placed and to import what they need."""
@@ -38,8 +39,6 @@ NOT_SHIPPED = [
 ]
 """What no node of a cluster needs, or must not see, of the working directory."""
 
-_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`
-
 
 def connect(address: str | None, config: RunConfig) -> dict[str, object]:
     """Connect this process to Ray, unless it is connected already.
@@ -58,13 +57,12 @@ def connect(address: str | None, config: RunConfig) -> dict[str, object]:
     # An error is in all results of a call; taken from the first, it would be logged for the others.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if not ray.is_initialized():
-        inside_job = _JOB_VARIABLE in os.environ
-        given = address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else "local")
+        cluster = find_cluster(address)
         with _own_sigterm():
-            if given == "local":
+            if cluster is None:
                 _start_here(config)
             else:
-                _join(given, inside_job=inside_job)
+                _join(cluster, inside_job=JOB_VARIABLE in os.environ)
     resources = ray.cluster_resources()
     return {
         "ray": ray.__version__,

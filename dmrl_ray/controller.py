@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.algorithms.online import check_steps
 from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
@@ -21,7 +19,8 @@ from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
 from dmrl_ray.foreign import check_foreign
 from dmrl_ray.jobs import evaluate as evaluate_policy
-from dmrl_ray.placement import place
+from dmrl_ray.placement import check_gpu, place
+from dmrl_ray.places import JOB_VARIABLE
 from dmrl_ray.run import Run
 from dmrl_ray.settings import did_you_mean
 from dmrl_ray.spec import JobSpec, Program, Weights, build, get_weights, rehearse, set_weights
@@ -149,14 +148,7 @@ def check(config: RunConfig) -> None:
             rehearse(program, spec)
         except ValueError as error:
             raise ConfigError(f"stages.{name}: {error}") from error
-    if (
-        config.workers.num == 0
-        and config.learners.device == "cuda"
-        and not torch.cuda.is_available()
-    ):
-        raise ConfigError(
-            "learners.device: cuda was asked for, but PyTorch finds no GPU here; use auto or cpu"
-        )
+    check_gpu(config)
 
 
 def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
@@ -275,7 +267,7 @@ def _run_stages(run: Run) -> None:
 
 def _ray_job_id() -> str | None:
     """The submission id, in a process that `ray job submit` started."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    job = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
     submission_id: str | None = job.get("metadata", {}).get("job_submission_id")
     return submission_id
 

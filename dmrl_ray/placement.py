@@ -8,14 +8,16 @@ import time
 import torch
 
 from dmrl_ray.config import Pretrain, RunConfig
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.faults import sample
 from dmrl_ray.foreign import foreign_of
+from dmrl_ray.places import find_cluster
 from dmrl_ray.spec import JobSpec, build, one_thread
 from dmrl_ray.stages import job_spec
 from dmrl_ray.types import random_stream
 
-MEASURE_S = 1.0
-"""Time for a measurement, beside that of its first steps."""
+MEASURE_S = 0.25
+"""Seconds from which on a rollout is long enough to be measured by."""
 
 WORTH_US = 20.0
 """Cost of a column's step from which other processes roll out faster than the learner's own.
@@ -33,6 +35,9 @@ def place(config: RunConfig, address: str | None) -> tuple[RunConfig, str]:
 
     On a cluster every shard gets a worker. On one machine a second of rolling out tells whether
     workers pay. Results do not depend on the workers, and on the threads in their last bits.
+
+    Raises:
+        ConfigError: a learner asks for a GPU that is not there.
     """
     why, cores = [], len(os.sched_getaffinity(0))
     workers, learners = config.workers, config.learners
@@ -44,7 +49,25 @@ def place(config: RunConfig, address: str | None) -> tuple[RunConfig, str]:
         threads = 2 if cores >= 4 else 1
         learners = learners.model_copy(update={"threads": threads})
         why.append(f"learners.threads: {threads}, of {cores} cores")
-    return config.model_copy(update={"workers": workers, "learners": learners}), "; ".join(why)
+    config = config.model_copy(update={"workers": workers, "learners": learners})
+    check_gpu(config)
+    return config, "; ".join(why)
+
+
+def check_gpu(config: RunConfig) -> None:
+    """See that a learner in this process has the GPU that it asks for.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if (
+        config.workers.num == 0
+        and config.learners.device == "cuda"
+        and not torch.cuda.is_available()
+    ):
+        raise ConfigError(
+            "learners.device: cuda was asked for, but PyTorch finds no GPU here; use auto or cpu"
+        )
 
 
 def _workers(config: RunConfig, address: str | None, cores: int) -> tuple[int, str]:
@@ -53,13 +76,13 @@ def _workers(config: RunConfig, address: str | None, cores: int) -> tuple[int, s
     shards = max(spec.rollout.shards for spec in specs)
     if any(spec.rollout.device for spec in specs):
         return 0, "rollouts stay on a device"
-    if address or os.environ.get("RAY_ADDRESS"):
+    if find_cluster(address) is not None:
         return shards, f"a cluster plays {shards} shards"
     most = min(shards, cores - 1)
     if most < 2:
         return 0, f"{shards} shards on {cores} cores leave nothing to do side by side"
     training = [spec for spec in specs if isinstance(config.stages[spec.stage], Pretrain)]
-    own = [spec for spec in training if foreign_of(spec, 0) is None]
+    own = [spec for spec in training if foreign_of(spec) is None]
     if not own:
         return most, f"{shards} shards are played on {cores} cores"
     cost = step_us(own[0])
@@ -76,12 +99,12 @@ def step_us(spec: JobSpec) -> float:
     tasks = sample(program.distribution, stream, spec.rollout.num_envs, spec.split)
     sampler = program.sampler(spec.rollout.num_envs)
     try:
-        with one_thread(), torch.no_grad():
+        with one_thread():
             sampler.start(stream, 0)
             sampler.begin_trial(tasks, program.policy)
             sampler.rollout(program.policy, 1, with_value=False)  # The first steps are slower.
             steps, seconds = 1, 0.0
-            while seconds < MEASURE_S / 4:
+            while seconds < MEASURE_S:
                 steps *= 2
                 start = time.perf_counter()
                 sampler.rollout(program.policy, steps, with_value=False)

@@ -1,12 +1,24 @@
-"""Where configs and runs lie that a user names in short."""
+"""Where configs, runs and clusters are that a user names in short, or not at all."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import dmrl_ray
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.settings import did_you_mean
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by `ray job submit`, for what the job runs."""
+
+
+def find_cluster(address: str | None) -> str | None:
+    """Of a running cluster: the address given, that of the environment, or the surrounding Ray
+    job's; None where Ray is to be started on this machine."""
+    inside_job = JOB_VARIABLE in os.environ
+    found = address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else "local")
+    return None if found == "local" else found
 
 
 def find_config(name: str) -> Path:

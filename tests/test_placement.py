@@ -5,12 +5,15 @@ import os
 import time
 
 import pytest
+import torch
 
 from dmrl_ray import controller, placement
 from dmrl_ray.config import settled
 from dmrl_ray.display import Display
 from dmrl_ray.envs.cartpole import CartPole, CartPoleVectorEnv
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.placement import WORTH_S, WORTH_US, place, step_us
+from dmrl_ray.places import JOB_VARIABLE
 from dmrl_ray.results import load
 from dmrl_ray.stages import job_spec
 from dmrl_ray.yaml_config import load_config, parse_config
@@ -95,6 +98,23 @@ def test_on_a_cluster_every_shard_has_a_worker(monkeypatch):
     assert placed("rollout.shards=9", address="head:6379")[0].workers.num == 9
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert placed("rollout.shards=9")[0].workers.num == 9
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv(JOB_VARIABLE, "{}")  # a job of a cluster's
+    assert placed("rollout.shards=9")[0].workers.num == 9
+
+
+def test_an_address_that_says_local_is_no_cluster(monkeypatch):
+    costing(monkeypatch, 1000.0)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert placed("rollout.shards=9")[0].workers.num == 3
+
+
+def test_a_gpu_that_is_not_there_is_told_whoever_chose_the_workers(tmp_path, monkeypatch):
+    costing(monkeypatch, 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = parse_config(CARTPOLE, "test", ["learners.device=cuda"])
+    with pytest.raises(ConfigError, match=r"learners\.device: cuda was asked for"):
+        controller.run(config, tmp_path / "run", display=Display(quiet=True))
 
 
 def test_a_step_that_waits_is_measured_by_what_it_waits():
