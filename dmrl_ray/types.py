@@ -144,6 +144,29 @@ class Rollout:
         """N, of the tasks that the columns play."""
         return int(self.task_index[-1]) + 1
 
+    def columns_of(self, start: int, stop: int) -> slice:
+        """The columns that play the tasks `start` to `stop`."""
+        return slice(*(int((self.task_index < task).sum()) for task in (start, stop)))
+
+    def of_tasks(self, start: int, stop: int) -> Rollout:
+        """The rollout of the tasks `start` to `stop` alone; its arrays are views where they can."""
+        columns = self.columns_of(start, stop)
+        ended = (self.final_column >= columns.start) & (self.final_column < columns.stop)
+        cut: dict[str, Any] = {}
+        for field in fields(Rollout):
+            name, value = field.name, getattr(self, field.name)
+            if name.startswith("final_"):
+                cut[name] = value[ended]
+            elif name == "task_index" or name.startswith("previous_"):
+                cut[name] = value[columns]
+            elif name == "initial_state":
+                cut[name] = tuple(leaf[columns] for leaf in value)
+            elif hasattr(value, "dtype"):
+                cut[name] = value[:, columns]
+        cut["task_index"] = cut["task_index"] - start
+        cut["final_column"] = cut["final_column"] - columns.start
+        return replace(self, **cut)
+
     def next_obs(self) -> Array:
         """(T, B, *obs_shape): the true successors, also where an episode ended."""
         following = (

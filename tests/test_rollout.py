@@ -433,3 +433,12 @@ def test_shards_side_by_side_keep_their_columns_and_final_observations():
     np.testing.assert_array_equal(both.next_obs()[:, 4:], other.next_obs())
     np.testing.assert_array_equal(both.task_index, [0, 1, 2, 3, 4, 5, 6, 7])
     np.testing.assert_array_equal(both.action[:, 4:], other.action)
+
+
+def test_a_rollout_of_some_tasks_is_what_was_put_side_by_side():
+    policy = make_policy(Walk(), "lstm")
+    samplers = (make_sampler(Walk(), policy=policy, seed=seed) for seed in (1, 2))
+    one, other = (sampler.rollout(policy, 8) for sampler in samplers)
+    both = one.concatenate([one, other])
+    assert_same_rollout(both.of_tasks(0, 4), one)
+    assert_same_rollout(both.of_tasks(4, 8), other)

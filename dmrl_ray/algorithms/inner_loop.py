@@ -7,6 +7,8 @@ leading task axis.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -24,6 +26,15 @@ from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
+
+
+@dataclass(frozen=True)
+class Share:
+    """The tasks `start` to `stop` of a trial, and the weight of their mean in that over all."""
+
+    start: int
+    stop: int
+    weight: float
 
 
 class GradientAdaptation(Algorithm):
@@ -142,6 +153,16 @@ class GradientAdaptation(Algorithm):
         for rollout in rollouts:
             path.append(self.inner_step(path[-1], rollout, create_graph=create_graph))
         return path
+
+    def own_tasks(self, num_tasks: int) -> Share:
+        """What this learner takes of a trial's tasks; with none left, one that counts nothing.
+
+        Weights are for the average over learners, so that without others it is 1.
+        """
+        start, stop = (num_tasks * (self.rank + i) // self.world_size for i in (0, 1))
+        if start == stop:
+            return Share(0, 1, 0.0)
+        return Share(start, stop, (stop - start) * self.world_size / num_tasks)
 
     def _lengths(self, shots: int) -> list[int]:
         """Environment steps of each rollout of a trial."""

@@ -71,48 +71,44 @@ class MAML(GradientAdaptation):
         """The parameters of each rollout, as functions of those that all tasks start from."""
         return self.adaptation(trial[:-1], create_graph=not self.config.first_order)
 
-    def outer_loss(self, path: list[Parameters], trial: Trial) -> Tensor:
-        """Of the rollouts that count: the adapted ones, or all within one trial."""
+    def outer_loss(
+        self, path: list[Parameters], trial: Trial, advantages: list[Tensor] | None = None
+    ) -> Tensor:
+        """Of the rollouts that count, with their advantages if they are not the trial's own."""
+        advantages = advantages or self.advantages(trial)
+        parts = zip(path[::-1], trial[::-1], advantages[::-1], strict=False)
+        return torch.stack([self._surrogate(*part) for part in parts]).mean()
+
+    def own_loss(self, trial: Trial) -> Tensor:
+        """The outer loss of this learner's tasks; its average over learners is that of all."""
+        own = self.own_tasks(trial[0].num_tasks)
+        mine = [rollout.of_tasks(own.start, own.stop) for rollout in trial]
+        columns = trial[0].columns_of(own.start, own.stop)
+        advantages = [advantage[:, columns] for advantage in self.advantages(trial)]
+        return own.weight * self.outer_loss(self.path(mine), mine, advantages)
+
+    def advantages(self, trial: Trial) -> list[Tensor]:
+        """(T, B) of the rollouts that count: the adapted ones, or all within one trial."""
         if self.config.steps_per_shot is None:
-            return self._surrogate(path[-1], trial[-1], trial[-1].advantage)
+            return [trial[-1].advantage]
         gamma, gae_lambda = self.config.outer_gamma, self.config.gae_lambda
-        advantages = trial_advantages(trial, gamma=gamma, gae_lambda=gae_lambda)
-        losses = [self._surrogate(*part) for part in zip(path, trial, advantages, strict=True)]
-        return torch.stack(losses).mean()
+        return trial_advantages(trial, gamma=gamma, gae_lambda=gae_lambda)
 
     def _surrogate(self, params: Parameters, rollout: Rollout, advantage: Tensor) -> Tensor:
-        log_prob, acted, advantage = (
-            self.mine(x)
-            for x in (
-                task_log_prob(self.policy, params, rollout),
-                by_task(rollout.log_prob, params),
-                by_task(advantage, params),
-            )
-        )
+        log_prob = task_log_prob(self.policy, params, rollout)
+        acted, advantage = by_task(rollout.log_prob, params), by_task(advantage, params)
         if self.config.outer == "clip":
-            loss = ppo_clip_loss(log_prob, acted, advantage, clip=self.config.clip)
-        else:
-            loss = likelihood_ratio_loss(log_prob, acted, advantage)
-        return loss * self.share(rollout.num_tasks)
+            return ppo_clip_loss(log_prob, acted, advantage, clip=self.config.clip)
+        return likelihood_ratio_loss(log_prob, acted, advantage)
 
     def pis(self, path: list[Parameters], trial: Trial) -> list[Tensor]:
         """(T, N, E, P) distributions of the actions of each rollout."""
         return [task_pi(self.policy, *pair) for pair in zip(path, trial, strict=True)]
 
-    def mine(self, x: Tensor) -> Tensor:
-        """This learner's tasks of (T, N, ...); for a trust region, whose size is of all, N."""
-        return x if self.config.outer == "trpo" else x[:, self.rank :: self.world_size]
-
-    def share(self, num_tasks: int) -> float:
-        """What the mean over `mine` must weigh for the learners' average to be that over all."""
-        if self.config.outer == "trpo":
-            return 1.0
-        return len(range(self.rank, num_tasks, self.world_size)) * self.world_size / num_tasks
-
     def _gradient_steps(self, trial: Trial) -> dict[str, float]:
         steps = []
         for _ in range(self.config.epochs if self.config.outer == "clip" else 1):
-            loss = self.outer_loss(self.path(trial), trial)
+            loss = self.own_loss(trial)
             norm = self.step_optimizer(loss, self.outer_parts)
             steps.append(torch.stack([loss.detach(), norm.detach()]))
         outer_loss, grad_norm = torch.stack(steps).mean(0).tolist()

@@ -34,13 +34,16 @@ class ProMP(MAML):
         self._acted: list[Tensor] = []
         return super().update(trial)
 
-    def outer_loss(self, path: list[Parameters], trial: Trial) -> Tensor:
-        return super().outer_loss(path, trial) + self.config.kl_penalty * self._kl(path, trial)
+    def outer_loss(
+        self, path: list[Parameters], trial: Trial, advantages: list[Tensor] | None = None
+    ) -> Tensor:
+        loss = super().outer_loss(path, trial, advantages)
+        return loss + self.config.kl_penalty * self._kl(path, trial)
 
     def _kl(self, path: list[Parameters], trial: Trial) -> Tensor:
         head = self.policy.policy_head
         pis = self.pis(path[:-1], trial[:-1])
         if not self._acted:  # The first outer step starts from the parameters that acted.
             self._acted = [pi.detach() for pi in pis]
-        kls = [self.mine(head.kl(old, pi)).mean() for old, pi in zip(self._acted, pis, strict=True)]
-        return torch.stack(kls).mean() * self.share(trial[0].num_tasks)
+        kls = [head.kl(old, pi).mean() for old, pi in zip(self._acted, pis, strict=True)]
+        return torch.stack(kls).mean()

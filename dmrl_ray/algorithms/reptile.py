@@ -31,13 +31,14 @@ class Reptile(GradientAdaptation):
 
     def update(self, trial: Trial) -> dict[str, float]:
         skipped = self.skipped_batches
-        start, *_, end = self.adaptation(trial, create_graph=False)
-        mine, tasks = slice(self.rank, None, self.world_size), trial[0].num_tasks
+        own = self.own_tasks(trial[0].num_tasks)
+        mine = [rollout.of_tasks(own.start, own.stop) for rollout in trial]
+        start, *_, end = self.adaptation(mine, create_graph=False)
         with torch.no_grad():
-            scale = self.world_size / (tasks * self.config.inner_lr)
-            gradient = {n: (start[n] - end[n])[mine].sum(0) * scale for n in start}
-        own = dict(self.policy.named_parameters())
-        loss = torch.stack([(own[n] * g).sum() for n, g in gradient.items()]).sum()
+            scale = own.weight / self.config.inner_lr
+            gradient = {n: (start[n] - end[n]).mean(0) * scale for n in start}
+        now = dict(self.policy.named_parameters())
+        loss = torch.stack([(now[n] * g).sum() for n, g in gradient.items()]).sum()
         norm = self.step_optimizer(loss)
         if self.skipped_batches == skipped:
             self.policy.update_obs_norm(torch.cat([r.obs[:-1].flatten(0, 1) for r in trial]))

@@ -346,8 +346,11 @@ def test_a_trial_without_room_for_a_gradient_step_is_refused():
         make_maml(tasks="bandit", steps_per_shot=HORIZON)
 
 
-def test_the_shares_of_several_learners_average_to_the_whole_gradient():
-    maml = make_maml()
+@pytest.mark.parametrize(
+    "options", [{}, {"tasks": "bandit", "steps_per_shot": 2}], ids=["episodes", "within"]
+)
+def test_the_shares_of_several_learners_average_to_the_whole_gradient(options):
+    maml = make_maml(**options)
     trial = one_trial(maml)
     whole = outer_gradient(maml, trial)
     parts = []
@@ -362,7 +365,7 @@ def test_the_shares_of_several_learners_average_to_the_whole_gradient():
 def test_a_learner_without_a_task_adds_nothing_to_the_gradient():
     maml = make_maml()
     trial = one_trial(maml, num_tasks=1)
-    maml.rank, maml.world_size = 1, 2
+    maml.rank, maml.world_size = 0, 2
     assert all((g == 0).all() for g in outer_gradient(maml, trial).values())
 
 

@@ -103,15 +103,14 @@ def test_a_heavy_penalty_keeps_the_start_where_it_is():
 
 
 def test_the_shares_of_several_learners_average_to_the_whole_penalty():
-    promp = make_algorithm("promp", kl_penalty=3.0)
-    trial = one_trial(promp)
-    gradient(promp, trial)
-    moved(promp)
-    whole = outer_gradient(promp, trial)
-    parts = []
-    for rank in range(2):
-        promp.rank, promp.world_size = rank, 2
-        parts.append(outer_gradient(promp, trial))
-    for name in whole:
-        average = (parts[0][name] + parts[1][name]) / 2
-        torch.testing.assert_close(average, whole[name], rtol=1e-4, atol=1e-6)
+    gradients = {}
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        promp = make_algorithm("promp", kl_penalty=3.0)
+        promp.rank, promp.world_size = rank, world_size
+        trial = one_trial(promp)
+        gradient(promp, trial)
+        moved(promp)
+        gradients[rank, world_size] = outer_gradient(promp, trial)
+    for name, whole in gradients[0, 1].items():
+        average = (gradients[0, 2][name] + gradients[1, 2][name]) / 2
+        torch.testing.assert_close(average, whole, rtol=1e-4, atol=1e-6)
