@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.parts import check_prefixes
+from dmrl_ray.algorithms.task_actor import Recordings, task_actor
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     fitted_advantage,
     per_task,
-    task_actor,
     task_gradients,
 )
 from dmrl_ray.policy import ActorCritic
@@ -81,6 +81,7 @@ class GradientAdaptation(Algorithm):
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)
         policy.encoder.use_plain_operations()
+        self._recordings: Recordings = {}
         check_prefixes("algorithm.adapt", config.adapt, per_task(policy, 1))
         steps = config.steps_per_shot
         if steps is not None and steps >= distribution.trial_steps:
@@ -121,7 +122,7 @@ class GradientAdaptation(Algorithm):
             rollout = sampler.rollout(
                 self.policy,
                 num_steps,
-                actor=task_actor(self.policy, params),
+                actor=task_actor(self.policy, params, self._recordings),
                 shot=past // self.distribution.max_episode_steps if within else shot,
                 with_value=False,
                 greedy=False,

@@ -15,11 +15,12 @@ import torch
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.parts import check_prefixes
+from dmrl_ray.algorithms.task_actor import Recordings, task_actor
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     fitted_advantage,
+    number_of_tasks,
     per_task,
-    task_actor,
     task_gradients,
 )
 from dmrl_ray.config import Adapt
@@ -70,6 +71,7 @@ def live_through(
     horizon = algorithm.distribution.max_episode_steps
     params = per_task(policy, len(streams))
     moments: Moments = {}
+    recordings: Recordings = {}
     step = 0
     rewards = []
     for change, tasks in enumerate(zip(*streams, strict=True)):
@@ -82,7 +84,7 @@ def live_through(
             if settings.optimizer == "none":
                 (rollout,) = algorithm.play(sampler, horizon)
             else:
-                actor = task_actor(policy, params)
+                actor = task_actor(policy, params, recordings)
                 rollout = sampler.rollout(policy, horizon, actor=actor, with_value=False)
                 step += 1
                 params = _step(algorithm, params, rollout, settings, moments, step)
@@ -100,7 +102,7 @@ def _step(
     step: int,
 ) -> Parameters:
     """Every stream's parameters after one gradient step on its own rollout."""
-    num_tasks = len(next(iter(params.values())))
+    num_tasks = number_of_tasks(params)
     gamma = float(getattr(algorithm.config, "gamma", 0.99))
     rollout.advantage = fitted_advantage([rollout], num_tasks, gamma=gamma, gae_lambda=1.0)
     moving = [name for name in params if name.startswith(settings.trainable)]

@@ -16,7 +16,6 @@ from dmrl_ray.losses.returns import (
 )
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
-from dmrl_ray.rollout import Actor
 from dmrl_ray.types import Array, Rollout
 
 Parameters: TypeAlias = dict[str, Tensor]
@@ -47,6 +46,7 @@ def task_forward(
     previous: Previous | None,
     memory: Memory,
     reset: Tensor | None,
+    buffers: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Memory]:
     """`ActorCritic.forward` of every task under its own parameters (N, ...).
 
@@ -57,13 +57,14 @@ def task_forward(
         previous: (T, B, ...) each; None where the policy does not see it.
         memory: leaves (B, ...).
         reset: (T, B) bool or None.
+        buffers: instead of the policy's own.
 
     Returns:
         Distribution parameters (T, N, E, P) and the memory after the last step, leaves (B, ...).
     """
 
     def one_task(parameters: Parameters, *inputs: Any) -> tuple[Tensor, Memory]:
-        pi, _, memory = functional_call(policy, parameters, inputs)
+        pi, _, memory = functional_call(policy, (parameters, buffers or {}), inputs)
         return pi, memory
 
     inputs = (
@@ -81,19 +82,6 @@ def task_forward(
     )
     pi, memory = vmap(one_task, in_dims=dims, out_dims=(1, 0))(params, *inputs)
     return pi, tuple(leaf.flatten(0, 1) for leaf in memory)
-
-
-def task_actor(policy: ActorCritic, params: Parameters) -> Actor:
-    """An actor in which every task's columns act with that task's parameters."""
-
-    def act(
-        obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Memory]:
-        pi, memory = task_forward(policy, params, obs, previous, memory, reset)
-        pi = pi.flatten(1, 2)
-        return pi, pi, memory
-
-    return act
 
 
 def task_pi(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
@@ -191,6 +179,11 @@ def trial_advantages(rollouts: list[Rollout], *, gamma: float, gae_lambda: float
 
 def by_task(x: Tensor, params: Parameters) -> Tensor:
     """(T, B, ...) to (T, N, E, ...): the columns of a task are contiguous."""
-    num_tasks = next(iter(params.values())).shape[0]
+    num_tasks = number_of_tasks(params)
     steps, columns, *rest = x.shape
     return x.reshape(steps, num_tasks, columns // num_tasks, *rest)
+
+
+def number_of_tasks(params: Parameters) -> int:
+    """N."""
+    return next(iter(params.values())).shape[0]
