@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 Average: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -28,29 +28,18 @@ SPINS = 2_000
 """Looks at the others' counters before a learner that waits lets go of its core."""
 
 
-class GradientAverage:
-    """Puts the mean over all learners in place of each one's gradients.
+def gradient_average(capacity: int, device: torch.device) -> Average:
+    """What gives the mean of a gradient over all learners.
 
-    Made by every learner of a `torch.distributed` group at the same time.
+    Called by every learner of a `torch.distributed` group at the same time, as the average is.
 
     Args:
-        parameters: that may have gradients.
+        capacity: numbers that a gradient has at most.
         device: of the learners.
     """
-
-    def __init__(self, parameters: list[nn.Parameter], device: torch.device) -> None:
-        self._average: Average = _over_network
-        if device.type == "cpu" and platform.machine() == "x86_64":  # whose stores keep their order
-            shared = _attach(sum(p.numel() for p in parameters))
-            self._average = shared or _over_network
-
-    def __call__(self, parameters: list[nn.Parameter]) -> None:
-        """The same parameters have gradients in every learner."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        mean = self._average(torch.cat([g.flatten() for g in gradients]))
-        sizes = [g.numel() for g in gradients]
-        for gradient, part in zip(gradients, mean.split(sizes), strict=True):  # type: ignore[no-untyped-call]
-            gradient.copy_(part.view_as(gradient))
+    if device.type == "cpu" and platform.machine() == "x86_64":  # whose stores keep their order
+        return _attach(capacity) or _over_network
+    return _over_network
 
 
 class SharedMean:

@@ -13,6 +13,7 @@ from dmrl_ray.losses.distributions import (
     categorical_entropy,
     categorical_kl,
     categorical_log_prob,
+    categorical_log_prob_and_entropy,
     gaussian_entropy,
     gaussian_log_prob,
     squashed_gaussian_log_prob,
@@ -60,6 +61,10 @@ class CategoricalHead(nn.Module):
     def entropy(self, pi: Tensor) -> Tensor:
         """(...) in nats."""
         return categorical_entropy(pi)
+
+    def log_prob_and_entropy(self, pi: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once."""
+        return categorical_log_prob_and_entropy(pi, action)
 
     def kl(self, pi: Tensor, other: Tensor) -> Tensor:
         """(...) in nats, of `pi` from `other`."""
@@ -111,6 +116,10 @@ class GaussianHead(nn.Module):
     def entropy(self, pi: Tensor) -> Tensor:
         """(...) in nats."""
         return gaussian_entropy(pi.chunk(2, -1)[1])
+
+    def log_prob_and_entropy(self, pi: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once."""
+        return self.log_prob(pi, action), self.entropy(pi)
 
     def kl(self, pi: Tensor, other: Tensor) -> Tensor:
         """(...) in nats, of `pi` from `other`."""
@@ -175,6 +184,10 @@ class SquashedGaussianHead(nn.Module):
         at = (mean.unsqueeze(-1) + log_std.exp().unsqueeze(-1) * nodes).unsqueeze(-1)
         each = squashed_gaussian_log_prob(mean[..., None, None], log_std[..., None, None], at)
         return -(each * weights).sum((-1, -2)) / math.sqrt(2 * math.pi)
+
+    def log_prob_and_entropy(self, pi: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once."""
+        return self.log_prob(pi, action), self.entropy(pi)
 
     def kl(self, pi: Tensor, other: Tensor) -> Tensor:
         """(...) in nats, of `pi` from `other`; tanh does not change it."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmrl_ray.averaging import GradientAverage
+from dmrl_ray.averaging import gradient_average
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
 from dmrl_ray.types import Array, Arrays, Rollout, Trial, random_stream
@@ -44,7 +44,9 @@ class Learner:
             backend, init_method=init_method, rank=rank, world_size=world_size
         )
         self.algorithm.rank, self.algorithm.world_size = rank, world_size
-        self.algorithm.average_gradients = GradientAverage(self.algorithm.parameters, self.device)
+        self.algorithm.average_gradients = gradient_average(
+            sum(p.numel() for p in self.algorithm.parameters), self.device
+        )
 
     def update(self, version: int, env_steps: int, trials: list[Trial]) -> dict[str, float]:
         """Improve the policy from one iteration's trials, given in order of their shards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -81,7 +82,7 @@ class Algorithm(ABC):
         self.progress = 0.0
         self.precision = torch.float32
         self.rank, self.world_size = 0, 1
-        self.average_gradients: Callable[[list[nn.Parameter]], None] | None = None
+        self.average_gradients: Callable[[Tensor], Tensor] | None = None
         self.skipped_batches = 0
 
     @classmethod
@@ -169,17 +170,25 @@ class Algorithm(ABC):
         ]
         if not moving:
             return torch.zeros(())
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=moving)  # type: ignore[no-untyped-call]
+        slopes = torch.autograd.grad(loss, moving, allow_unused=True)
+        reached = [(p, g) for p, g in zip(moving, slopes, strict=True) if g is not None]
+        # In one piece, a gradient is averaged, measured and shortened by an operation each.
+        gradient = torch.cat([g.flatten() for _, g in reached])
         if self.average_gradients is not None:
-            self.average_gradients(moving)
-        norm = nn.utils.clip_grad_norm_(moving, self.config.max_grad_norm)
-        if not torch.isfinite(norm):
+            gradient = self.average_gradients(gradient)
+        norm = gradient.norm()
+        if not math.isfinite(norm):
             self.skipped_batches += 1
             return norm
+        gradient *= (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if self.config.anneal_lr:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * max(0.0, 1.0 - self.progress)
+        pieces = torch.split(gradient, [g.numel() for _, g in reached])
+        for (parameter, g), piece in zip(reached, pieces, strict=True):
+            parameter.grad = piece.view_as(g)
         self.optimizer.step()
+        for parameter in moving:  # The next step may be of other ones.
+            parameter.grad = None
         self.policy.project()
         return norm

@@ -139,17 +139,17 @@ class PPO(Algorithm):
         """The loss of a minibatch, and what to report of it."""
         assert isinstance(self.config, ClipConfig)
         pi, value_loss = self._forward(batch)
-        head = self.policy.policy_head
-        log_prob = head.log_prob(pi, batch["action"])
+        log_prob, entropies = self.policy.policy_head.log_prob_and_entropy(pi, batch["action"])
         policy_loss = ppo_clip_loss(
             log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
         )
-        entropy = head.entropy(pi).mean()
+        entropy = entropies.mean()
         loss = policy_loss + self.config.value_coef * value_loss - self.entropy_weight * entropy
         with torch.no_grad():
             log_ratio = log_prob - batch["log_prob"]
-            approx_kl = (log_ratio.exp() - 1 - log_ratio).mean()
-            clipped = (log_ratio.exp() - 1).abs() > self.config.clip
+            off_one = log_ratio.expm1()  # the ratio, less 1
+            approx_kl = (off_one - log_ratio).mean()
+            clipped = off_one.abs() > self.config.clip
         report = {
             "policy_loss": policy_loss,
             "value_loss": value_loss,

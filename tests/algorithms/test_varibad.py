@@ -228,10 +228,8 @@ def test_the_shares_of_two_learners_add_up_to_the_whole():
             algorithm = learner.algorithm
             algorithm.replay.add(tensors(collect(learner)))
             algorithm.rank, algorithm.world_size = rank, world_size
+            algorithm.average_gradients = lambda mine, parts=parts: parts.append(mine) or mine
             algorithm._update_belief()
-            parts.append(
-                torch.cat([p.grad.flatten() for p in algorithm.encoder.history.parameters()])
-            )
         gradients.append(torch.stack(parts).mean(0))
     torch.testing.assert_close(*gradients)
 
