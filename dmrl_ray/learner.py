@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmrl_ray.algorithms.gradients import Compiled
 from dmrl_ray.averaging import gradient_average
-from dmrl_ray.errors import NumericalError
+from dmrl_ray.errors import ConfigError, NumericalError
 from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
 from dmrl_ray.types import Array, Arrays, Rollout, Trial, random_stream
 
@@ -22,6 +23,9 @@ class Learner:
 
     With several learners each sees every trial and takes its share of every minibatch, so that
     the averaged gradient is the one a single learner would have had.
+
+    Raises:
+        ConfigError: the algorithm or its policy cannot be compiled, and should be.
     """
 
     def __init__(self, spec: JobSpec) -> None:
@@ -35,6 +39,8 @@ class Learner:
         self.policy = program.policy.to(self.device)
         self.algorithm.prepare_training(spec.trainable)
         self.algorithm.precision = getattr(torch, spec.precision)
+        if spec.compile:
+            self.algorithm.gradients = self._compiled()
         self._poisoned = 0
 
     def join(self, init_method: str, rank: int, world_size: int) -> None:
@@ -111,6 +117,14 @@ class Learner:
                 value = torch.tensor(array)
                 on = parameter.device if value.dim() or key == "step" else value.device
                 self.algorithm.optimizer.state[parameter][key] = value.to(on)
+
+    def _compiled(self) -> Compiled:
+        if not self.algorithm.compiles:
+            raise ConfigError(
+                f"learners.compile: the losses of {self.spec.algorithm_name} (stage "
+                f"{self.spec.stage!r}) cannot be compiled; use false"
+            )
+        return Compiled(self.policy)
 
     def _join_shards(self, shards: list[Rollout]) -> Rollout:
         return Rollout.concatenate(shards).map(self._to_device)

@@ -37,6 +37,7 @@ class JobSpec:
     trainable: tuple[str, ...] = ("",)
     learner_threads: int = 1
     precision: str = "float32"
+    compile: bool = False
     device: str = "cpu"
     record: bool = False  # every step is a row of the transitions table
     run_folder: str = ""  # where algorithms find what earlier stages recorded

@@ -69,6 +69,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         trainable=getattr(stage, "trainable", ("",)),
         learner_threads=settled(config.learners.threads),
         precision=config.learners.precision,
+        compile=config.learners.compile,
         device=config.learners.device,
         record=getattr(stage, "record", False),
     )
@@ -144,6 +145,7 @@ def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
         split=task.split,
         rollout=spec.rollout.model_copy(update={"shards": 1}),
         learner_threads=1,
+        compile=False,  # It would take longer than the job.
         device="cpu",
     )
 

@@ -75,7 +75,8 @@ def in_double(algorithm, trial):
 def outer_gradient(maml, trial):
     """The gradient of the outer loss at the parameters as they are, by name."""
     maml.policy.zero_grad()
-    maml.own_loss(trial).backward()
+    loss, batch, weight = maml.own_loss(trial)
+    (weight * loss(batch)[0]).backward()
     return {n: p.grad.clone() for n, p in maml.policy.named_parameters() if p.grad is not None}
 
 

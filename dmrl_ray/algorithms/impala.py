@@ -104,7 +104,7 @@ class IMPALA(VTrace):
         head = self.policy.policy_head
         policy_loss = -(head.log_prob(pi, batch["action"]) * batch["advantage"]).mean()
         entropy = head.entropy(pi).mean()
-        loss = policy_loss + self.config.value_coef * value_loss - self.entropy_weight * entropy
+        loss = policy_loss + self.config.value_coef * value_loss - batch["entropy_weight"] * entropy
         return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
 
 

@@ -10,12 +10,14 @@ stands in by default.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from dmrl_ray.algorithms.gradients import Batch, Loss, Report
 from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.algorithms.task_params import (
     Parameters,
@@ -27,6 +29,9 @@ from dmrl_ray.algorithms.task_params import (
 from dmrl_ray.algorithms.trust_region import trust_region_step
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
 from dmrl_ray.types import Rollout, Trial
+
+READ = ("obs", "action", "log_prob", "advantage")
+"""What the losses of policies without memory read of a rollout."""
 
 
 class MAML(GradientAdaptation):
@@ -54,6 +59,7 @@ class MAML(GradientAdaptation):
         (`steps_per_shot`): what is found out early pays late, and `gamma` is the inner loop's."""
 
     config: Config
+    compiles = True
     outer_parts: tuple[str, ...] = ("",)
     """Prefixes of the parameters that the outer loop moves."""
 
@@ -79,14 +85,6 @@ class MAML(GradientAdaptation):
         parts = zip(path[::-1], trial[::-1], advantages[::-1], strict=False)
         return torch.stack([self._surrogate(*part) for part in parts]).mean()
 
-    def own_loss(self, trial: Trial) -> Tensor:
-        """The outer loss of this learner's tasks; its average over learners is that of all."""
-        own = self.own_tasks(trial[0].num_tasks)
-        mine = [rollout.of_tasks(own.start, own.stop) for rollout in trial]
-        columns = trial[0].columns_of(own.start, own.stop)
-        advantages = [advantage[:, columns] for advantage in self.advantages(trial)]
-        return own.weight * self.outer_loss(self.path(mine), mine, advantages)
-
     def advantages(self, trial: Trial) -> list[Tensor]:
         """(T, B) of the rollouts that count: the adapted ones, or all within one trial."""
         if self.config.steps_per_shot is None:
@@ -105,14 +103,44 @@ class MAML(GradientAdaptation):
         """(T, N, E, P) distributions of the actions of each rollout."""
         return [task_pi(self.policy, *pair) for pair in zip(path, trial, strict=True)]
 
+    def own_loss(self, trial: Trial) -> tuple[Loss, Batch, float]:
+        """The outer loss of this learner's tasks, what it reads, and what it weighs.
+
+        Its average over learners is that of all tasks.
+        """
+        own = self.own_tasks(trial[0].num_tasks)
+        mine = [rollout.of_tasks(own.start, own.stop) for rollout in trial]
+        columns = trial[0].columns_of(own.start, own.stop)
+        batch = {
+            f"{i}.{name}": getattr(rollout, name) for i, rollout in enumerate(mine) for name in READ
+        }
+        counted = [advantage[:, columns] for advantage in self.advantages(trial)]
+        batch |= {f"counted.{i}": advantage for i, advantage in enumerate(counted)}
+        # Numbers of tasks are looked up in it, which compilers want to know beforehand.
+        task_index = mine[0].task_index.cpu().numpy()
+
+        def loss(batch: Batch) -> tuple[Tensor, Report]:
+            read: list[dict[str, Any]] = [
+                {name: batch[f"{i}.{name}"] for name in READ} for i in range(len(mine))
+            ]
+            parts = [
+                replace(rollout, task_index=task_index, **arrays)
+                for rollout, arrays in zip(mine, read, strict=True)
+            ]
+            advantages = [batch[f"counted.{i}"] for i in range(len(counted))]
+            value = self.outer_loss(self.path(parts), parts, advantages)
+            return value, {"outer_loss": value}
+
+        return loss, batch, own.weight
+
     def _gradient_steps(self, trial: Trial) -> dict[str, float]:
-        steps = []
-        for _ in range(self.config.epochs if self.config.outer == "clip" else 1):
-            loss = self.own_loss(trial)
-            norm = self.step_optimizer(loss, self.outer_parts)
-            steps.append(torch.stack([loss.detach(), norm.detach()]))
-        outer_loss, grad_norm = torch.stack(steps).mean(0).tolist()
-        return {"outer_loss": outer_loss, "grad_norm": grad_norm}
+        loss, batch, weight = self.own_loss(trial)
+        reports = [
+            self.descend(loss, batch, weight, self.outer_parts)
+            for _ in range(self.config.epochs if self.config.outer == "clip" else 1)
+        ]
+        means = torch.stack([torch.stack(list(report.values())) for report in reports]).mean(0)
+        return dict(zip(reports[0], means.tolist(), strict=True))
 
     def _trust_region(self, trial: Trial) -> dict[str, float]:
         head = self.policy.policy_head

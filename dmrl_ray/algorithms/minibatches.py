@@ -1,27 +1,21 @@
 """Gradient steps on minibatches of columns, and what a policy is shown in them.
 
-A batch is tensors (T, B, ...) by name. Minibatches are whole columns; for a policy without memory
-every step is a column of its own.
+A batch is tensors (T, B, ...) by name, or numbers () that are the same for all columns. Minibatches
+are whole columns; for a policy without memory every step is a column of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.gradients import Batch, Loss, Report
 from dmrl_ray.arrays import permutation
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
 from dmrl_ray.types import Rollout
-
-Batch: TypeAlias = dict[str, Tensor]
-Loss: TypeAlias = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
-"""The loss of a minibatch, and what to report of it."""
 
 PREVIOUS = ("previous_action", "previous_reward", "previous_done")
 
@@ -41,17 +35,23 @@ def step_through(
     count = min(minibatches, columns)
     bounds = [columns * i // count for i in range(count + 1)]
     exact = algorithm.precision == torch.float32
+
+    def in_precision(minibatch: Batch) -> tuple[Tensor, Report]:
+        if exact:
+            return loss(minibatch)
+        # Weights are cast anew, as those of the step before may be kept otherwise.
+        with torch.autocast(first.device.type, algorithm.precision, cache_enabled=False):
+            return loss(minibatch)
+
     steps = []
     for _ in range(epochs):
         order = permutation(algorithm.rng, columns, first.device)
         for start, stop in pairwise(bounds):
             mine = order[start + rank : stop : world_size]
-            minibatch = {name: x.index_select(1, mine) for name, x in batch.items()}
-            with nullcontext() if exact else torch.autocast(first.device.type, algorithm.precision):
-                value, report = loss(minibatch)
+            minibatch = {k: x.index_select(1, mine) if x.dim() else x for k, x in batch.items()}
             share = len(mine) / (stop - start)
-            report["grad_norm"] = algorithm.step_optimizer(value * share * world_size)
-            steps.append(torch.stack([x.detach() for x in report.values()]))
+            report = algorithm.descend(in_precision, minibatch, share * world_size)
+            steps.append(torch.stack(list(report.values())))
     return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
 
 

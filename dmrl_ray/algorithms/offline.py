@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.algorithms.minibatches import Batch, in_columns, shown, step_through
+from dmrl_ray.algorithms.gradients import Batch
+from dmrl_ray.algorithms.minibatches import in_columns, shown, step_through
 from dmrl_ray.data_sources import DataSettings, source_of
 from dmrl_ray.dataset import Dataset
 from dmrl_ray.networks.base import Memory

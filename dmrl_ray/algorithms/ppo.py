@@ -66,6 +66,7 @@ class PPO(Algorithm):
     continues_episodes = True
     corrects_for_lag = True
     on_device = True
+    compiles = True
     labels: tuple[str, ...] = ("action", "log_prob")
     """What the loss reads of a rollout as it is."""
 
@@ -133,7 +134,8 @@ class PPO(Algorithm):
             starts = rollout.reset_state[0]
             for i, leaf in enumerate(rollout.initial_state):
                 batch[f"memory.{i}"] = (leaf * ~starts.unsqueeze(-1)).unsqueeze(0)
-        return in_columns(self.policy, batch)
+        weight = torch.tensor(self.entropy_weight, device=rollout.reward.device)
+        return in_columns(self.policy, batch) | {"entropy_weight": weight}
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and what to report of it."""
@@ -144,7 +146,7 @@ class PPO(Algorithm):
             log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
         )
         entropy = entropies.mean()
-        loss = policy_loss + self.config.value_coef * value_loss - self.entropy_weight * entropy
+        loss = policy_loss + self.config.value_coef * value_loss - batch["entropy_weight"] * entropy
         with torch.no_grad():
             log_ratio = log_prob - batch["log_prob"]
             off_one = log_ratio.expm1()  # the ratio, less 1

@@ -29,6 +29,7 @@ class ProMP(MAML):
         inner steps and what the outer steps made of them (eta in the paper)."""
 
     config: Config
+    compiles = False
 
     def update(self, trial: Trial) -> dict[str, float]:
         self._acted: list[Tensor] = []

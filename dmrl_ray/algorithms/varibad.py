@@ -118,7 +118,7 @@ class VariBAD(RL2):
             mean, log_var = self._beliefs(batch["obs"], previous_inputs(rollout))
         kept = {k: x for k, x in batch.items() if not k.startswith(("previous_", "memory."))}
         kept |= {"mean": mean, "log_var": log_var}
-        return {name: x.flatten(0, 1).unsqueeze(0) for name, x in kept.items()}
+        return {k: x.flatten(0, 1).unsqueeze(0) if x.dim() else x for k, x in kept.items()}
 
     def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if "mean" not in batch:

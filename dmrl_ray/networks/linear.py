@@ -7,7 +7,8 @@ For few rows the preparations of oneDNN cost more than that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,19 @@ from torch.nn import functional
 MIN_ROWS = 512
 MIN_UNITS = 16
 HAS_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+_plain = False
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Meanwhile layers multiply through PyTorch's own operations, which compilers know."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 class Linear(nn.Linear):
@@ -37,6 +51,7 @@ class Linear(nn.Linear):
             and input.dtype == torch.float32
             and input.device.type == "cpu"
             and HAS_ONEDNN
+            and not _plain
             and not torch.is_autocast_enabled("cpu")
             # Many weights at once are a batched product, which is MKL's alone.
             and not torch._C._are_functorch_transforms_active()

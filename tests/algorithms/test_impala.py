@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from first_gradient import first_gradient
 
 from dmrl_ray import controller
 from dmrl_ray.algorithms.ppo import PPO
@@ -52,19 +53,6 @@ def as_tensors(trial):
 
 def corrected(learner, trial):
     return learner.algorithm._corrected(as_tensors(trial))
-
-
-def gradient(algorithm, rollout):
-    """Of one minibatch, the whole batch, before any step."""
-    steps = []
-    algorithm.step_optimizer = lambda loss: (
-        steps.append(torch.autograd.grad(loss, list(algorithm.policy.parameters())))
-        or torch.zeros(())
-    )
-    before = {name: x.clone() for name, x in algorithm.policy.state_dict().items()}
-    algorithm.update([rollout])
-    algorithm.policy.load_state_dict(before)  # an update moves the norms
-    return steps[0]
 
 
 def older(trial, change):
@@ -171,7 +159,7 @@ def test_impalas_gradient_is_the_weighted_policy_gradient(encoder):
     pi, _, _ = policy(rollout.obs[:-1], None, memory, reset)
     loss = -(policy.policy_head.log_prob(pi, rollout.action) * advantage).mean()
     expected = torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
-    got = gradient(algorithm, as_tensors(trial))
+    got = first_gradient(algorithm, [as_tensors(trial)])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-6)
 
@@ -194,11 +182,11 @@ def test_impala_passes_over_a_batch_once():
 def test_the_shares_of_several_learners_average_to_the_whole_gradient(kind):
     learner, trial = collected(make_spec(kind, LSTM, num_envs=5, minibatches=1))
     algorithm, rollout = learner.algorithm, as_tensors(older(trial, 0.3))
-    whole, parts = gradient(algorithm, rollout), []
+    whole, parts = first_gradient(algorithm, [rollout]), []
     for rank in range(2):  # of 5 columns, one learner has 3 and the other 2
         algorithm.rank, algorithm.world_size = rank, 2
         algorithm.rng = np.random.default_rng(0)
-        parts.append(gradient(algorithm, rollout))
+        parts.append(first_gradient(algorithm, [rollout]))
     for expected, one, other in zip(whole, *parts, strict=True):
         torch.testing.assert_close((one + other) / 2, expected, rtol=1e-4, atol=1e-6)
 
@@ -276,9 +264,8 @@ def test_old_data_balances_the_pole(kind):
 def test_impalas_entropy_bonus_fades_as_ppos_does():
     learner, trial = collected(make_spec("impala", entropy_coef=0.1, anneal_entropy=True))
     algorithm = learner.algorithm
-    batch = algorithm._batch(corrected(learner, trial))
-    losses = []
+    rollout, losses = corrected(learner, trial), []
     for algorithm.progress in (0.0, 1.0):
-        loss, report = algorithm._loss(batch)
+        loss, report = algorithm._loss(algorithm._batch(rollout))
         losses.append(loss.item())
     assert losses[1] - losses[0] == pytest.approx(0.1 * report["entropy"].item(), rel=1e-3)

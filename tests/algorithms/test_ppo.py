@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from first_gradient import first_gradient
 
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.learner import Learner
@@ -40,19 +41,6 @@ def collected(spec, iterations=2):
 
 def as_tensors(trial):
     return [Rollout.concatenate([rollout]).map(torch.from_numpy) for rollout in trial]
-
-
-def gradient(algorithm, trial):
-    """Of one minibatch, the whole batch, before any step."""
-    steps, before = [], {name: x.clone() for name, x in algorithm.policy.state_dict().items()}
-    algorithm.step_optimizer = lambda loss: (
-        steps.append(torch.autograd.grad(loss, list(algorithm.policy.parameters())))
-        or torch.zeros(())
-    )
-    algorithm.rng = np.random.default_rng(0)
-    algorithm.update(trial)
-    algorithm.policy.load_state_dict(before)  # an update moves the norms
-    return steps[0]
 
 
 CASES = {
@@ -134,11 +122,11 @@ def test_epochs_shuffle_differently():
 def test_the_shares_of_several_learners_average_to_the_whole_gradient(encoder):
     learner, trial = collected(make_spec(encoder, num_envs=5, epochs=1, minibatches=1))
     algorithm, trial = learner.algorithm, as_tensors(trial)
-    whole = gradient(algorithm, trial)
+    whole = first_gradient(algorithm, trial)
     parts = []
     for rank in range(2):  # of 5 columns, one learner has 3 and the other 2
         algorithm.rank, algorithm.world_size = rank, 2
-        parts.append(gradient(algorithm, trial))
+        parts.append(first_gradient(algorithm, trial))
     for expected, one, other in zip(whole, *parts, strict=True):
         torch.testing.assert_close((one + other) / 2, expected, rtol=1e-4, atol=1e-6)
 
@@ -148,7 +136,7 @@ def test_a_learner_without_a_share_adds_nothing_to_the_gradient(encoder):
     learner, trial = collected(make_spec(encoder, num_envs=1, num_steps=2, minibatches=2))
     algorithm = learner.algorithm
     algorithm.rank, algorithm.world_size = 1, 2
-    assert all((g == 0).all() for g in gradient(algorithm, as_tensors(trial)))
+    assert all((g == 0).all() for g in first_gradient(algorithm, as_tensors(trial)))
 
 
 def test_the_gradient_is_the_policy_gradient_of_standardised_advantages():
@@ -160,7 +148,7 @@ def test_the_gradient_is_the_policy_gradient_of_standardised_advantages():
     log_prob = policy.policy_head.log_prob(policy(rollout.obs[:-1])[0], rollout.action)
     loss = -(log_prob * advantage).mean()
     expected = torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
-    for a, b in zip(gradient(algorithm, [rollout]), expected, strict=True):
+    for a, b in zip(first_gradient(algorithm, [rollout]), expected, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-6)
 
 
