@@ -15,7 +15,8 @@ from ray.exceptions import RayError
 from dmrl_ray.calls import CollectCall, CollectReport
 from dmrl_ray.config import WorkerSettings, settled
 from dmrl_ray.connection import cause_of, connect
-from dmrl_ray.pool import Request, WorkerPool
+from dmrl_ray.pool import WorkerPool
+from dmrl_ray.worker_actor import Request
 
 __all__ = ["RayWorkers", "connect"]
 

@@ -30,37 +30,15 @@ from dmrl_ray.connection import (
     first_sentence,
     no_room,
     nodes_are_coming,
-    where,
 )
 from dmrl_ray.errors import ClusterError
-from dmrl_ray.worker import RolloutWorker
+from dmrl_ray.worker_actor import Request, WorkerActor
 
 POLL_S = 0.2
 """A wait for answers looks up this often, so that interrupts and deadlines are seen."""
 
 MAX_BAD_STARTS = 3
 """Workers in a row that die before they are up, after which the run stops."""
-
-
-class WorkerActor(RolloutWorker):
-    """A rollout worker as a Ray actor."""
-
-    def where(self) -> tuple[int, str]:
-        """Process id and node; answered once the worker is up."""
-        return where()
-
-
-@dataclass(eq=False)
-class Request:
-    """One call, wherever it is made."""
-
-    method: str
-    arguments: tuple[Any, ...]
-    shard: int | None = None  # prefers the worker that played this shard before
-    refs: list[Any] = field(default_factory=list)  # of the newest submission
-    answer: Any = None
-    error: BaseException | None = None
-    done: bool = False
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ LAYERS = [
     "replay dataset data_files data_sources tables checkpoint commits run_folder writer",
     "algorithms",
     "spec transfer recording calls foreign averaging worker learner",
-    "stages placement jobs run cluster connection pool ray_learners display",
+    "stages placement jobs run cluster connection pool worker_actor ray_learners display",
     "controller",
     "__main__ results report rllib",
 ]
