@@ -56,11 +56,15 @@ class RayWorkers:
     ) -> list[Request]:
         """Begin one iteration of every shard; the answer is for `finish_collect`."""
         requests = [
-            Request("collect", (call, weights, state), call.shard)
+            Request("collect", (call, weights), call.shard, state)
             for call, state in zip(calls, states, strict=True)
         ]
         self._pool.submit(requests)
         return requests
+
+    def states_after(self, started: list[Request]) -> list[Any]:
+        """What the next iteration begins with, while this one may still be in flight."""
+        return list(started)
 
     def finish_collect(self, started: list[Request]) -> list[tuple[CollectReport, Any, Any]]:
         """Reports, and references of trials and states, by shard number.

@@ -8,8 +8,10 @@
 The driver waits for reports and metrics only; trials, weights and shard states pass by it as
 references. With ``max_policy_lag: 0`` an iteration begins when the update before it has ended, and
 results are gathered by shard number, so that the run is the same whatever the number of workers.
-With a lag the next iteration is begun before the update, with weights one update old: never
-older, because no more than one iteration is ever in flight.
+With a lag of n there are n more iterations in flight, one behind the other, begun as soon as the
+weights are there that they may act with, so that workers wait neither for an update nor for each
+other. The bound holds by counting, and so does what a run does: iteration i acts with weights v if
+it was begun after v updates, which is never before update i - n.
 
 Where the time between two updates' ends went is in metrics of the later one, in seconds:
 
@@ -27,6 +29,7 @@ Where the time between two updates' ends went is in metrics of the later one, in
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -66,25 +69,27 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
         validation = run.tasks("validation", stage.validation_tasks)
         clock = time.monotonic()
         spent = {"time/write_s": 0.0}  # by the driver, since the newest update
-        pending: Any = None
+        in_flight: deque[tuple[int, Any]] = deque()  # acting version and calls, oldest first
+        size = stage.env_steps  # of an iteration: might be all, until the first one has told
 
         def snapshot() -> None:
             _snapshot(run, spec, learners, progress, states)
 
         while progress.env_steps < stage.env_steps:
-            if pending is None:
-                pending = _start(run, spec, learners, progress, states, progress.updates)
-            version, started = pending
+            starts = range(progress.env_steps, stage.env_steps, size)[: stage.max_policy_lag + 1]
+            for env_steps in starts[len(in_flight) :]:
+                before = run.workers.states_after(in_flight[-1][1]) if in_flight else states
+                iteration = progress.updates + len(in_flight)
+                in_flight.append(_start(run, spec, learners, iteration, env_steps, before))
+            version, started = in_flight.popleft()
             with run.committing(snapshot):
                 collected = run.workers.finish_collect(started)
             waited = time.monotonic() - clock
             reports: list[CollectReport] = [c[0] for c in collected]
             states = [c[2] for c in collected]
-            progress.env_steps += sum(report.env_steps for report in reports)
+            size = sum(report.env_steps for report in reports)
+            progress.env_steps += size
             done = progress.env_steps >= stage.env_steps
-            pending = None
-            if stage.max_policy_lag and not done:
-                pending = _start(run, spec, learners, progress, states, progress.updates + 1)
             with _timed(spent, "time/learner_call_s"):
                 metrics = learners.update(progress.env_steps, [c[1] for c in collected])
             metrics["policy_lag"] = float(progress.updates - version)
@@ -210,18 +215,10 @@ def _begin(
 
 
 def _start(
-    run: Run,
-    spec: JobSpec,
-    learners: Any,
-    progress: Progress,
-    states: list[Any],
-    iteration: int,
+    run: Run, spec: JobSpec, learners: Any, iteration: int, env_steps: int, states: list[Any]
 ) -> tuple[int, Any]:
     """Begin one iteration of all shards; also returns the version that acts in it."""
-    calls = [
-        CollectCall(spec, shard, iteration, progress.env_steps)
-        for shard in range(spec.rollout.shards)
-    ]
+    calls = [CollectCall(spec, shard, iteration, env_steps) for shard in range(spec.rollout.shards)]
     return learners.version, run.workers.start_collect(calls, learners.published(), states)
 
 

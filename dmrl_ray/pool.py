@@ -192,7 +192,7 @@ class WorkerPool:
         del self._listening[ref]
         now = time.monotonic()
         if request is not None:
-            request.done = True
+            request.end()
             worker.requests.remove(request)
             took = getattr(request.answer, "seconds", now - worker.since)
             self._seconds.setdefault(request.method, deque(maxlen=100)).append(took)
@@ -221,17 +221,18 @@ class WorkerPool:
         if request.shard is None:
             # A second call in flight saves waiting for the driver, but only while all have work.
             return least if len(least.requests) < 1 + (len(self._waiting) >= len(up)) else None
+        before = request.waits_for()
+        if before is not None:
+            # Behind it at the same worker, so that no two workers wait for each other.
+            up = [worker for worker in up if before in worker.requests]
+            return next((worker for worker in up if len(worker.requests) < 2), None)
         own = self._workers[request.shard % len(self._workers)]
         if own.pid is not None and len(own.requests) < 2:
             return own
         return None if least.requests else least
 
     def _submit(self, worker: Worker, request: Request) -> None:
-        method = getattr(worker.actor, request.method)
-        if request.shard is None:
-            request.refs = [method.remote(*request.arguments)]
-        else:
-            request.refs = method.options(num_returns=3).remote(*request.arguments)
+        request.submit(worker.actor)
         self._listening[request.refs[0]] = (worker, request)
         if not worker.requests:
             worker.since = time.monotonic()

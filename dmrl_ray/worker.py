@@ -214,8 +214,12 @@ class RolloutWorker:
         if sampler is None:
             sampler = program.sampler(spec.rollout.num_envs)
         if at != iteration and program.algorithm.continues_episodes:
-            sampler.set_state(state)
+            sampler.set_state(self._read(state))
         return sampler
+
+    def _read(self, state: Arrays) -> Arrays:
+        """A shard's state, from the form in which it came."""
+        return state
 
     def _forget(self, spec: JobSpec) -> None:
         for cache in (self._programs, self._samplers, self._loaded):
@@ -241,6 +245,10 @@ class LocalWorkers:
     ) -> list[tuple[CollectReport, Any, Any]]:
         """Begin one iteration of every shard; the answer is for `finish_collect`."""
         return [self._worker.collect(c, weights, s) for c, s in zip(calls, states, strict=True)]
+
+    def states_after(self, started: list[tuple[CollectReport, Any, Any]]) -> list[Any]:
+        """What the next iteration begins with, while this one may still be in flight."""
+        return [state for _, _, state in started]
 
     def finish_collect(
         self, started: list[tuple[CollectReport, Any, Any]]

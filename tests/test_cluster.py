@@ -138,6 +138,26 @@ def test_a_killed_workers_shard_is_played_again_and_ends_the_same(workers):
     )
 
 
+def test_a_killed_worker_changes_nothing_where_iterations_are_in_flight_together(workers):
+    # Three shards, so that calls wait for those before them on either side of the pool.
+    spec = make_spec("in flight together", tasks="cartpole", shards=3, num_steps=16)
+    weights = workers.put(first_weights(spec))
+    states = [s for _, _, s in collect(workers, spec, 0, weights, [{}] * 3)]
+    pid = workers.pids()[0]
+    os.kill(pid, signal.SIGSTOP)  # So that it dies with its calls in flight.
+    first = start(workers, spec, 1, weights, states)
+    second = start(workers, spec, 2, weights, workers.states_after(first))
+    third = start(workers, spec, 3, weights, workers.states_after(second))
+    os.kill(pid, signal.SIGKILL)
+    for started in (first, second, third):
+        answers = workers.finish_collect(started)
+    assert workers.events[0][1]["shards"] == [0, 2]
+    trials, states = undisturbed(spec, 4)
+    assert_same([workers.fetch(trial) for _, trial, _ in answers], trials)
+    stored = [storable(workers.fetch(state)) for _, _, state in answers]
+    assert_same(stored, [storable(state) for state in states])
+
+
 def test_a_hung_worker_is_replaced_after_the_deadline(workers):
     spec = make_spec("hung")
     pid = workers.pids()[1]

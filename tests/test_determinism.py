@@ -57,7 +57,35 @@ def test_another_seed_gives_another_run(without_ray, tmp_path):
     assert policies["train.last"] != without_ray[0]["train.last"]
 
 
-def test_with_a_lag_data_is_one_update_old_and_never_older(tmp_path):
-    play(tmp_path / "run", "workers.num=0", "stages.train.max_policy_lag=1")
-    metrics = load(tmp_path / "run", table="metrics").query("name == 'policy_lag'")
-    assert metrics["value"].tolist() == [0.0] + [1.0] * (len(metrics) - 1)
+def policy_lags(folder: Path) -> list[float]:
+    return load(folder, table="metrics").query("name == 'policy_lag'")["value"].tolist()
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_with_a_lag_any_number_of_workers_gives_the_same_run(lag, ray_instance, tmp_path):
+    runs = {
+        n: play(tmp_path / str(n), f"workers.num={n}", f"stages.train.max_policy_lag={lag}")
+        for n in (0, 2)
+    }
+    assert runs[0][0] == runs[2][0]
+    pd.testing.assert_frame_equal(runs[0][1], runs[2][1])
+    assert policy_lags(tmp_path / "0") == policy_lags(tmp_path / "2")
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_data_is_as_old_as_the_lag_and_never_older(lag, tmp_path):
+    play(tmp_path / "run", "workers.num=0", f"stages.train.max_policy_lag={lag}")
+    # The first iteration tells how long one is; those after it are begun together.
+    lags = policy_lags(tmp_path / "run")
+    assert lags == [0.0, *range(lag), *[lag] * (len(lags) - 1 - lag)]
+
+
+def test_episodes_of_overlapping_iterations_are_counted_as_those_of_single_ones(tmp_path):
+    for lag in (0, 2):
+        play(tmp_path / str(lag), "workers.num=0", f"stages.train.max_policy_lag={lag}")
+    # An episode of iteration i ended within the steps (i n, (i + 1) n].
+    n = 3 * 8 * 16
+    for lag in (0, 2):
+        rows = load(tmp_path / str(lag)).query("stage == 'train' and split == 'train'")
+        assert ((rows["env_steps"] - 1) // n == rows["trial"]).all()
+        assert rows["trial"].max() > 2
