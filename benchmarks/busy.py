@@ -53,15 +53,15 @@ class BusyVectorEnv(TaskVectorEnv):
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Keep the processor busy, then move."""
+        """Move, then keep the processor busy for the rest of what a step costs."""
         # Of the thread: what other processes take away is not work done.
         until = time.thread_time() + self.step_s * self.num_envs
-        while time.thread_time() < until:
-            pass
         reward = (actions == self.paid).astype(np.float32)
         self.t += 1
         truncated = self.t >= self.horizon
         obs, infos = self.auto_reset(self.observe(), truncated)
+        while time.thread_time() < until:
+            pass
         return obs, reward, np.zeros_like(truncated), truncated, infos
 
     def render(self) -> Array:
