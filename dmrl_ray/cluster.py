@@ -28,9 +28,6 @@ class RayWorkers:
         settings: how many workers, and when one counts as lost.
         on_event: is told of every worker lost or replaced, with its details.
         check: is called while waiting; what it raises ends the wait.
-
-    Raises:
-        ClusterError: the cluster has no room for the workers, or they cannot start.
     """
 
     def __init__(
@@ -41,6 +38,14 @@ class RayWorkers:
     ) -> None:
         self.total = settled(settings.num)
         self._pool = WorkerPool(settings, on_event, check)
+
+    def start(self) -> None:
+        """Wait until the workers, which have been starting since they were made, are up.
+
+        Raises:
+            ClusterError: the cluster has no room for them, or they cannot start.
+        """
+        self._pool.start()
 
     @property
     def alive(self) -> int:

@@ -61,9 +61,6 @@ class WorkerPool:
         settings: how many workers, and when one counts as lost.
         on_event: is told of every worker lost or replaced, with its details.
         check: is called while waiting; what it raises ends the wait.
-
-    Raises:
-        ClusterError: the cluster has no room for the workers, or they cannot start.
     """
 
     def __init__(
@@ -89,7 +86,20 @@ class WorkerPool:
         self._total = self._needed = settled(settings.num)
         self._complete_at = time.monotonic()
         self._workers = [self._spawn(index) for index in range(self._total)]
-        self._start()
+
+    def start(self) -> None:
+        """Wait until all workers are up; or some, while a cluster launches nodes for the rest.
+
+        Raises:
+            ClusterError: the cluster has no room for the workers, or they cannot start.
+        """
+        try:
+            while len(self.up()) < self._needed:
+                self._pump()
+        except BaseException:
+            self.close()
+            raise
+        self._needed = 1
 
     def up(self) -> list[Worker]:
         """Workers that can take calls."""
@@ -131,16 +141,6 @@ class WorkerPool:
         self._workers = []
         self._waiting.clear()
         self._listening.clear()
-
-    def _start(self) -> None:
-        """Wait until all workers are up; or some, while a cluster launches nodes for the rest."""
-        try:
-            while len(self.up()) < self._needed:
-                self._pump()
-        except BaseException:
-            self.close()
-            raise
-        self._needed = 1
 
     def _check_room(self) -> None:
         """Workers that cannot be placed are waited for as long as others do the work."""

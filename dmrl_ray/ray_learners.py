@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -77,12 +78,24 @@ class RayLearners:
     A learner that dies or hangs takes the job with it: every method raises `JobLost` then, and
     the job begins again from its newest commit with new learners.
 
+    Args:
+        spec: of the job.
+        settings: how many learners, and on what.
+        workers: says when a learner counts as lost, too.
+        meanwhile: is called while the learners start.
+
     Raises:
         ClusterError: the cluster has no room for the learners.
         ValueError: the parts of the job do not fit together.
     """
 
-    def __init__(self, spec: JobSpec, settings: LearnerSettings, workers: WorkerSettings) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        settings: LearnerSettings,
+        workers: WorkerSettings,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         self.version = 0
         self._deadline_s = workers.deadline_s
         self._seconds: deque[float] = deque(maxlen=100)
@@ -93,6 +106,7 @@ class RayLearners:
         )
         self._actors: list[Any] = [actor.remote() for _ in range(settings.num)]
         try:
+            meanwhile()
             places = self._start(settings, gpus)
             device = spec.device if gpus else "cpu"
             spec = replace(spec, device=device, learner_threads=settled(settings.threads))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,6 +26,9 @@ from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
 from dmrl_ray.worker import LocalWorkers
 from dmrl_ray.writer import RunWriter
+
+if TYPE_CHECKING:
+    from dmrl_ray.cluster import RayWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +65,10 @@ class Run:
     @property
     def workers(self) -> Any:
         """The rollout workers, started on first use: `LocalWorkers` or `cluster.RayWorkers`."""
-        if self._workers is None:
-            settings = self.config.workers
-            if settings.num == 0:
-                self._workers = LocalWorkers(self.check)
-            else:
-                from dmrl_ray.cluster import RayWorkers
-
-                self.connect()
-                self._workers = RayWorkers(settings, on_event=self._worker_event, check=self.check)
+        if self._workers is None and self.config.workers.num == 0:
+            self._workers = LocalWorkers(self.check)
+        elif self._workers is None:
+            self._starting_workers().start()
         return self._workers
 
     def connect(self) -> None:
@@ -85,8 +83,21 @@ class Run:
             return LocalLearners(spec)
         from dmrl_ray.ray_learners import RayLearners
 
-        _ = self.workers
-        return RayLearners(spec, self.config.learners, self.config.workers)
+        # Workers begin first, as there are places that only learners may take.
+        workers = self._starting_workers()
+        return RayLearners(spec, self.config.learners, self.config.workers, workers.start)
+
+    def _starting_workers(self) -> RayWorkers:
+        """The workers, which may not be up yet."""
+        from dmrl_ray.cluster import RayWorkers
+
+        if self._workers is None:
+            self.connect()
+            self._workers = RayWorkers(
+                self.config.workers, on_event=self._worker_event, check=self.check
+            )
+        workers: RayWorkers = self._workers
+        return workers
 
     def restart_workers(self) -> None:
         """After a loss that no single worker explains: begin again with new ones."""

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 
 from dmrl_ray.config import Component, LearnerSettings, RolloutSettings, WorkerSettings
+from dmrl_ray.display import Display
 from dmrl_ray.envs.point_goal import PointGoal, PointGoalVectorEnv
 from dmrl_ray.errors import ClusterError, Interrupted, JobLost
 from dmrl_ray.learner import LocalLearners
+from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, Weights
 from dmrl_ray.types import EnvironmentFault, storable
 from dmrl_ray.worker import CollectCall, EvaluateCall, LocalWorkers
+from dmrl_ray.writer import RunWriter
+from dmrl_ray.yaml_config import parse_config
 
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,6 +243,7 @@ def test_too_many_lost_workers_end_the_run(ray_instance):
 
     spec = make_spec("too many")
     workers = RayWorkers(WorkerSettings(num=1, max_failures=0), on_event=lambda *_: None)
+    workers.start()
     os.kill(workers.pids()[0], signal.SIGKILL)
     with pytest.raises(ClusterError, match=r"workers\.max_failures: 1 workers were lost"):
         collect(workers, spec, 0, first_weights(spec), [{}, {}])
@@ -251,6 +256,32 @@ def test_learners_that_find_no_room_say_what_is_missing(ray_instance, monkeypatc
     monkeypatch.setattr(ray_learners, "START_TIMEOUT_S", 0.5)
     with pytest.raises(ClusterError, match=r"needs 999 CPUs, cluster has \d+ \("):
         ray_learners.RayLearners(make_spec("x"), LearnerSettings(threads=999), PATIENT)
+
+
+def test_what_ends_the_wait_for_workers_ends_the_learners_that_start_meanwhile(ray_instance):
+    from dmrl_ray.ray_learners import RayLearners
+
+    def stopped():
+        raise Interrupted(signal.SIGINT)
+
+    nowhere = LearnerSettings(threads=999)
+    with pytest.raises(Interrupted):
+        RayLearners(make_spec("x"), nowhere, PATIENT, meanwhile=stopped)
+
+
+def test_a_cluster_too_small_for_either_is_told_to_lack_room_for_workers(
+    ray_instance, tmp_path, monkeypatch
+):
+    from dmrl_ray import pool
+
+    monkeypatch.setattr(pool, "START_TIMEOUT_S", 0.5)
+    meta = "stages: {meta: {type: pretrain, env_steps: 1}}"
+    text = f"{{tasks: bandit, workers: {{num: 9}}, learners: {{threads: 99}}, {meta}}}"
+    with RunWriter.create(tmp_path / "run", text, {}) as writer:
+        run = Run(parse_config(text, "run.yaml"), writer, Display(quiet=True), None)
+        with pytest.raises(ClusterError, match=r"workers\.num: 9 rollout workers not up"):
+            run.learners(make_spec("x"))
+        run.close()
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "maml"])

@@ -93,6 +93,7 @@ events = []
 workers = RayWorkers(
     WorkerSettings(num=3), on_event=lambda event, detail: events.append([event, detail])
 )
+workers.start()
 node_of_pid = {worker.pid: node_of(worker) for worker in workers._pool.up()}
 result = {"facts": facts, "nodes": list(node_of_pid.values()), "small": list(nodes)}
 mid_collect(cluster, nodes, workers)
