@@ -20,6 +20,7 @@ from dmrl_ray.algorithms.gradients import (
 )
 from dmrl_ray.algorithms.parts import select
 from dmrl_ray.config import Settings
+from dmrl_ray.optimizers import SGD, Adam, AdamW
 from dmrl_ray.policy import ActorCritic
 
 
@@ -87,9 +88,9 @@ class Descent:
         groups = [{"params": p, "lr": lr, "base_lr": lr} for lr, p in by_rate.items()]
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, config.lr, weight_decay=decay)
+            self.optimizer = SGD(groups, config.lr, weight_decay=decay)
         else:
-            kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+            kind = Adam if config.optimizer == "adam" else AdamW
             self.optimizer = kind(groups, config.lr, eps=1e-5, weight_decay=decay, fused=True)
 
     def step_optimizer(self, loss: Tensor, parts: tuple[str, ...] = ("",)) -> Tensor:
