@@ -19,7 +19,8 @@ Where the time between two updates' ends went is in metrics of the later one, in
       time/write_s           rows and commits
       time/validate_s        playing validation tasks, where that was due
     time/learner_call_s    the update as the driver saw it, the way of the data to it included
-    time/update_s          the update as the learner saw it
+    time/update_s          the update as the learner saw it; of it
+      time/compile_s         compiling, with `learners.compile`
     time/collect_s         the slowest shard
     time/shards_s          all shards together; of it
       time/env_s             environments

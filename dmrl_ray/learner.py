@@ -39,8 +39,9 @@ class Learner:
         self.policy = program.policy.to(self.device)
         self.algorithm.prepare_training(spec.trainable)
         self.algorithm.precision = getattr(torch, spec.precision)
-        if spec.compile:
-            self.algorithm.gradients = self._compiled()
+        self._compiled = self._compile() if spec.compile else None
+        if self._compiled is not None:
+            self.algorithm.gradients = self._compiled
         self._poisoned = 0
 
     def join(self, init_method: str, rank: int, world_size: int) -> None:
@@ -82,6 +83,8 @@ class Learner:
             )
         metrics["skipped_batches"] = float(skipped)
         metrics["time/update_s"] = time.monotonic() - start
+        if self._compiled is not None:
+            metrics["time/compile_s"], self._compiled.seconds = self._compiled.seconds, 0.0
         return metrics
 
     def weights(self) -> Arrays:
@@ -118,7 +121,7 @@ class Learner:
                 on = parameter.device if value.dim() or key == "step" else value.device
                 self.algorithm.optimizer.state[parameter][key] = value.to(on)
 
-    def _compiled(self) -> Compiled:
+    def _compile(self) -> Compiled:
         if not self.algorithm.compiles:
             raise ConfigError(
                 f"learners.compile: the losses of {self.spec.algorithm_name} (stage "

@@ -9,10 +9,10 @@ environment steps per second; ``cpu_us_per_step`` CPU microseconds per step over
 tree, which neighbours on the machine move far less; ``cores`` of them busy on average, ``foreign``
 cores that other programs kept busy meanwhile; ``to_target_s`` seconds of training until the mean
 of the newest training episodes reached the target return, for which a run goes on longer than its
-seconds, up to its limit; ``final_return`` that mean in the end; ``learner_waits`` share of time
-that the learner waited for rollouts; ``of_ideal`` share of the rate at which every worker would do
-nothing but step environments. The first fifth of the time is warm-up and counts for
-``to_target_s`` only.
+seconds, up to its limit; ``compile_s`` seconds of compiling, which are not in it; ``final_return``
+that mean in the end; ``learner_waits`` share of time that the learner waited for rollouts;
+``of_ideal`` share of the rate at which every worker would do nothing but step environments. The
+first fifth of the time is warm-up and counts for ``to_target_s`` only.
 """
 
 from __future__ import annotations

@@ -55,7 +55,12 @@ def training(row: Row, variant: Variant) -> Figures:
         metrics = load(folder, table="metrics")
         if row.target is not None:
             newest = training_returns(folder, row.target[1])
-            figures["to_target_s"] = seconds_to_target(newest, metrics, row.target[0])
+            reached = seconds_to_target(newest, metrics, row.target[0])
+            compiling = metrics.loc[metrics["name"] == "time/compile_s", "value"]
+            if len(compiling):
+                figures["compile_s"] = float(compiling.sum())
+                reached = None if reached is None else reached - float(compiling.sum())
+            figures["to_target_s"] = reached
             final = newest["newest"].iloc[-1]
             figures["final_return"] = None if pd.isna(final) else float(final)
     wide = metrics.pivot_table(index="policy_version", columns="name", values="value")

@@ -12,6 +12,9 @@ SHORT_SIGHTED = (  # as in configs/bandit_n100_rl2.yaml
     "algorithm.entropy_coef=0.02",
     "rollout.num_envs=128",
 )
+BFLOAT16 = "learners.precision=bfloat16"
+COMPILED = ("workers.num=0", "learners.compile=true")
+ONE_SHARD = ("rollout.shards=1", "rollout.num_envs=128")
 TRAINING = "stages: {train: {type: pretrain, env_steps: 100G, validate_every: 1000000}}\n"
 
 
@@ -119,7 +122,14 @@ ROWS: dict[str, Row] = {
     "cartpole": Row(
         "CartPole-v1, PPO, MLP 64x64, 4 epochs, 128 envs",
         CARTPOLE + TRAINING,
-        workers(0, 2),
+        workers(0, 2)
+        | {
+            "compiled": Variant((*COMPILED, *ONE_SHARD)),
+            "compiled, bfloat16": Variant((*COMPILED, *ONE_SHARD, BFLOAT16)),
+            "compiled, bfloat16, 64 steps": Variant(
+                (*COMPILED, *ONE_SHARD, BFLOAT16, "algorithm.num_steps=64")
+            ),
+        },
         target=(475.0, 100),
         limit=60,
     ),
@@ -127,7 +137,12 @@ ROWS: dict[str, Row] = {
         "bandit k=5 n=10, RL2, LSTM 128, 4 epochs, 1024 envs",
         BANDIT_N10 + TRAINING,
         workers(0, 2)
-        | {"0 workers, symmetric": Variant(("workers.num=0", SYMMETRIC, "algorithm.lr=2e-3"))},
+        | {
+            "0 workers, bfloat16, 4 threads": Variant(
+                ("workers.num=0", BFLOAT16, "learners.threads=4")
+            ),
+            "0 workers, symmetric": Variant(("workers.num=0", SYMMETRIC, "algorithm.lr=2e-3")),
+        },
         target=(6.6, 2000),
         limit=120,
     ),
@@ -143,7 +158,19 @@ ROWS: dict[str, Row] = {
     "maml": Row(
         "point_goal, MAML, second order, one inner step, 40 tasks of 20 episodes of 100 steps",
         POINT_GOAL + TRAINING,
-        workers(0, 2),
+        workers(0, 2)
+        | {
+            "compiled, 4 threads": Variant((*COMPILED, "learners.threads=4")),
+            "one outer step, compiled, 4 threads, 4 workers": Variant(
+                (
+                    *(*COMPILED, "learners.threads=4", "workers.num=4"),
+                    *("rollout.shards=4", "rollout.num_envs=200"),
+                    *("algorithm.epochs=1", "algorithm.lr=3e-3"),
+                )
+            ),
+        },
+        target=(-30.0, 1600),  # over episodes before and after the inner step: -40 and -20
+        limit=60,
     ),
     "busy": Row(
         "steps of 1 ms CPU, IMPALA, MLP 64x64, 8 envs a worker, learner overlapped",

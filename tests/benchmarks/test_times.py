@@ -32,7 +32,8 @@ def seconds(tmp_path_factory):
 
 
 def test_every_time_is_explained(seconds):
-    assert set(seconds.columns) == set(re.findall(r"time/\w+", jobs.__doc__))
+    explained = set(re.findall(r"time/\w+", jobs.__doc__))
+    assert set(seconds.columns) == explained - {"time/compile_s"}  # nothing was compiled
 
 
 def test_parts_are_no_more_than_the_whole(seconds):
