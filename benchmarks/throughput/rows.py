@@ -97,8 +97,8 @@ BUSY = """
 name: throughput
 tasks: {type: "benchmarks.busy:Busy", step_ms: 1.0}
 network: {type: actor_critic, encoder: {type: mlp, sizes: [64, 64]}}
-algorithm: {type: impala, num_steps: 32}
-rollout: {num_envs: 8}
+algorithm: {type: impala, num_steps: 16}
+rollout: {num_envs: 32}
 stages:
   train: {type: pretrain, max_policy_lag: 1, env_steps: 100G, validate_every: 1000000}
 """
@@ -139,7 +139,10 @@ ROWS: dict[str, Row] = {
         workers(0, 2)
         | {
             "0 workers, bfloat16, 4 threads": Variant(
-                ("workers.num=0", BFLOAT16, "learners.threads=4")
+                (
+                    *("workers.num=0", "rollout.shards=1", "rollout.num_envs=1024"),
+                    *(BFLOAT16, "learners.threads=4"),
+                )
             ),
             "0 workers, symmetric": Variant(("workers.num=0", SYMMETRIC, "algorithm.lr=2e-3")),
         },
@@ -173,7 +176,7 @@ ROWS: dict[str, Row] = {
         limit=60,
     ),
     "busy": Row(
-        "steps of 1 ms CPU, IMPALA, MLP 64x64, 8 envs a worker, learner overlapped",
+        "steps of 1 ms CPU, IMPALA, MLP 64x64, 32 envs a worker, learner overlapped",
         BUSY,
         workers(1, 2, 3, shards=True),
         measure="expensive",
