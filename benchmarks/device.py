@@ -5,8 +5,9 @@
 
 Prints one JSON line for each task, device and number of columns: ``sps`` environment steps per
 second, with every step learned from `epochs` times; ``collect`` and ``update``, their shares of
-the time; ``return``, the mean of the last collection's episodes; ``updates`` measured, after two
-that are not. The device ``numpy`` is the path of rollout workers, with the learner on the CPU.
+the time; ``compiled``, whether gradients are; ``return``, the mean of the last collection's
+episodes; ``updates`` measured, after two that are not. The device ``numpy`` is the path of rollout
+workers, with the learner on the CPU.
 Needs PyTorch, gymnasium, pydantic, PyYAML and pyarrow; neither Ray nor an installed package.
 """
 
@@ -37,7 +38,9 @@ WARM_UP = 2
 """Updates before the clock starts."""
 
 
-def measure(task: str, device: str, columns: int, seconds: float) -> dict[str, object]:
+def measure(
+    task: str, device: str, columns: int, seconds: float, *, compile: bool = False
+) -> dict[str, object]:
     """Train for some seconds and return the figures."""
     family, encoder, algorithm = TASKS[task]
     parts = (family, {"type": "actor_critic", "encoder": encoder}, algorithm)
@@ -51,6 +54,7 @@ def measure(task: str, device: str, columns: int, seconds: float) -> dict[str, o
         rollout,
         env_steps=10**12,
         device=resident or "cpu",
+        compile=compile and encoder is not LSTM,
     )
     worker, learner = RolloutWorker(), Learner(spec)
     updates = steps = 0
@@ -78,6 +82,7 @@ def measure(task: str, device: str, columns: int, seconds: float) -> dict[str, o
         "collect": round(collect_s / total, 3),
         "update": round(update_s / total, 3),
         "epochs": algorithm["epochs"],
+        "compiled": spec.compile,
         "updates": updates - WARM_UP,
         "return": round(float(returns.mean()), 3) if len(returns) else None,
     }
@@ -90,11 +95,13 @@ def main() -> None:
     parser.add_argument("--device", nargs="+", choices=["cuda", "cpu", "numpy"], default=[default])
     parser.add_argument("--columns", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--compile", action="store_true", help="where there is no memory")
     options = parser.parse_args()
     for task in options.tasks:
         for columns in options.columns:
             for device in options.device:
-                print(json.dumps(measure(task, device, columns, options.seconds)), flush=True)
+                figures = measure(task, device, columns, options.seconds, compile=options.compile)
+                print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

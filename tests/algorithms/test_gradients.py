@@ -53,6 +53,22 @@ def test_updates_by_compiled_code_are_those_of_autograd(precision):
 
 
 @compiler
+def test_a_learner_that_compiles_again_goes_on_to_the_same_bits():
+    spec = make_spec(env_steps=1000, compile=True)
+    straight, worker, state = Learner(spec), RolloutWorker(), {}
+    resumed = Learner(spec)
+    for i in range(2):
+        weights = Weights(i, straight.weights())
+        _, trial, state = worker.collect(CollectCall(spec, 0, i, 0), weights, state)
+        if i == 1:
+            resumed.set_state(straight.get_state())
+            resumed.update(i, 0, [trial])
+        straight.update(i, 0, [trial])
+    for name, expected in straight.weights().items():
+        np.testing.assert_array_equal(resumed.weights()[name], expected)
+
+
+@compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["maml", "cavia", "meta_sgd"])
 def test_second_derivatives_are_compiled_too(kind):
