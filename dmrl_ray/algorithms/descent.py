@@ -104,10 +104,9 @@ class Descent:
             parts: prefixes of the parameter names that it moves; others keep still, whatever the
                 loss depends on.
         """
-        moving = list(self._moving(parts).values())
-        if not moving:
-            return torch.zeros(())
-        return self._step(moving, list(torch.autograd.grad(loss, moving, allow_unused=True)))
+        moving = self._moving(parts)
+        slopes, _ = by_autograd(moving, lambda _: (loss, {}), {})
+        return self._step(list(moving.values()), slopes)
 
     def descend(
         self, loss: Loss, batch: Batch, weight: float = 1.0, parts: tuple[str, ...] = ("",)
@@ -130,6 +129,8 @@ class Descent:
 
     def _step(self, moving: list[nn.Parameter], slopes: Slopes, weight: float = 1.0) -> Tensor:
         reached = [(p, g) for p, g in zip(moving, slopes, strict=True) if g is not None]
+        if not reached:
+            return torch.zeros(())
         # In one piece, a gradient is averaged, measured and shortened by an operation each.
         gradient = torch.cat([g.flatten() for _, g in reached])
         if weight != 1.0:

@@ -35,7 +35,8 @@ TOLERANCE = 0.03
 def by_autograd(moving: dict[str, nn.Parameter], loss: Loss, batch: Batch) -> tuple[Slopes, Report]:
     """The gradient with respect to the parameters `moving`, and what the loss reports."""
     value, report = loss(batch)
-    slopes = torch.autograd.grad(value, list(moving.values()), allow_unused=True)
+    leaves = list(moving.values())
+    slopes = torch.autograd.grad(value, leaves, allow_unused=True) if leaves else ()
     return list(slopes), {name: x.detach() for name, x in report.items()}
 
 
@@ -65,7 +66,7 @@ class Compiled:
             )
         self.seconds = 0.0
         self._policy = policy
-        self._functions: dict[object, tuple[Callable[..., list[Tensor | None]], list[str]]] = {}
+        self._functions: dict[object, tuple[Callable[..., list[Any]], list[str]]] = {}
 
     def __call__(
         self, moving: dict[str, nn.Parameter], loss: Loss, batch: Batch
@@ -94,7 +95,7 @@ class Compiled:
         with torch.no_grad():
             answers = function(*self._state(moving).values(), *batch.values())
         slopes, report = answers[: len(moving)], answers[len(moving) :]
-        return slopes, {k: x for k, x in zip(names, report, strict=True) if x is not None}
+        return slopes, dict(zip(names, report, strict=True))
 
     def _state(self, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """All tensors of the policy, those that move first."""
@@ -104,7 +105,7 @@ class Compiled:
 
     def _compile(
         self, moving: dict[str, nn.Parameter], loss: Loss, batch: Batch
-    ) -> Callable[..., list[Tensor | None]]:
+    ) -> Callable[..., list[Any]]:
         # Others than those who compile need not wait for these imports.
         import torch._inductor
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -112,21 +113,22 @@ class Compiled:
         state = self._state(moving)
         module = _Loss(self._policy, loss)
 
-        def function(*tensors: Tensor) -> list[Tensor | None]:
+        def function(*tensors: Tensor) -> list[Any]:
             parts: Iterator[Tensor] = iter(tensors)
             given = {name: next(parts) for name in state}
-            leaves = {name: given[name].detach().requires_grad_() for name in moving}
+            leaves: dict[str, Any] = {n: given[n].detach().requires_grad_() for n in moving}
             swapped = {f"policy.{name}": x for name, x in (given | leaves).items()}
             inputs = dict(zip(batch, parts, strict=True))
-            value, report = torch.func.functional_call(module, swapped, (inputs,))
-            slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-            return [*slopes, *(x.detach() for x in report.values())]
+            slopes, report = by_autograd(
+                leaves, lambda batch: torch.func.functional_call(module, swapped, (batch,)), inputs
+            )
+            return [*slopes, *report.values()]
 
         tensors: list[Any] = [*state.values(), *batch.values()]
         try:
             with plain_products():
                 graph = make_fx(function)(*tensors)
-            compiled: Callable[..., list[Tensor | None]] = torch._inductor.compile(graph, tensors)
+            compiled: Callable[..., list[Any]] = torch._inductor.compile(graph, tensors)
         except Exception as error:  # A compiler may fail in any way.
             raise ConfigError(
                 f"learners.compile: the loss could not be compiled ({type(error).__name__}: "
