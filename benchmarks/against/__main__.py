@@ -26,7 +26,7 @@ from benchmarks.against.one import PEERS
 from benchmarks.machine import machine
 from benchmarks.throughput.__main__ import one as ours
 from benchmarks.throughput.measures import Figures
-from benchmarks.throughput.rows import ROWS
+from benchmarks.throughput.rows import ROWS, Variant
 from benchmarks.throughput.table import Figure, number, shown, summary
 
 TASKS = ("cartpole", "bandit_n10")
@@ -103,12 +103,18 @@ def cells(line: Mapping[str, object]) -> list[str]:
     return [*titles, shown(line["ratio"], runs), *figures, *last]  # type: ignore[arg-type]
 
 
+def comparable(variant: Variant) -> bool:
+    """It changes how the row's work is done, and not what the work is."""
+    return not any(setting.startswith(("algorithm.", "network.")) for setting in variant.settings)
+
+
 def rounds(
     peer: str, row: str, only: str, number_of: int, seconds: float, limit: float
 ) -> list[dict[str, object]]:
     """Run both sides in turns."""
     before = machine()
-    mine: dict[str, list[Figures]] = {n: [] for n in ROWS[row].variants if only in n}
+    variants = ROWS[row].variants.items()
+    mine: dict[str, list[Figures]] = {n: [] for n, v in variants if only in n and comparable(v)}
     theirs: list[Figures] = []
     for _ in range(number_of):
         for variant, figures in mine.items():

@@ -8,6 +8,7 @@ from benchmarks.against.__main__ import (
     COLUMNS,
     TASKS,
     cells,
+    comparable,
     line,
     ratios,
     score,
@@ -16,6 +17,7 @@ from benchmarks.against.__main__ import (
 from benchmarks.against.jitted import newest
 from benchmarks.against.match import Clock, fail_on_missing, match
 from benchmarks.against.one import PEERS
+from benchmarks.throughput.rows import ROWS
 
 
 def figures(sps, cpu, to_target=3.0, final=480.0):
@@ -36,6 +38,13 @@ def test_a_ratio_is_of_one_round():
     mine, theirs = [200.0, 300.0, 250.0], [100.0, 200.0, 100.0]
     found = ratios([figures(x, 1.0) for x in mine], [figures(x, 1.0) for x in theirs])
     assert found == {"median": 2.0, "spread": 0.5, "known": 3}
+
+
+def test_variants_that_do_other_work_are_not_compared():
+    kept = {row: [n for n, v in ROWS[row].variants.items() if comparable(v)] for row in TASKS}
+    assert "compiled, bfloat16" in kept["cartpole"]
+    assert "compiled, bfloat16, 64 steps" not in kept["cartpole"]
+    assert "0 workers, symmetric" not in kept["bandit_n10"]
 
 
 def test_an_expensive_environment_makes_both_alike():
