@@ -28,6 +28,7 @@ from dmrl_ray.connection import connect
 from dmrl_ray.errors import JobLost
 from dmrl_ray.learner import LocalLearners
 from dmrl_ray.ray_learners import RayLearners
+from dmrl_ray.types import storable
 
 
 def node_of(worker):
@@ -54,7 +55,8 @@ def mid_collect(cluster, nodes, workers):
     answers = workers.finish_collect(started)
     trials, states = undisturbed(spec, 2)
     assert_same([workers.fetch(trial) for _, trial, _ in answers], trials)
-    assert_same([workers.fetch(state) for _, _, state in answers], states)
+    after = [storable(workers.fetch(state)) for _, _, state in answers]
+    assert_same(after, [storable(state) for state in states])
 
 
 def lost_data(cluster, nodes, workers):
