@@ -26,8 +26,9 @@ from benchmarks.against.one import PEERS
 from benchmarks.machine import machine
 from benchmarks.throughput.__main__ import one as ours
 from benchmarks.throughput.measures import Figures
-from benchmarks.throughput.rows import ROWS, Variant
+from benchmarks.throughput.rows import ROWS, Row, Variant
 from benchmarks.throughput.table import Figure, number, shown, summary
+from dmrl_ray.yaml_config import parse_config
 
 TASKS = ("cartpole", "bandit_n10")
 COSTS_US = (0, 100, 1000, 10_000)
@@ -103,9 +104,13 @@ def cells(line: Mapping[str, object]) -> list[str]:
     return [*titles, shown(line["ratio"], runs), *figures, *last]  # type: ignore[arg-type]
 
 
-def comparable(variant: Variant) -> bool:
+def comparable(row: Row, variant: Variant) -> bool:
     """It changes how the row's work is done, and not what the work is."""
-    return not any(setting.startswith(("algorithm.", "network.")) for setting in variant.settings)
+    configs = (parse_config(row.text, "row", list(s)) for s in ((), variant.settings))
+    plain, changed = (
+        (c.algorithm, c.network, c.rollout.shards * c.rollout.num_envs) for c in configs
+    )
+    return plain == changed
 
 
 def rounds(
@@ -114,7 +119,8 @@ def rounds(
     """Run both sides in turns."""
     before = machine()
     variants = ROWS[row].variants.items()
-    mine: dict[str, list[Figures]] = {n: [] for n, v in variants if only in n and comparable(v)}
+    kept = [name for name, v in variants if only in name and comparable(ROWS[row], v)]
+    mine: dict[str, list[Figures]] = {name: [] for name in kept}
     theirs: list[Figures] = []
     for _ in range(number_of):
         for variant, figures in mine.items():

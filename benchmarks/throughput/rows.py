@@ -138,9 +138,9 @@ ROWS: dict[str, Row] = {
         BANDIT_N10 + TRAINING,
         workers(0, 2)
         | {
-            "0 workers, bfloat16, 4 threads": Variant(
+            "0 workers, bfloat16, 4 threads, 2048 envs": Variant(
                 (
-                    *("workers.num=0", "rollout.shards=1", "rollout.num_envs=1024"),
+                    *("workers.num=0", "rollout.shards=1", "rollout.num_envs=2048"),
                     *(BFLOAT16, "learners.threads=4"),
                 )
             ),
