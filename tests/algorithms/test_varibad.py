@@ -303,6 +303,6 @@ def test_varibad_searches_the_grid_better_than_it_began():
             EvaluateCall(learner.spec, tasks, 0, 0, True, 0), Weights(0, learner.weights())
         )
         returns.append([rows["return"][rows["shot"] == shot].mean() for shot in (0, 1)])
-    first, second = np.mean(returns, 0)
+    first, second = np.median(returns, 0)
     assert first > 2.5
-    assert second > 3.5
+    assert second > 4.5
