@@ -57,10 +57,10 @@ def training(row: Row, variant: Variant) -> Figures:
             newest = training_returns(folder, row.target[1])
             reached = seconds_to_target(newest, metrics, row.target[0])
             compiling = metrics.loc[metrics["name"] == "time/compile_s", "value"]
+            compile_s = float(compiling.sum())
             if len(compiling):
-                figures["compile_s"] = float(compiling.sum())
-                reached = None if reached is None else reached - float(compiling.sum())
-            figures["to_target_s"] = reached
+                figures["compile_s"] = compile_s
+            figures["to_target_s"] = None if reached is None else reached - compile_s
             final = newest["newest"].iloc[-1]
             figures["final_return"] = None if pd.isna(final) else float(final)
     wide = metrics.pivot_table(index="policy_version", columns="name", values="value")

@@ -101,9 +101,9 @@ class IMPALA(VTrace):
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The three terms of section 4.2; the advantages carry the weight rho."""
         pi, value_loss = self._forward(batch)
-        head = self.policy.policy_head
-        policy_loss = -(head.log_prob(pi, batch["action"]) * batch["advantage"]).mean()
-        entropy = head.entropy(pi).mean()
+        log_prob, entropies = self.policy.policy_head.log_prob_and_entropy(pi, batch["action"])
+        policy_loss = -(log_prob * batch["advantage"]).mean()
+        entropy = entropies.mean()
         loss = policy_loss + self.config.value_coef * value_loss - batch["entropy_weight"] * entropy
         return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
 

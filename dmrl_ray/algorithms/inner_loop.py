@@ -30,10 +30,10 @@ from dmrl_ray.types import Rollout, Task, Trial
 
 @dataclass(frozen=True)
 class Share:
-    """The tasks `start` to `stop` of a trial, and the weight of their mean in that over all."""
+    """Some tasks of a trial, their columns in it, and the weight of their mean in that over all."""
 
-    start: int
-    stop: int
+    trial: Trial
+    columns: slice
     weight: float
 
 
@@ -155,15 +155,18 @@ class GradientAdaptation(Algorithm):
             path.append(self.inner_step(path[-1], rollout, create_graph=create_graph))
         return path
 
-    def own_tasks(self, num_tasks: int) -> Share:
+    def own_tasks(self, trial: Trial) -> Share:
         """What this learner takes of a trial's tasks; with none left, one that counts nothing.
 
         Weights are for the average over learners, so that without others it is 1.
         """
+        num_tasks = trial[0].num_tasks
         start, stop = (num_tasks * (self.rank + i) // self.world_size for i in (0, 1))
+        weight = (stop - start) * self.world_size / num_tasks
         if start == stop:
-            return Share(0, 1, 0.0)
-        return Share(start, stop, (stop - start) * self.world_size / num_tasks)
+            start, stop = 0, 1
+        mine = [rollout.of_tasks(start, stop) for rollout in trial]
+        return Share(mine, trial[0].columns_of(start, stop), weight)
 
     def _lengths(self, shots: int) -> list[int]:
         """Environment steps of each rollout of a trial."""

@@ -82,7 +82,8 @@ class MAML(GradientAdaptation):
     ) -> Tensor:
         """Of the rollouts that count, with their advantages if they are not the trial's own."""
         advantages = advantages or self.advantages(trial)
-        parts = zip(path[::-1], trial[::-1], advantages[::-1], strict=False)
+        count = len(advantages)
+        parts = zip(path[-count:], trial[-count:], advantages, strict=True)
         return torch.stack([self._surrogate(*part) for part in parts]).mean()
 
     def advantages(self, trial: Trial) -> list[Tensor]:
@@ -108,13 +109,12 @@ class MAML(GradientAdaptation):
 
         Its average over learners is that of all tasks.
         """
-        own = self.own_tasks(trial[0].num_tasks)
-        mine = [rollout.of_tasks(own.start, own.stop) for rollout in trial]
-        columns = trial[0].columns_of(own.start, own.stop)
+        own = self.own_tasks(trial)
+        mine = own.trial
         batch = {
             f"{i}.{name}": getattr(rollout, name) for i, rollout in enumerate(mine) for name in READ
         }
-        counted = [advantage[:, columns] for advantage in self.advantages(trial)]
+        counted = [advantage[:, own.columns] for advantage in self.advantages(trial)]
         batch |= {f"counted.{i}": advantage for i, advantage in enumerate(counted)}
         # Numbers of tasks are looked up in it, which compilers want to know beforehand.
         task_index = mine[0].task_index.cpu().numpy()

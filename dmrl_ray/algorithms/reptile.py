@@ -31,9 +31,8 @@ class Reptile(GradientAdaptation):
 
     def update(self, trial: Trial) -> dict[str, float]:
         skipped = self.skipped_batches
-        own = self.own_tasks(trial[0].num_tasks)
-        mine = [rollout.of_tasks(own.start, own.stop) for rollout in trial]
-        start, *_, end = self.adaptation(mine, create_graph=False)
+        own = self.own_tasks(trial)
+        start, *_, end = self.adaptation(own.trial, create_graph=False)
         with torch.no_grad():
             scale = own.weight / self.config.inner_lr
             gradient = {n: (start[n] - end[n]).mean(0) * scale for n in start}
