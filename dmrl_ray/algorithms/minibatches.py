@@ -39,8 +39,7 @@ def step_through(
     def in_precision(minibatch: Batch) -> tuple[Tensor, Report]:
         if exact:
             return loss(minibatch)
-        # Weights are cast anew, as those of the step before may be kept otherwise.
-        with torch.autocast(first.device.type, algorithm.precision, cache_enabled=False):
+        with torch.autocast(first.device.type, algorithm.precision):
             return loss(minibatch)
 
     steps = []
