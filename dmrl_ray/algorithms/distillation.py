@@ -52,12 +52,13 @@ class Distillation(RL2):
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative log-likelihood of what the oracle would do."""
         pi, value_loss = self._forward(batch)
-        head = self.policy.policy_head
-        imitation_loss = -head.log_prob(pi, batch["oracle_action"]).mean()
+        head, action = self.policy.policy_head, batch["oracle_action"]
+        log_prob, entropies = head.log_prob_and_entropy(pi, action)
+        imitation_loss = -log_prob.mean()
         report = {
             "imitation_loss": imitation_loss,
             "value_loss": value_loss,
-            "entropy": head.entropy(pi).mean(),
+            "entropy": entropies.mean(),
         }
         loss = imitation_loss + self.config.value_coef * value_loss
         return loss, report
