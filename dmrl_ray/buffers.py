@@ -71,14 +71,14 @@ class Buffers:
             return action, reward, done
         return mask_previous(action, reward, done, torch.from_numpy(self.reset[t : t + 1]))
 
-    def finish(self, task_index: np.ndarray, policy_version: int, shot: int) -> Rollout:
+    def finish(self, task_index: np.ndarray, policy_version: int, adaptation_step: int) -> Rollout:
         """The rollout, still without what the policy thought of it."""
         empty = np.empty((self.num_steps, 0), np.float32)
         ended = bool(self.final_step)
         return Rollout(
             task_index=task_index,
             policy_version=policy_version,
-            shot=shot,
+            adaptation_step=adaptation_step,
             obs=self.obs,
             final_step=np.concatenate(self.final_step) if ended else np.empty(0, np.int64),
             final_column=np.concatenate(self.final_column) if ended else np.empty(0, np.int64),

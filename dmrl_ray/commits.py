@@ -26,7 +26,7 @@ from typing import TypeAlias
 from dmrl_ray.checkpoint import FileRecord, difference
 from dmrl_ray.errors import ConfigError, CorruptRun
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Json: TypeAlias = dict[str, object]
 _NAME = re.compile(r"(\d{8})\.json")
 
@@ -87,10 +87,10 @@ def read_sealed(path: Path, indent: int | None = None) -> tuple[Json, str]:
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptRun(f"{path}: is damaged: {error}") from error
     version = record.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise ConfigError(
-            f"{path}: has format version {version}, and this dmrl_ray reads up to "
-            f"{FORMAT_VERSION}; install the version that wrote it"
+            f"{path}: has format version {version}, and this dmrl_ray reads {FORMAT_VERSION}; "
+            "install the version that wrote it: its tables have other columns"
         )
     return record, hashlib.sha256(data).hexdigest()
 

@@ -176,7 +176,7 @@ class Finetune(Training):
     """Number of tasks, hence of jobs."""
 
     updates: int = Field(default=3, ge=1)
-    """Updates on each task; the return before update n is reported as shot n."""
+    """Updates on each task; the return before update n is reported as step n."""
 
     trainable: tuple[str, ...] = ("",)
     """Parameters that move, by prefixes of their names; the rest is frozen. ``[""]`` is everything,

@@ -203,7 +203,7 @@ class Dataset:
         return Rollout(
             task_index=np.zeros(columns, np.int64),
             policy_version=0,
-            shot=0,
+            adaptation_step=0,
             obs=obs,
             final_step=where[:, 0],
             final_column=where[:, 1],

@@ -56,7 +56,7 @@ class Episodes:
         self,
         ended: np.ndarray,
         step: int,
-        shot: int | None,
+        adaptation_step: int | None,
         success: np.ndarray | None,
         task_of: np.ndarray,
     ) -> None:
@@ -64,7 +64,7 @@ class Episodes:
 
         Args:
             step: steps of a column since the collection began, this one included.
-            shot: None where it is the number of the episode.
+            adaptation_step: None where it is the number of the episode.
         """
         number = self.number[ended]
         self._rows.append(
@@ -73,7 +73,9 @@ class Episodes:
                 "column": ended,
                 "episode": number,
                 "since_begun": number - self._begun_at[ended],
-                "shot": number if shot is None else np.full(len(ended), shot),
+                "adaptation_step": number
+                if adaptation_step is None
+                else np.full(len(ended), adaptation_step),
                 "return": self._return[ended],
                 "length": self._length[ended],
                 "success": np.full(len(ended), np.nan) if success is None else success[ended] * 1.0,
@@ -134,7 +136,7 @@ _ROW = (
     "column",
     "episode",
     "since_begun",
-    "shot",
+    "adaptation_step",
     "return",
     "length",
     "success",

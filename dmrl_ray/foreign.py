@@ -103,7 +103,9 @@ class ForeignAlgorithm(ABC):
         env_steps = 0
         for iteration in range(updates + 1):
             report, _ = self.iterate(env_steps, learn=iteration < updates)
-            report.episodes["shot"] = np.full_like(report.episodes["shot"], iteration)
+            report.episodes["adaptation_step"] = np.full_like(
+                report.episodes["adaptation_step"], iteration
+            )
             parts.append(report.episodes)
             env_steps += report.env_steps
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, self.weights()

@@ -184,13 +184,13 @@ def evaluate(
 
 
 def selection_score(spec: JobSpec, rows: Columns) -> float:
-    """What models are chosen by: the mean over a trial if memory adapts, else after the last shot.
+    """What models are chosen by: the mean over a trial if memory adapts, else its last step's.
 
     Scores where the family knows them, returns where not.
     """
     values = rows["return"] if np.isnan(rows["score"]).any() else rows["score"]
     if not (foreign_of(spec) or spec.algorithm.load()).memory_spans_trial:
-        values = values[rows["shot"] == rows["shot"].max()]
+        values = values[rows["adaptation_step"] == rows["adaptation_step"].max()]
     return float(values.mean())
 
 

@@ -38,7 +38,7 @@ def episode_rows(rows: Columns, family: TaskDistribution, *, scored: bool) -> Co
         "task_id": np.array([task.id for task in tasks], object),
         "split": np.array([task.split for task in tasks], object),
         "episode": rows["episode"].astype(np.int64),
-        "shot": rows["shot"].astype(np.int64),
+        "adaptation_step": rows["adaptation_step"].astype(np.int64),
         "return": rows["return"].astype(np.float64),
         "length": rows["length"].astype(np.int64),
         "success": rows["success"].astype(np.float64),
@@ -69,7 +69,7 @@ def transition_rows(
     number: int,
     first_column: int,
     open_before: Open | None,
-    shot_is_episode: bool,
+    step_is_episode: bool,
 ) -> Steps:
     """Every step of a trial, column after column; a function of what was collected alone.
 
@@ -83,13 +83,13 @@ def transition_rows(
         number: of the trial.
         first_column: number of the first column within the job.
         open_before: episodes that the first rollout goes on with; None if it begins afresh.
-        shot_is_episode: True where memory adapts, which is counted in episodes.
+        step_is_episode: True where memory adapts, which is counted in episodes.
     """
     columns = np.arange(trial[0].num_columns)
     episode, step, begun = _clock(trial, open_before)
     known = [*tasks, *(open_before.task if open_before is not None else ())]
     task = _rows(np.where(begun, trial[0].task_index, len(tasks) + columns))
-    shot = np.concatenate([np.full(r.reward.shape, r.shot) for r in trial])
+    adaptation_step = np.concatenate([np.full(r.reward.shape, r.adaptation_step) for r in trial])
     together = {
         name: _rows(np.concatenate([getattr(r, name) for r in trial]))
         for name in ("action", "reward", "terminated", "truncated", "log_prob")
@@ -103,7 +103,7 @@ def transition_rows(
         "episode": _rows(episode),
         "t": _rows(step),
         "policy_version": np.full(step.size, trial[0].policy_version),
-        "shot": _rows(episode if shot_is_episode else shot),
+        "adaptation_step": _rows(episode if step_is_episode else adaptation_step),
         "obs": _vectors(_rows(np.concatenate([r.obs[:-1] for r in trial]))),
         "action": _vectors(action) if (action := together["action"]).ndim > 1 else action,
         "next_obs": _successors(trial, len(step)),

@@ -162,19 +162,19 @@ def _held_out(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.D
 def _adaptation_table(episodes: pd.DataFrame) -> Table:
     by = [key for key in ("stage", "split") if key in episodes]
     frame = results.adaptation(episodes, by=by)
-    shots = _spread(sorted(frame["shot"].unique()))
+    steps = _spread(sorted(frame["adaptation_step"].unique()))
     groups = [*by, "algorithm"]
-    titles = [*groups, "measure", *(f"shot {shot}" for shot in shots), "tasks"]
+    titles = [*groups, "measure", *(f"step {step}" for step in steps), "tasks"]
     rows: list[tuple[object, ...]] = []
     for key, group in frame.groupby(groups, sort=False, observed=True):
         measure = "score [95 %]" if group["score"].notna().any() else "return"
-        cells = {record["shot"]: _cell(record) for record in group.to_dict("records")}
-        by_shot = (cells.get(shot, "") for shot in shots)
-        rows.append((*key, measure, *by_shot, int(group["tasks"].max())))
+        cells = {record["adaptation_step"]: _cell(record) for record in group.to_dict("records")}
+        by_step = (cells.get(step, "") for step in steps)
+        rows.append((*key, measure, *by_step, int(group["tasks"].max())))
     if frame["score"].notna().any():
         blank = [""] * (len(groups) - 1)
         for name, score in (("random", "0"), ("oracle", "1")):
-            rows.append((name, *blank, "score", *[score] * len(shots), ""))
+            rows.append((name, *blank, "score", *[score] * len(steps), ""))
     return _table(titles, rows)
 
 

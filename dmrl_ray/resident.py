@@ -79,7 +79,7 @@ class ResidentSampler(Sampler):
         num_steps: int,
         *,
         actor: Actor | None = None,
-        shot: int = 0,
+        adaptation_step: int = 0,
         with_value: bool = True,
         greedy: bool | None = None,
         teacher: float | None = None,
@@ -87,7 +87,7 @@ class ResidentSampler(Sampler):
         """Act for `num_steps` steps in every column, as `Sampler.rollout` does."""
         assert teacher is None
         greedy = self._greedy if greedy is None else greedy
-        rollout = self._storage(num_steps, shot)
+        rollout = self._storage(num_steps, adaptation_step)
         with torch.no_grad():
             acted = _Acted(num_steps)
             self._act_on(rollout, acted, policy, actor or policy, greedy, with_value)
@@ -105,7 +105,7 @@ class ResidentSampler(Sampler):
                     self.memory_spans_trial,
                 )
             self.inference_s += perf_counter() - began
-        self._keep_books(rollout, acted, None if self.memory_spans_trial else shot)
+        self._keep_books(rollout, acted, None if self.memory_spans_trial else adaptation_step)
         self._steps += num_steps
         return rollout
 
@@ -174,7 +174,7 @@ class ResidentSampler(Sampler):
             return action, reward, done
         return mask_previous(action, reward, done, torch.ones_like(done))
 
-    def _storage(self, num_steps: int, shot: int) -> Rollout:
+    def _storage(self, num_steps: int, adaptation_step: int) -> Rollout:
         """A rollout that is still to be filled, but for what went before it."""
         shape = (num_steps, self.num_envs)
         action, reward, done = self._before()
@@ -185,7 +185,7 @@ class ResidentSampler(Sampler):
         return Rollout(
             task_index=self._task_index,
             policy_version=self._policy_version,
-            shot=shot,
+            adaptation_step=adaptation_step,
             obs=obs,
             final_step=no_index,
             final_column=no_index,
@@ -219,7 +219,7 @@ class ResidentSampler(Sampler):
         self._previous_reward = rollout.reward[-1].clone()
         self._previous_done = rollout.terminated[-1] | rollout.truncated[-1]
 
-    def _keep_books(self, rollout: Rollout, acted: _Acted, shot: int | None) -> None:
+    def _keep_books(self, rollout: Rollout, acted: _Acted, adaptation_step: int | None) -> None:
         """Rows of the episodes that ended, from one answer of the device."""
         bounds = [0, *(t + 1 for t in acted.ends), rollout.num_steps]
         columns = np.arange(self.num_envs)
@@ -236,7 +236,7 @@ class ResidentSampler(Sampler):
             if i < len(acted.ends):
                 success = successes[i] if successes else None
                 step = self._steps + stop
-                self.episodes.end(columns, step, shot, success, self._pending_task_of)
+                self.episodes.end(columns, step, adaptation_step, success, self._pending_task_of)
         if not np.isfinite(totals[0]):
             check_finite(self.distribution, rollout.map(host), self.episodes, self._steps)
 

@@ -159,15 +159,15 @@ def adaptation(
     reps: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How much better each further shot is: one row per group, algorithm and shot.
+    """How much better each further adaptation step is: a row per group, algorithm and step.
 
     Rows of a task are averaged first, so every task counts once, whatever its number of episodes.
 
     Returns:
-        Columns `by`, algorithm, shot, score, low, high (95 % interval of the score over tasks),
-        tasks (their number) and return.
+        Columns `by`, algorithm, adaptation_step, score, low, high (95 % interval of the score over
+        tasks), tasks (their number) and return.
     """
-    keys = [*by, *(key for key in ("algorithm", "shot") if key not in by)]
+    keys = [*by, *(key for key in ("algorithm", "adaptation_step") if key not in by)]
     per_task = (
         frame.groupby([*keys, "task_id"], sort=True, observed=True)[["score", "return"]]
         .mean()

@@ -117,7 +117,7 @@ class Sampler:
         num_steps: int,
         *,
         actor: Actor | None = None,
-        shot: int = 0,
+        adaptation_step: int = 0,
         with_value: bool = True,
         greedy: bool | None = None,
         teacher: float | None = None,
@@ -128,7 +128,7 @@ class Sampler:
             policy: gives values, noise and log-probabilities.
             num_steps: T.
             actor: acts instead of `policy`, for instance with parameters of its own per task.
-            shot: adaptation steps done before, for the record.
+            adaptation_step: adaptation steps done before, for the record.
             with_value: False leaves `value` and `next_value` empty (T, 0).
             greedy: overrides what `start` was told.
             teacher: ask the environment's oracle what it would do at every step; in this share of
@@ -144,11 +144,11 @@ class Sampler:
             buffers.teach(math.ceil(teacher * self.num_envs))
         with torch.no_grad():
             pi, features, peeks = self._act(
-                policy, actor or policy, buffers, shot, greedy, with_value
+                policy, actor or policy, buffers, adaptation_step, greedy, with_value
             )
             acted = perf_counter()
             log_prob = policy.policy_head.log_prob(pi, torch.from_numpy(buffers.action))
-            rollout = buffers.finish(self._task_index, self._policy_version, shot)
+            rollout = buffers.finish(self._task_index, self._policy_version, adaptation_step)
             rollout.log_prob = log_prob.numpy()
             check_finite(self.distribution, rollout, self.episodes, self._steps)
             if with_value:
@@ -198,7 +198,7 @@ class Sampler:
         policy: ActorCritic,
         actor: Actor,
         buffers: Buffers,
-        shot: int,
+        adaptation_step: int,
         greedy: bool,
         with_value: bool,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -225,7 +225,7 @@ class Sampler:
             self.inference_s += perf_counter() - began
             if buffers.taught:
                 buffers.follow(t, answer_of(self.distribution, self.env.oracle_action))
-            ended = self._step_env(buffers, t, shot)
+            ended = self._step_env(buffers, t, adaptation_step)
             if peek and ended is not None:
                 final_obs, action, reward = (
                     torch.from_numpy(x)
@@ -241,7 +241,7 @@ class Sampler:
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
 
-    def _step_env(self, buffers: Buffers, t: int, shot: int) -> np.ndarray | None:
+    def _step_env(self, buffers: Buffers, t: int, adaptation_step: int) -> np.ndarray | None:
         """Step all columns; returns the columns whose episode ended, or None."""
         action = buffers.action[t]
         if not self._discrete:
@@ -270,7 +270,7 @@ class Sampler:
         self.episodes.end(
             ended,
             self._steps + t + 1,
-            None if self.memory_spans_trial else shot,
+            None if self.memory_spans_trial else adaptation_step,
             info.get("success"),
             self._pending_task_of,
         )

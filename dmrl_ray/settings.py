@@ -79,6 +79,11 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
 }
 """Short names of the built-in classes, by the setting they stand under."""
 
+OLD_NAMES: dict[str, str] = {
+    "steps_per_shot": "steps_per_adaptation",
+}
+"""Settings by the names that they had, and what they are called."""
+
 LIBRARIES = ("rllib",)
 """What a short name may begin with, before a colon, though it is no module."""
 

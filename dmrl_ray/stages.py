@@ -121,7 +121,9 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
             run.event("job_finished", name, job.name, updates=stage.updates)
             finished.append(job.name)
             steps += int(rows["length"].sum())
-            last = rows["return"][rows["shot"] == stage.updates]  # None if no episode ended then.
+            last = rows["return"][
+                rows["adaptation_step"] == stage.updates
+            ]  # None if no episode ended then.
             run.display.update(
                 name,
                 steps,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a column is added or changes its meaning; readers fill missing columns with null."""
 
 Cells: TypeAlias = np.ndarray | pa.Array | Sequence[object] | str | float | None
@@ -41,7 +41,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "seed": _INT,
         "trial": _INT,
         "episode": _INT,
-        "shot": _INT,
+        "adaptation_step": _INT,
         "policy_version": _INT,
         "env_steps": _INT,
         "return": _FLOAT,
@@ -79,7 +79,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "episode": _INT,
         "t": _INT,  # step within the episode
         "policy_version": _INT,
-        "shot": _INT,
+        "adaptation_step": _INT,
         "obs": _VECTOR,  # or _IMAGE; flat, in C order
         "action": _INT,  # or _VECTOR
         "reward": _FLOAT,

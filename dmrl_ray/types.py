@@ -108,7 +108,7 @@ class Rollout:
 
     task_index: Array  # (B,) int, into the tasks of the trial; columns of one task are contiguous
     policy_version: int  # Learner updates done before these actions were chosen.
-    shot: int  # Adaptation steps done before; 0 = not adapted.
+    adaptation_step: int  # Adaptation steps done before; 0 = not adapted.
     obs: Array  # (T + 1, B, *obs_shape), the last row is what follows the last step
     final_step: Array  # (N,) int, steps at which an episode ended ...
     final_column: Array  # (N,) int, ... in these columns ...
@@ -201,7 +201,7 @@ class Rollout:
         tasks = np.cumsum([0] + [r.num_tasks for r in rollouts])
         for field in fields(Rollout):
             parts = [getattr(r, field.name) for r in rollouts]
-            if field.name in ("policy_version", "shot"):
+            if field.name in ("policy_version", "adaptation_step"):
                 continue
             if field.name == "initial_state":
                 merged[field.name] = tuple(join(leaf) for leaf in zip(*parts, strict=True))

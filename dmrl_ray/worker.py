@@ -81,7 +81,7 @@ class RolloutWorker:
                 number=iteration,
                 first_column=columns * shard,
                 open_before=open_before,
-                shot_is_episode=algorithm.memory_spans_trial,
+                step_is_episode=algorithm.memory_spans_trial,
             )
         report = CollectReport(
             episodes,
@@ -109,7 +109,7 @@ class RolloutWorker:
             number=call.trial,
             first_column=call.first_column,
             open_before=None,
-            shot_is_episode=self._programs[call.spec.key].algorithm.memory_spans_trial,
+            step_is_episode=self._programs[call.spec.key].algorithm.memory_spans_trial,
         )
         return episodes, steps
 
@@ -129,9 +129,9 @@ class RolloutWorker:
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, np.ndarray, np.ndarray]:
         """Meet streams of changing tasks.
 
-        Returns the rows of the episodes, with episodes since the change as their shot and the
-        stream as their trial; the rewards (K, U, N) of `online.live_through`; and the oracle's
-        reward per step (K, N), NaN where unknown.
+        Returns the rows of the episodes, with episodes since the change as their adaptation step
+        and the stream as their trial; the rewards (K, U, N) of `online.live_through`; and the
+        oracle's reward per step (K, N), NaN where unknown.
         """
         torch.set_num_threads(1)
         spec, settings = call.spec, call.settings
@@ -146,7 +146,7 @@ class RolloutWorker:
         episodes = episode_rows(rows, program.distribution, scored=True)
         per_change = settings.episodes_per_task * family.max_episode_steps
         since = (rows["step"].astype(np.int64) - 1) % per_change
-        episodes["shot"] = since // family.max_episode_steps
+        episodes["adaptation_step"] = since // family.max_episode_steps
         episodes["env_steps"] = rows["step"].astype(np.int64)
         episodes["trial"] = rows["column"] // parallel
         oracle = np.full((settings.tasks_per_stream, len(call.streams)), np.nan)
@@ -160,8 +160,8 @@ class RolloutWorker:
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> tuple[Columns, Arrays]:
         """A small job whole: a shard collected and learned from, `updates` times.
 
-        Returns the rows of its episodes, with the number of updates done before as their shot,
-        and the weights at its end.
+        Returns the rows of its episodes, with the number of updates done before as their
+        adaptation step, and the weights at its end.
         """
         foreign = foreign_of(spec)
         if foreign is not None:
@@ -182,10 +182,12 @@ class RolloutWorker:
         for iteration in range(updates + 1):
             call = CollectCall(spec, 0, iteration, env_steps)
             report, trial, state = self.collect(call, Weights(iteration, learner.weights()), state)
-            report.episodes["shot"] = np.full_like(report.episodes["shot"], iteration)
+            report.episodes["adaptation_step"] = np.full_like(
+                report.episodes["adaptation_step"], iteration
+            )
             parts.append(report.episodes)
             if report.steps is not None:
-                steps.append({**report.steps, "shot": iteration})
+                steps.append({**report.steps, "adaptation_step": iteration})
             env_steps += report.env_steps
             if iteration < updates:
                 learner.update(iteration, env_steps, [trial])

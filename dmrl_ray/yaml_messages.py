@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dmrl_ray.settings import did_you_mean
+from dmrl_ray.settings import OLD_NAMES, did_you_mean
 
 NAME_PATTERN = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
 
@@ -19,6 +19,8 @@ def message_of(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> 
     """One sentence: what was found, and what is allowed or was probably meant."""
     kind, context, found = error["type"], error.get("ctx", {}), _shown(error["input"])
     fields = owner.model_fields if owner else {}
+    if kind == "extra_forbidden" and key in OLD_NAMES:
+        return f"this setting has another name: {OLD_NAMES[key]}"
     if kind == "extra_forbidden":
         hint = did_you_mean(key, fields)
         return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"

@@ -9,7 +9,7 @@ from dmrl_ray.yaml_config import parse_config
 
 
 def episodes(*rows):
-    names = ["run_id", "job", "task_id", "trial", "shot", "return"]
+    names = ["run_id", "job", "task_id", "trial", "adaptation_step", "return"]
     return pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows]).assign(score=0.5)
 
 

@@ -121,6 +121,11 @@ CORPUS = {
         ("inner_lr: 1e-3", "iner_lr: 0.1"),
         "run.yaml:12:3: algorithm.iner_lr: unknown setting; did you mean 'inner_lr'?",
     ),
+    "a setting by its old name": (
+        ("inner_lr: 1e-3", "steps_per_shot: 5"),
+        "run.yaml:12:3: algorithm.steps_per_shot: this setting has another name: "
+        "steps_per_adaptation",
+    ),
     "unknown key of a nested component": (
         ("hidden: [32]", "hiden: [32]"),
         "run.yaml:9:5: network.encoder.hiden: unknown setting; did you mean 'hidden'?",

@@ -55,7 +55,7 @@ def test_smoke_has_all_four_stages():
 def test_every_stage_of_smoke_leaves_its_episodes(smoke):
     # 20 steps an episode: 80k steps are 4000 episodes, and 16 tasks are validated on every 5
     # updates; 8 jobs have 4 rounds of 10 episodes; 8 streams x 2 tasks x 4 episodes x 10 columns;
-    # 32 tasks x 10 columns x 3 shots.
+    # 32 tasks x 10 columns x 3 steps.
     episodes = dmrl_ray.load(smoke[0])
     counts = episodes.groupby(["stage", "split"]).size().to_dict()
     expected = {("specialise", "test"): 8 * 4 * 10, ("stream", "test"): 8 * 2 * 4 * 10}
@@ -96,8 +96,8 @@ def test_the_report_of_smoke_shows_every_shot_regret_and_training(smoke):
     report = smoke[1]
     for title in ("Adaptation on held-out tasks", "Regret per step", "Training"):
         assert title in report
-    for shot in range(4):
-        assert f"shot {shot}" in report
+    for step in range(4):
+        assert f"step {step}" in report
     held_out = next(line for line in report.splitlines() if line.startswith("| held_out"))
     assert "maml" in held_out
     assert held_out.count("[0.") == 3  # evaluation_steps: 2

@@ -62,7 +62,7 @@ def run(folder, committed=None):
 def add_rows(writer, step):
     same = {"stage": "s", "job": f"j{step}", "policy_version": step, "env_steps": step * 10}
     rows = np.arange(3)
-    zeros = dict.fromkeys(["seed", "trial", "episode", "shot", "length"], 0)
+    zeros = dict.fromkeys(["seed", "trial", "episode", "adaptation_step", "length"], 0)
     for half in range(2):
         trial = rows + 3 * half + 6 * step
         changing = {"trial": trial, "return": trial / 7, "task_id": [f"t{n}" for n in trial]}
@@ -74,7 +74,9 @@ def add_rows(writer, step):
 
 def add_steps(writer, step):
     vectors = pa.array(np.zeros((3, 4), np.float32).tolist(), pa.list_(pa.float32()))
-    zeros = dict.fromkeys(["column", "episode", "t", "policy_version", "shot", "action"], 0)
+    zeros = dict.fromkeys(
+        ["column", "episode", "t", "policy_version", "adaptation_step", "action"], 0
+    )
     ends = {"terminated": False, "truncated": False, "log_prob": 0.0}
     where = {"stage": "s", "job": f"j{step}", "task_id": "t", "split": "train"}
     changing = {"trial": np.arange(3), "reward": np.arange(3) / 7 + step, "obs": vectors}

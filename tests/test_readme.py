@@ -202,7 +202,7 @@ def test_the_extensions_run_and_learn(algorithm, here):
     import dmrl_ray
 
     rows = dmrl_ray.load("out")
-    held_out = rows[rows["stage"] == "held_out"].groupby("shot")["return"].mean()
+    held_out = rows[rows["stage"] == "held_out"].groupby("adaptation_step")["return"].mean()
     training = rows[rows["stage"] == "trained"]["return"]
     if algorithm == "maml":
         assert held_out.iloc[-1] > held_out.iloc[0] + 10

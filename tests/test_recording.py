@@ -120,8 +120,8 @@ def test_a_row_names_the_task_that_was_played_not_the_one_that_waits():
 def test_memory_counts_shots_in_episodes():
     spec = make_spec({"type": "tabular_mdp", "episodes": 2}, {"type": "rl2"}, RECURRENT)
     (steps, _), *_ = recorded(make_record(spec))
-    np.testing.assert_array_equal(steps["shot"], steps["episode"])
-    assert set(steps["shot"]) == {0, 1}
+    np.testing.assert_array_equal(steps["adaptation_step"], steps["episode"])
+    assert set(steps["adaptation_step"]) == {0, 1}
 
 
 def test_recording_changes_no_result(run, tmp_path):
@@ -153,7 +153,7 @@ def test_the_table_is_read_with_its_vectors(run):
     # A learning history: one column of one job, in order of learning.
     job = steps[steps["stage"] == "special"].groupby(["job", "column"])
     for _, rows in job:
-        assert rows["shot"].is_monotonic_increasing
+        assert rows["adaptation_step"].is_monotonic_increasing
         assert (rows["t"].diff().iloc[1:].isin([1]) | (rows["t"].iloc[1:] == 0)).all()
 
 
@@ -222,7 +222,7 @@ def test_a_collection_from_its_middle_is_recorded_without_the_sampler():
     tasks = program.distribution.sample(np.random.default_rng(0), 2, "train")
     trial = program.algorithm.collect(sampler, tasks)
     rows = transition_rows(
-        trial, tasks, number=5, first_column=8, open_before=None, shot_is_episode=True
+        trial, tasks, number=5, first_column=8, open_before=None, step_is_episode=True
     )
     assert set(rows["policy_version"]) == {3}
     assert rows["task_id"].to_pylist()[0] == tasks[0].id

@@ -25,10 +25,10 @@ stages:
 START = 1_700_000_000.0
 
 
-def episode(stage: str, split: str, task: int, shot: int, score: float, **more) -> dict:
+def episode(stage: str, split: str, task: int, step: int, score: float, **more) -> dict:
     row = {"stage": stage, "job": "0", "algorithm": "rl2", "task_id": f"{split}-{task}"}
-    counts = {"seed": 7, "trial": 0, "episode": shot, "shot": shot, "policy_version": 3}
-    figures = {"env_steps": 0, "return": 10.0 * (shot + 1), "length": 5, "score": score}
+    counts = {"seed": 7, "trial": 0, "episode": step, "adaptation_step": step, "policy_version": 3}
+    figures = {"env_steps": 0, "return": 10.0 * (step + 1), "length": 5, "score": score}
     return row | counts | figures | {"split": split, "time": START} | more
 
 
@@ -64,7 +64,7 @@ def cells(report: str, first: str, under: str = "") -> list[str]:
 def test_each_shot_of_a_stage_is_a_column_of_its_mean_score(tmp_path):
     # Two tasks: 0.2 and 0.4 before adaptation, 0.7 and 0.9 after.
     scores = {(0, 0): 0.2, (1, 0): 0.4, (0, 1): 0.7, (1, 1): 0.9}
-    rows = [episode("final", "test", task, shot, s) for (task, shot), s in scores.items()]
+    rows = [episode("final", "test", task, step, s) for (task, step), s in scores.items()]
     report = text_report(run_of(tmp_path, episodes=rows))
     expected = ["final", "test", "rl2", "score [95 %]", "0.30 [0.20, 0.40]", "0.80 [0.70, 0.90]"]
     assert cells(report, "final") == [*expected, "2"]
@@ -73,7 +73,7 @@ def test_each_shot_of_a_stage_is_a_column_of_its_mean_score(tmp_path):
 
 
 def test_returns_stand_where_no_score_is_known(tmp_path):
-    rows = [episode("final", "test", task, shot, math.nan) for task in (0, 1) for shot in (0, 1)]
+    rows = [episode("final", "test", task, step, math.nan) for task in (0, 1) for step in (0, 1)]
     report = text_report(run_of(tmp_path, episodes=rows))
     assert cells(report, "final") == ["final", "test", "rl2", "return", "10", "20", "2"]
     assert "oracle" not in report
@@ -94,9 +94,9 @@ def test_training_and_validation_episodes_are_not_results(tmp_path):
 
 
 def test_many_shots_keep_the_first_and_the_last(tmp_path):
-    rows = [episode("final", "test", 0, shot, 0.5) for shot in range(50)]
+    rows = [episode("final", "test", 0, step, 0.5) for step in range(50)]
     header = cells(text_report(run_of(tmp_path, episodes=rows)), "stage")
-    assert header[4:-1] == ["shot 0", "shot 10", "shot 20", "shot 29", "shot 39", "shot 49"]
+    assert header[4:-1] == ["step 0", "step 10", "step 20", "step 29", "step 39", "step 49"]
 
 
 def test_regret_is_averaged_over_streams_and_windows_of_steps(tmp_path):
@@ -125,7 +125,7 @@ def test_jobs_of_a_stage_are_added_up(tmp_path):
 
 
 def test_jobs_without_metrics_count_the_steps_of_their_episodes(tmp_path):
-    rows = [episode("tune", "test", task, shot, 0.5) for task in (0, 1) for shot in (0, 1)]
+    rows = [episode("tune", "test", task, step, 0.5) for task in (0, 1) for step in (0, 1)]
     assert cells(text_report(run_of(tmp_path, episodes=rows)), "tune", "Training")[1:3] == [
         "20",
         "3",

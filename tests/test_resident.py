@@ -106,7 +106,7 @@ def test_where_nothing_is_left_to_chance_it_is_the_rollout_of_numpy(family, poli
                 sampler.begin_trial(tasks, network)
             else:
                 sampler.continue_episodes(tasks, network)
-            rollouts.append(sampler.rollout(network, num_steps, shot=2))
+            rollouts.append(sampler.rollout(network, num_steps, adaptation_step=2))
         assert_close(*rollouts)
     rows, same = (sampler.take_episodes() for sampler in samplers)
     assert len(rows["task"]) > COLUMNS

@@ -19,7 +19,9 @@ EPISODE = {
     "algorithm": "ppo",
     "task_id": "t",
     "split": "test",
-    **dict.fromkeys(["seed", "trial", "episode", "shot", "policy_version", "env_steps"], 0),
+    **dict.fromkeys(
+        ["seed", "trial", "episode", "adaptation_step", "policy_version", "env_steps"], 0
+    ),
     "return": 1.5,
     "length": 10,
 }
@@ -79,7 +81,7 @@ def test_a_nan_metric_stays_and_events_are_json(tmp_path):
     assert json.loads(load(tmp_path / "run", "events")["detail"][0]) == {"shard": 1}
     file = pq.ParquetFile(next((tmp_path / "run" / "metrics").iterdir()))
     assert file.schema_arrow.metadata[b"dmrl.table"] == b"metrics"
-    assert file.schema_arrow.metadata[b"dmrl.schema_version"] == b"1"
+    assert file.schema_arrow.metadata[b"dmrl.schema_version"] == b"2"
 
 
 def test_runs_are_found_by_path_folder_pattern_and_list(tmp_path):
@@ -200,13 +202,13 @@ def test_every_task_counts_once_in_the_adaptation_curve(tmp_path):
     # Shot 1: both are 1. Task c has no score, but returns.
     rows = {
         "task_id": ["a", "a", "a", "b", "a", "b", "c"],
-        "shot": [0, 0, 0, 0, 1, 1, 1],
+        "adaptation_step": [0, 0, 0, 0, 1, 1, 1],
         "score": [0, 0, 0, 1, 1, 1, None],
         "return": [0, 3, 6, 1, 2, 2, 5],
     }
     curve = adaptation(load(make_run(tmp_path / "run", rows)))
     assert curve["stage"].tolist() == ["test", "test"]
-    assert curve["shot"].tolist() == [0, 1]
+    assert curve["adaptation_step"].tolist() == [0, 1]
     assert curve["score"].tolist() == [0.5, 1.0]
     assert curve["tasks"].tolist() == [2, 3]
     assert curve["return"].tolist() == [2.0, 3.0]
@@ -216,4 +218,4 @@ def test_every_task_counts_once_in_the_adaptation_curve(tmp_path):
 def test_an_empty_frame_has_an_empty_adaptation_curve(tmp_path):
     curve = adaptation(load(make_run(tmp_path / "run")), by=("run_id", "stage"))
     assert len(curve) == 0
-    assert list(curve.columns[:4]) == ["run_id", "stage", "algorithm", "shot"]
+    assert list(curve.columns[:4]) == ["run_id", "stage", "algorithm", "adaptation_step"]

@@ -281,13 +281,13 @@ def test_rows_of_episodes_by_hand():
     tasks = [task("a", terminal=3, bonus=10), task("b", limit=2)]
     sampler = make_sampler(Walk(), tasks, policy)
     for _ in range(2):
-        sampler.rollout(policy, 3, shot=7)
+        sampler.rollout(policy, 3, adaptation_step=7)
     rows = sampler.take_episodes()
     assert [t.id for t in rows["task"]] == ["b", "a", "b", "a", "b"]
     expected = {
         "column": [1, 0, 1, 0, 1],
         "episode": [0, 0, 1, 1, 2],
-        "shot": [7] * 5,
+        "adaptation_step": [7] * 5,
         "return": [3, 36, 3, 36, 3],
         "length": [2, 3, 2, 3, 2],
         "step": [2, 3, 4, 6, 6],
@@ -301,7 +301,7 @@ def test_the_shot_of_a_memory_that_spans_the_trial_is_the_episode():
     policy = make_policy(Walk(), "lstm", sees_previous=True)
     sampler = make_sampler(Walk(), [task(limit=2)], policy, spans=True)
     sampler.rollout(policy, 6)
-    np.testing.assert_array_equal(sampler.take_episodes()["shot"], [0, 1, 2])
+    np.testing.assert_array_equal(sampler.take_episodes()["adaptation_step"], [0, 1, 2])
 
 
 def test_tasks_take_columns_in_contiguous_equal_parts():

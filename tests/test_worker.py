@@ -172,12 +172,12 @@ def test_an_evaluation_plays_every_episode_of_every_task_once():
 
 
 def test_evaluating_maml_counts_one_episode_after_every_shot_also_where_episodes_are_short():
-    # CartPole's episodes are much shorter than the 500 steps that every shot is given.
+    # CartPole's episodes are much shorter than the 500 steps that every step is given.
     spec = make_spec(VARIED, {"type": "maml", "episodes_per_task": 2, "evaluation_steps": 2})
     _, tasks = tasks_of(CartPole, 2, length=[0.3, 0.9])
     rows = RolloutWorker().evaluate(EvaluateCall(spec, tasks, 0, 0, True, 0), weights(spec, 0))
-    played = sorted(zip(rows["task_id"], rows["shot"], strict=True))
-    assert played == sorted((t.id, shot) for t in tasks for shot in range(3) for _ in range(2))
+    played = sorted(zip(rows["task_id"], rows["adaptation_step"], strict=True))
+    assert played == sorted((t.id, step) for t in tasks for step in range(3) for _ in range(2))
 
 
 def test_scores_are_those_of_the_familys_reference():
@@ -222,7 +222,7 @@ def test_a_small_job_whole_is_the_same_job_step_by_step():
         learner.update(i, 0, [trial])
     for name, array in learner.weights().items():
         np.testing.assert_array_equal(trained[name], array, name)
-    assert set(rows["shot"]) == {0, 1, 2}
+    assert set(rows["adaptation_step"]) == {0, 1, 2}
     assert set(rows["task_id"]) == {task.id}
 
 
@@ -246,7 +246,7 @@ def test_rows_of_a_stream_count_episodes_since_the_change():
     call = AdaptCall(spec, (tasks[:2], tasks[2:]), settings, 0)
     rows, rewards, oracle = RolloutWorker().adapt(call, weights(spec, 0))
     first = rows["trial"] == 0
-    np.testing.assert_array_equal(rows["shot"][first], [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(rows["adaptation_step"][first], [0, 1, 2, 0, 1, 2])
     assert rows["task_id"][first].tolist() == [tasks[0].id] * 3 + [tasks[1].id] * 3
     # The reward of each step, summed over episodes, is the returns of the rows.
     assert rewards.shape == (2, 15, 2)

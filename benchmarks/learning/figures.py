@@ -55,14 +55,17 @@ def returns(rows: pd.DataFrame, columns: int | None, *, whole: bool) -> dict[str
         whole: sum the shots of a trial; else the last shot alone counts.
     """
     keys = ["run_id", "job", "task_id", "trial"]
-    by_shot = rows.groupby("shot")[["return", "score"]].mean().round(4)
-    counted = rows if whole else rows[rows["shot"] == rows["shot"].max()]
+    by_step = rows.groupby("adaptation_step")[["return", "score"]].mean().round(4)
+    counted = rows if whole else rows[rows["adaptation_step"] == rows["adaptation_step"].max()]
     draw = pd.Series(0, counted.index)
     if columns is not None:  # Small families draw a task more than once; every draw counts.
-        draw = counted.groupby([*keys, "shot"]).cumcount() // columns
+        draw = counted.groupby([*keys, "adaptation_step"]).cumcount() // columns
     counted = counted.assign(draw=draw)
     trials = (
-        counted.groupby([*keys, "draw", "shot"])["return"].mean().groupby([*keys, "draw"]).sum()
+        counted.groupby([*keys, "draw", "adaptation_step"])["return"]
+        .mean()
+        .groupby([*keys, "draw"])
+        .sum()
     )
     seeds = trials.groupby("run_id").mean()
     error = np.sqrt(((trials - seeds.mean()) ** 2).mean() / len(trials))
@@ -70,8 +73,8 @@ def returns(rows: pd.DataFrame, columns: int | None, *, whole: bool) -> dict[str
         "mean": round(float(seeds.mean()), 4),
         "interval": round(1.96 * float(error), 4),
         "per_seed": [round(float(x), 4) for x in seeds],
-        "per_shot": by_shot["return"].to_dict(),
-        "score_per_shot": by_shot["score"].to_dict(),
+        "per_shot": by_step["return"].to_dict(),
+        "score_per_shot": by_step["score"].to_dict(),
         "tasks": round(len(trials) / rows["run_id"].nunique()),
     }
 

@@ -62,7 +62,7 @@ class GradientAdaptation(Algorithm):
         episodes_per_task: int = Field(default=20, ge=1)
         """Environment columns that play one task side by side, one episode each per rollout."""
 
-        steps_per_shot: int | None = Field(default=None, ge=1)
+        steps_per_adaptation: int | None = Field(default=None, ge=1)
         """Environment steps between two gradient steps of one trial, which goes on; null lets
         each gradient step follow a whole episode and begins the next ones afresh. The trial's
         length says how many steps there are, and all rollouts count, not the last alone."""
@@ -83,11 +83,11 @@ class GradientAdaptation(Algorithm):
         policy.encoder.use_plain_operations()
         self._recordings: Recordings = {}
         check_prefixes("algorithm.adapt", config.adapt, per_task(policy, 1))
-        steps = config.steps_per_shot
+        steps = config.steps_per_adaptation
         if steps is not None and steps >= distribution.trial_steps:
             raise ValueError(
-                f"algorithm.steps_per_shot: no gradient step fits between {steps} steps and the "
-                f"end of a trial of {distribution.trial_steps}; use fewer, or null"
+                f"algorithm.steps_per_adaptation: no gradient step fits between {steps} steps and "
+                f"the end of a trial of {distribution.trial_steps}; use fewer, or null"
             )
 
     @property
@@ -96,7 +96,7 @@ class GradientAdaptation(Algorithm):
 
     @property
     def evaluation_episodes(self) -> int:
-        within = self.config.steps_per_shot is not None
+        within = self.config.steps_per_adaptation is not None
         return self.distribution.episodes_per_trial if within else 1
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
@@ -105,15 +105,15 @@ class GradientAdaptation(Algorithm):
     def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         return self.live(sampler, tasks, self.config.evaluation_steps + 1)
 
-    def live(self, sampler: Sampler, tasks: list[Task], shots: int) -> Trial:
-        """Rollout, inner step, rollout, ...: `shots` rollouts with a step between any two."""
+    def live(self, sampler: Sampler, tasks: list[Task], steps: int) -> Trial:
+        """Rollout, inner step, rollout, ...: `steps` rollouts with a step between any two."""
         config = self.config
-        within = config.steps_per_shot is not None
+        within = config.steps_per_adaptation is not None
         params = per_task(self.policy, len(tasks))
         sampler.begin_trial(tasks, self.policy)
         trial: Trial = []
-        for shot, num_steps in enumerate(self._lengths(shots)):
-            if shot > 0:
+        for adaptation_step, num_steps in enumerate(self._lengths(steps)):
+            if adaptation_step > 0:
                 moved = self.inner_step(params, trial[-1].map(torch.as_tensor), create_graph=False)
                 params = {name: p.detach().requires_grad_() for name, p in moved.items()}
                 if not within:
@@ -123,7 +123,9 @@ class GradientAdaptation(Algorithm):
                 self.policy,
                 num_steps,
                 actor=task_actor(self.policy, params, self._recordings),
-                shot=past // self.distribution.max_episode_steps if within else shot,
+                adaptation_step=past // self.distribution.max_episode_steps
+                if within
+                else adaptation_step,
                 with_value=False,
                 greedy=False,
             )
@@ -168,10 +170,10 @@ class GradientAdaptation(Algorithm):
         mine = [rollout.of_tasks(start, stop) for rollout in trial]
         return Share(mine, trial[0].columns_of(start, stop), weight)
 
-    def _lengths(self, shots: int) -> list[int]:
+    def _lengths(self, steps: int) -> list[int]:
         """Environment steps of each rollout of a trial."""
-        part = self.config.steps_per_shot
+        part = self.config.steps_per_adaptation
         if part is None:
-            return [self.distribution.max_episode_steps] * shots
+            return [self.distribution.max_episode_steps] * steps
         total = self.distribution.trial_steps
         return [min(part, total - start) for start in range(0, total, part)]

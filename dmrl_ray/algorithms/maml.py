@@ -56,7 +56,8 @@ class MAML(GradientAdaptation):
 
         outer_gamma: float = Field(default=0.99, ge=0, le=1)
         """Discount of what a rollout earns in later ones of its trial, where it goes on
-        (`steps_per_shot`): what is found out early pays late, and `gamma` is the inner loop's."""
+        (`steps_per_adaptation`): what is found out early pays late, and `gamma` is the inner
+        loop's."""
 
     config: Config
     compiles = True
@@ -68,7 +69,7 @@ class MAML(GradientAdaptation):
         step = self._trust_region if self.config.outer == "trpo" else self._gradient_steps
         metrics = step(trial)
         if self.skipped_batches == skipped:
-            seen = trial[-1:] if self.config.steps_per_shot is None else trial
+            seen = trial[-1:] if self.config.steps_per_adaptation is None else trial
             self.policy.update_obs_norm(torch.cat([r.obs[:-1].flatten(0, 1) for r in seen]))
         before, after = (float(r.reward.sum(0).mean()) for r in (trial[0], trial[-1]))
         return metrics | {"return/before": before, "return/after": after}
@@ -88,7 +89,7 @@ class MAML(GradientAdaptation):
 
     def advantages(self, trial: Trial) -> list[Tensor]:
         """(T, B) of the rollouts that count: the adapted ones, or all within one trial."""
-        if self.config.steps_per_shot is None:
+        if self.config.steps_per_adaptation is None:
             return [trial[-1].advantage]
         gamma, gae_lambda = self.config.outer_gamma, self.config.gae_lambda
         return trial_advantages(trial, gamma=gamma, gae_lambda=gae_lambda)
@@ -152,7 +153,7 @@ class MAML(GradientAdaptation):
             if not acted:
                 acted.extend(pi.detach() for pi in pis)
             kls = [head.kl(old, pi).mean() for old, pi in zip(acted, pis, strict=True)]
-            counted = kls[-1:] if self.config.steps_per_shot is None else kls
+            counted = kls[-1:] if self.config.steps_per_adaptation is None else kls
             return self.outer_loss(path, trial), torch.stack(counted).mean()
 
         moving = [

@@ -100,7 +100,7 @@ class PEARL(SAC):
         actions = self.policy.policy_head.num_actions
         belief: Memory = sampler.memory or (torch.zeros(shape), torch.zeros(shape))
         trial = []
-        for shot in range(num_steps // horizon):
+        for adaptation_step in range(num_steps // horizon):
             sampler.begin_episodes()
             noise = torch.from_numpy(sampler.rng.standard_normal(shape, dtype=np.float32))
             drift = torch.zeros(sampler.num_envs, actions)
@@ -115,7 +115,7 @@ class PEARL(SAC):
                     self.policy,
                     min(span, horizon - start),
                     actor=partial(self._act, latent, kept, drift),
-                    shot=shot,
+                    adaptation_step=adaptation_step,
                     with_value=False,
                 )
                 belief = self._extend(belief, rollout)

@@ -230,7 +230,7 @@ class Baseline(ForeignAlgorithm):
 
     def _episodes(self, rows: list[Row], env_steps: int, iteration: int) -> Columns:
         columns = columns_of(rows)
-        columns["shot"] = columns["episode"] * self.memory_spans_trial
+        columns["adaptation_step"] = columns["episode"] * self.memory_spans_trial
         scored = self.spec.split != "train"
         episodes = episode_rows(columns, self._env_settings().family(), scored=scored)
         episodes["env_steps"] = env_steps + columns["step"].astype(np.int64)

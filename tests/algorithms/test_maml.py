@@ -190,7 +190,7 @@ def test_without_an_inner_step_worth_the_name_maml_is_the_plain_policy_gradient(
         (MLP, {}),
         (MLP, {"inner_steps": 2}),
         (MLP, {"outer": "vpg"}),
-        (MLP, {"steps_per_shot": 2}),
+        (MLP, {"steps_per_adaptation": 2}),
         (LSTM, {}),
         (GRU, {}),
     ],
@@ -225,7 +225,7 @@ def test_an_encoder_with_memory_is_refused_unless_it_is_known_to_adapt():
 
 
 def test_within_a_trial_all_of_it_scales_the_observations():
-    maml = make_maml(tasks="bandit", steps_per_shot=2)
+    maml = make_maml(tasks="bandit", steps_per_adaptation=2)
     trial = one_trial(maml)
     maml.update(trial)
     seen = torch.cat([rollout.obs[:-1] for rollout in trial])
@@ -252,7 +252,7 @@ def test_a_memory_is_carried_through_an_episode_and_emptied_at_its_end(encoder):
 
 
 def test_within_a_trial_the_episode_goes_on_over_the_gradient_steps():
-    maml = make_maml(tasks="bandit", steps_per_shot=4, episodes_per_task=2)
+    maml = make_maml(tasks="bandit", steps_per_adaptation=4, episodes_per_task=2)
     sampler = Sampler(maml.distribution, 6, memory_spans_trial=False)
     sampler.start(np.random.default_rng(0), 0)
     tasks = maml.distribution.sample(np.random.default_rng(0), 3, "train")
@@ -262,11 +262,11 @@ def test_within_a_trial_the_episode_goes_on_over_the_gradient_steps():
     rewards = sum(rollout.reward.sum(0) for rollout in trial)
     np.testing.assert_allclose(rows["return"], rewards)
     assert rows["length"].tolist() == [HORIZON] * 6
-    assert rows["shot"].tolist() == [0] * 6
+    assert rows["adaptation_step"].tolist() == [0] * 6
 
 
 def test_a_memory_goes_on_over_the_gradient_steps_of_a_trial():
-    maml = make_maml(LSTM, "bandit", steps_per_shot=2)
+    maml = make_maml(LSTM, "bandit", steps_per_adaptation=2)
     trial = one_trial(maml)
     assert trial[0].reset_state[0].all()
     assert not any(rollout.reset_state.any() for rollout in trial[1:])
@@ -287,7 +287,7 @@ class ShuffledMAML(MAML):
 def late_rewards(kind):
     """Mean reward of the last 10 of 100 pulls, with a gradient step every 10."""
     family = Bandit(Bandit.Config(arms=5, pulls=100))
-    settings = kind.Config(episodes_per_task=1, steps_per_shot=10, gamma=0.0, inner_lr=8.0)
+    settings = kind.Config(episodes_per_task=1, steps_per_adaptation=10, gamma=0.0, inner_lr=8.0)
     torch.manual_seed(0)
     network = ActorCritic.Config.model_validate({"encoder": {"type": "mlp", "sizes": [16]}})
     spaces = family.observation_space, family.action_space
@@ -302,7 +302,7 @@ def test_gradient_steps_find_a_better_arm_unless_rewards_are_shuffled():
 
 
 def test_within_a_trial_every_rollout_counts():
-    maml = make_maml(tasks="bandit", steps_per_shot=2, outer_gamma=0.9, gae_lambda=0.5)
+    maml = make_maml(tasks="bandit", steps_per_adaptation=2, outer_gamma=0.9, gae_lambda=0.5)
     trial = one_trial(maml)
     path = [{name: p + 0.05 for name, p in params.items()} for params in maml.path(trial)]
     whole = maml.outer_loss(path, trial)
@@ -316,7 +316,7 @@ def test_within_a_trial_every_rollout_counts():
 
 def paying(rewards):
     """Two rollouts of a trial whose columns are paid these rewards at every step."""
-    maml = make_maml(tasks="bandit", steps_per_shot=3)
+    maml = make_maml(tasks="bandit", steps_per_adaptation=3)
     trial = one_trial(maml, num_tasks=len(rewards) // COLUMNS)
     for rollout in trial:
         rollout.reward[:] = torch.tensor(rewards)
@@ -342,12 +342,12 @@ def test_a_late_reward_is_credited_to_the_steps_before_it_in_all_rollouts():
 
 
 def test_a_trial_without_room_for_a_gradient_step_is_refused():
-    with pytest.raises(ValueError, match=r"algorithm\.steps_per_shot.*6 steps.*trial of 6"):
-        make_maml(tasks="bandit", steps_per_shot=HORIZON)
+    with pytest.raises(ValueError, match=r"algorithm\.steps_per_adaptation.*6 steps.*trial of 6"):
+        make_maml(tasks="bandit", steps_per_adaptation=HORIZON)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tasks": "bandit", "steps_per_shot": 2}], ids=["episodes", "within"]
+    "options", [{}, {"tasks": "bandit", "steps_per_adaptation": 2}], ids=["episodes", "within"]
 )
 def test_the_shares_of_several_learners_average_to_the_whole_gradient(options):
     maml = make_maml(**options)
@@ -480,7 +480,7 @@ def returns_before_and_after(learner, kind):
     sampler.start(np.random.default_rng(1), 0)
     maml.evaluate(sampler, maml.distribution.sample(np.random.default_rng(5), 30, "test"))
     rows = sampler.take_episodes()
-    return [rows["return"][rows["shot"] == shot].mean() for shot in range(2)]
+    return [rows["return"][rows["adaptation_step"] == step].mean() for step in range(2)]
 
 
 @pytest.mark.slow

@@ -143,7 +143,9 @@ def test_distillation_reads_one_task_in_order_of_learning(run):
     steps = load(run, table="transitions").query("stage == 'histories'")
     version = {}
     for row in steps.itertuples():
-        version.setdefault((row.obs.tobytes(), row.action, row.reward, row.t), set()).add(row.shot)
+        version.setdefault((row.obs.tobytes(), row.action, row.reward, row.t), set()).add(
+            row.adaptation_step
+        )
     (rollout,) = collect(spec_of("algorithm_distillation", run), RolloutWorker())
     assert rollout.reset_state[0].all()
     assert not rollout.reset_state[1:].any()

@@ -35,7 +35,9 @@ def test_a_distilled_learner_improves_over_episodes_without_gradients(tmp_path):
     episodes = play("grid_nav_histories", tmp_path / "run", *learner, *model)
     held_out = episodes[episodes["stage"] == "held_out"].groupby("episode")["return"].mean()
     assert held_out[3] > held_out[0] + 1
-    histories = episodes[episodes["stage"] == "histories"].groupby("shot")["return"].mean()
+    histories = (
+        episodes[episodes["stage"] == "histories"].groupby("adaptation_step")["return"].mean()
+    )
     assert held_out[3] > histories[0] + 2
 
 

@@ -198,7 +198,7 @@ def test_shots_are_the_episodes_of_a_trial(tasks):
     weights = Weights(0, {n: x.numpy() for n, x in program.policy.state_dict().items()})
     rows = RolloutWorker().evaluate(EvaluateCall(spec, tasks, 0, 0, True, 0), weights)
     episodes = program.distribution.episodes_per_trial
-    assert sorted(rows["shot"]) == sorted(list(range(episodes)) * 3)
+    assert sorted(rows["adaptation_step"]) == sorted(list(range(episodes)) * 3)
 
 
 def test_more_context_episodes_than_a_trial_has_are_refused():
@@ -221,6 +221,6 @@ def test_pearl_goes_to_the_goal_in_the_episode_after_the_first():
     goals = tuple(learner.algorithm.distribution.sample(np.random.default_rng(0), 50, "test"))
     call = EvaluateCall(spec, goals, 0, 0, True, 0)
     rows = RolloutWorker().evaluate(call, Weights(0, learner.weights()))
-    first, second = (rows["score"][rows["shot"] == shot].mean() for shot in range(2))
+    first, second = (rows["score"][rows["adaptation_step"] == step].mean() for step in range(2))
     assert second > 0.5
     assert first < 0.4

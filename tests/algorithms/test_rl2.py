@@ -54,7 +54,7 @@ def test_a_trial_is_all_its_episodes_in_one_sequence():
     assert rollout.num_steps == 15
     assert rollout.reset_state[0].all()
     assert not rollout.reset_state[1:].any()
-    np.testing.assert_array_equal(np.bincount(report.episodes["shot"]), [6, 6, 6])
+    np.testing.assert_array_equal(np.bincount(report.episodes["adaptation_step"]), [6, 6, 6])
 
 
 def test_advantages_run_through_the_ends_of_episodes():
@@ -110,8 +110,8 @@ def test_evaluation_plays_the_episodes_of_a_trial_and_calls_them_shots():
     tasks = tuple(learner.algorithm.distribution.sample(np.random.default_rng(0), 4, "test"))
     call = EvaluateCall(spec, tasks, 0, 0, True, 0)
     rows = RolloutWorker().evaluate(call, Weights(0, learner.weights()))
-    played = sorted(zip(rows["task_id"], rows["shot"], strict=True))
-    assert played == sorted((task.id, shot) for task in tasks for shot in range(3))
+    played = sorted(zip(rows["task_id"], rows["adaptation_step"], strict=True))
+    assert played == sorted((task.id, step) for task in tasks for step in range(3))
 
 
 def test_advantages_are_those_of_the_losses_module():

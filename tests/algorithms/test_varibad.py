@@ -302,7 +302,7 @@ def test_varibad_searches_the_grid_better_than_it_began():
         rows = RolloutWorker().evaluate(
             EvaluateCall(learner.spec, tasks, 0, 0, True, 0), Weights(0, learner.weights())
         )
-        returns.append([rows["return"][rows["shot"] == shot].mean() for shot in (0, 1)])
+        returns.append([rows["return"][rows["adaptation_step"] == step].mean() for step in (0, 1)])
     first, second = np.median(returns, 0)
     assert first > 2.5
     assert second > 4.5

@@ -103,7 +103,7 @@ def test_every_step_of_training_is_in_the_episodes_of_its_tasks(finished):
 def test_fine_tuning_is_told_before_every_update_and_after_the_last(finished):
     episodes = dmrl_ray.load(finished[0])
     tuned = episodes[episodes["stage"] == "tuned"]
-    assert tuned.groupby(["job", "shot"]).size().tolist() == [20] * 6
+    assert tuned.groupby(["job", "adaptation_step"]).size().tolist() == [20] * 6
     assert (tuned.groupby("job")["task_id"].nunique() == 1).all()
     assert set(tuned["split"]) == {"test"}
     assert tuned["score"].notna().all()
@@ -214,7 +214,7 @@ def test_our_player_acts_as_rllibs_own_runner_does(algorithm, tasks):
     episode = runner.sample(num_episodes=1, explore=False, force_reset=True)[0]
     rewards = np.asarray(episode.get_rewards()).reshape(len(rows["return"]), 5)
     assert rows["return"] == pytest.approx(rewards.sum(1), rel=1e-4)
-    assert rows["shot"].tolist() == list(range(len(rewards)))
+    assert rows["adaptation_step"].tolist() == list(range(len(rewards)))
     made.close()
 
 

@@ -42,7 +42,7 @@ def test_a_run_with_workers_samples_fine_tunes_and_plays_in_them(tmp_path):
     assert len(training) * 5 >= 400
     assert training["task_id"].is_unique  # Two samplers never share a stream.
     tuned = episodes[episodes["stage"] == "tuned"]
-    assert tuned.groupby(["job", "shot"]).size().tolist() == [40] * 6
+    assert tuned.groupby(["job", "adaptation_step"]).size().tolist() == [40] * 6
     assert len(episodes[episodes["stage"] == "held_out"]) == 4
     assert verify(folder) == []
 
