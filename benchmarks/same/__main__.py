@@ -15,6 +15,7 @@ the last bits differ between processors. Exits with 1 where something differs.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import subprocess
@@ -42,14 +43,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old", help="folder of a checkout, or a revision of this repository")
     parser.add_argument("new", help="likewise")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the cases, these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of all cases, such as 'rl2*'")
     parser.add_argument("--all", action="store_true", help="also Ray, resuming and gymnasium")
     options = parser.parse_args()
     cases = plan(options.all or bool(options.only))
-    if unknown := set(options.only or ()) - cases.keys():
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(cases)}")
+    for name in options.only or ():
+        if not fnmatch.filter(cases, name):
+            parser.error(f"--only: no case {name!r}; there are: {', '.join(cases)}")
     if options.only:
-        cases = {name: cases[name] for name in options.only}
+        cases = {n: c for n, c in cases.items() if any(fnmatch.fnmatch(n, o) for o in options.only)}
     start = time.monotonic()
     with ExitStack() as stack:
         roots = [stack.enter_context(checkout(side)) for side in (options.old, options.new)]
@@ -76,45 +78,60 @@ def same(old: Path, new: Path, cases: Plan) -> Found:
     found = Found()
     with tempfile.TemporaryDirectory(prefix="same-") as temporary:
         folders = [Path(temporary) / side for side in ("old", "new")]
-        file = Path(temporary) / "plan.json"
-        file.write_text(json.dumps(cases))
-        running = [begin(root, file, f) for root, f in zip((old, new), folders, strict=True)]
-        for root, process in zip((old, new), running, strict=True):
-            _, errors = process.communicate()
-            if process.returncode:
-                raise SystemExit(f"{root}: the runs ended with {process.returncode}\n{errors}")
+        run_both([old, new], folders, cases)
         for name in cases:
-            tell(name, *(json.loads((f / f"{name}.json").read_text()) for f in folders), found)
-            with np.load(folders[0] / f"{name}.npz") as a, np.load(folders[1] / f"{name}.npz") as b:
-                compare(name, dict(a), dict(b), found)
+            facts = [json.loads((folder / f"{name}.json").read_text()) for folder in folders]
+            if lines := list(failures(*facts)):
+                found.lines[name] = lines
+            if not any(fact["error"] for fact in facts):
+                sides = [dict(np.load(folder / f"{name}.npz")) for folder in folders]
+                compare(name, *sides, found)
     return found
 
 
+def run_both(roots: list[Path], folders: list[Path], cases: Plan) -> None:
+    """Run the cases by both checkouts, side by side."""
+    plan_file = folders[0].with_name("plan.json")
+    plan_file.write_text(json.dumps(cases))
+    running = []
+    try:
+        for root, folder in zip(roots, folders, strict=True):
+            folder.mkdir()
+            running.append(begin(root, plan_file, folder))
+        for root, process in zip(roots, running, strict=True):
+            _, errors = process.communicate()
+            if process.returncode:
+                raise SystemExit(f"{root}: the runs ended with {process.returncode}\n{errors}")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 def begin(root: Path, plan_file: Path, folder: Path) -> subprocess.Popen[str]:
-    """Start the runs of one side."""
-    folder.mkdir()
+    """Start the runs of one side, which are not to hear of Ctrl+C: they would commit and go on."""
     return subprocess.Popen(
         [sys.executable, "-P", SIDE, plan_file, folder],
         cwd=root,
         env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(root)},
+        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def tell(name: str, old: dict[str, Any], new: dict[str, Any], found: Found) -> None:
-    """Add stages that one side refuses, and failures."""
-    lines = []
+def failures(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """Stages that a side refuses, and what went wrong."""
+    sides = {"OLD": old, "NEW": new}
     for stage in dict.fromkeys([*old["refused"], *new["refused"]]):
-        sides = [s for s, facts in (("OLD", old), ("NEW", new)) if stage in facts["refused"]]
-        reason = (new if "NEW" in sides else old)["refused"][stage]
-        lines.append(f"stage {stage}: refused by {' and '.join(sides)}: {reason}")
-    for side, facts in (("OLD", old), ("NEW", new)):
+        reasons = {
+            s: facts["refused"][stage] for s, facts in sides.items() if stage in facts["refused"]
+        }
+        yield f"stage {stage}: refused by {' and '.join(reasons)}: {[*reasons.values()][-1]}"
+    for side, facts in sides.items():
         if facts["error"]:
-            lines.append(f"{side} failed: {facts['error'].strip()}")
-    if lines:
-        found.lines[name] = lines
+            yield f"{side} failed: {facts['error'].strip()}"
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
 
-SHOWN = 12
-"""Lines of one case; the others are counted."""
+SHOWN = 4
+"""Arrays told of one checkpoint file, or columns of one stage of a table; the rest is counted."""
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Found:
 
     Attributes:
         lines: what differs, by case.
-        only: columns, metrics and tables that one side has and the other does not, by side; they
-            are listed and do not count.
+        only: columns and metrics that one side has and the other does not, by side; they are
+            listed and do not count.
         compared: arrays that both sides have.
     """
 
@@ -32,80 +32,76 @@ class Found:
         """All of it as text."""
         parts = [f"only in {side}: {', '.join(sorted(n))}" for side, n in self.only.items() if n]
         for case, lines in self.lines.items():
-            rest = len(lines) - SHOWN
-            parts += [case, *(f"    {line}" for line in lines[:SHOWN])]
-            parts += [f"    and {rest} more"] if rest > 0 else []
-        differing = len(self.lines)
-        return "\n".join(
-            [*parts, f"{self.compared} arrays compared; cases that differ: {differing}"]
-        )
+            parts += [case, *(f"    {line}" for line in lines)]
+        differing = f"cases that differ: {len(self.lines)}"
+        return "\n".join([*parts, f"{self.compared} arrays compared; {differing}"])
 
 
 def compare(case: str, old: Arrays, new: Arrays, found: Found) -> None:
-    """Add to `found` what differs between the two sides of a case."""
-    lines = []
-    for group, names in _grouped(old.keys() | new.keys()).items():
-        here = {
-            "OLD": [n for n in names if n not in new],
-            "NEW": [n for n in names if n not in old],
-        }
+    """Add to `found` what differs between the two sides of a case, in the order of the run."""
+    told: dict[str, list[str]] = {}
+    for group, names in _grouped({**old, **new}).items():
         both = [name for name in names if name in old and name in new]
         found.compared += len(both)
-        for side, missing in here.items():
-            columns = [n for n in missing if not n.startswith("weights/") and both]
-            found.only[side] |= {_without_stage(n) for n in columns}
-            counted = [n for n in missing if n not in columns]
-            if counted:
-                lines.append(f"{group}: only in {side}: {_listed(counted, group)}")
-        lines += _differing(group, {n: old[n] for n in both}, {n: new[n] for n in both})
-    if lines:
-        found.lines[case] = found.lines.get(case, []) + lines
+        here = [
+            *_on_one_side(group, names, {"OLD": old, "NEW": new}, found),
+            *_differing(group, {n: old[n] for n in both}, {n: new[n] for n in both}),
+        ]
+        heading = "/".join(group.split("/")[:2])
+        told.setdefault(heading, []).extend(text.removeprefix(heading + "/") for text in here)
+    for heading, texts in told.items():
+        if texts:
+            rest = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+            line = f"{heading}: {'; '.join([*texts[:SHOWN], *rest])}"
+            found.lines.setdefault(case, []).append(line)
 
 
-def _grouped(names: set[str]) -> dict[str, list[str]]:
-    """Names by checkpoint file, or by table, stage and metric: all but the last part."""
+def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by what has rows in common: a table's stage or metric; or by checkpoint file."""
     groups: dict[str, list[str]] = {}
-    for name in sorted(names):
+    for name in names:
         depth = 2 if name.startswith("weights/") else name.count("/")
         groups.setdefault("/".join(name.split("/")[:depth]), []).append(name)
     return groups
 
 
-def _without_stage(name: str) -> str:
-    parts = name.split("/")
-    return f"{parts[0]}.{parts[-1]}"
-
-
-def _listed(names: list[str], group: str) -> str:
-    return ", ".join(name.removeprefix(group + "/") for name in names)
+def _on_one_side(
+    group: str, names: list[str], sides: Mapping[str, Arrays], found: Found
+) -> Iterator[str]:
+    """What one side lacks: columns and metrics are put into `found`, the rest is told."""
+    for side, arrays in sides.items():
+        alone = [n for n in names if n in arrays and any(n not in s for s in sides.values())]
+        table, *where = group.split("/")
+        if table == "metrics" and len(alone) == len(names):
+            found.only[side] |= {f"metric {'/'.join(where[1:])}"}
+        elif table != "weights" and len(alone) < len(names):
+            found.only[side] |= {f"{table}.{name.split('/')[-1]}" for name in alone}
+        elif len(alone) == len(names):
+            yield f"{group}/only in {side}"
+        else:
+            yield from (f"{name} only in {side}" for name in alone)
 
 
 def _differing(group: str, old: Arrays, new: Arrays) -> Iterator[str]:
-    """A line for each array of a group that differs, or one for all where that tells it."""
+    """A text for each array of a group that differs, or one for all where that tells it."""
     names = [name for name in old if not identical(old[name], new[name])]
-    table = not group.startswith("weights/")
-    if not names:
-        return
-    rows = [{len(a) for a in side.values()} for side in (old, new)]
-    if table and "transitions" not in group and rows[0] != rows[1]:
-        counts = [" or ".join(map(str, sorted(r))) for r in rows]
-        yield f"{group}: {counts[0]} rows in OLD, {counts[1]} in NEW"
-        return
-    if table and _sorted_identical(old, new):
-        yield f"{group}: the same rows in another order"
-        return
+    if names and not group.startswith("weights/"):
+        rows = [len(next(iter(side.values()))) for side in (old, new)]
+        if rows[0] != rows[1]:
+            yield f"{group}/{rows[0]} rows in OLD and {rows[1]} in NEW"
+            return
+        if all(map(identical, _in_order(old), _in_order(new))):
+            yield f"{group}/the same rows in another order"
+            return
     for name in names:
-        yield f"{name}: {size_of(old[name], new[name])}"
+        yield f"{name} {size_of(old[name], new[name])}"
 
 
-def _sorted_identical(old: Arrays, new: Arrays) -> bool:
-    if len({len(a) for side in (old, new) for a in side.values()}) != 1:
-        return False
-    sides = []
-    for side in (old, new):
-        order = np.lexsort(list(side.values()))
-        sides.append([array[order] for array in side.values()])
-    return all(identical(a, b) for a, b in zip(*sides, strict=True))
+def _in_order(columns: Arrays) -> list[np.ndarray]:
+    """The columns of a table, its rows sorted by all of them."""
+    flat = [part for column in columns.values() for part in column.reshape(len(column), -1).T]
+    order = np.lexsort(flat)
+    return [column[order] for column in flat]
 
 
 def identical(old: np.ndarray, new: np.ndarray) -> bool:
@@ -118,20 +114,20 @@ def identical(old: np.ndarray, new: np.ndarray) -> bool:
 def size_of(old: np.ndarray, new: np.ndarray) -> str:
     """How much two arrays differ, in words."""
     if old.shape != new.shape:
-        return f"shape {old.shape} in OLD, {new.shape} in NEW"
-    if old.dtype != new.dtype and "U" in (old.dtype.kind, new.dtype.kind):
-        return f"{old.dtype} in OLD, {new.dtype} in NEW"
-    differs = (old != new) & ~(_nan(old) & _nan(new))
-    share = f"{int(differs.sum())} of {differs.size}"
+        return f"has shape {old.shape} in OLD, {new.shape} in NEW"
+    text = [array.dtype.kind == "U" for array in (old, new)]
+    differs = (old != new) & ~(_nan(old) & _nan(new)) if text[0] == text[1] else np.empty(0)
     if not differs.any():
-        return f"{old.dtype} in OLD, {new.dtype} in NEW" if old.dtype != new.dtype else "signs of 0"
-    if old.dtype.kind == "U":
-        first = np.flatnonzero(differs.ravel())[0]
-        a, b = str(old.ravel()[first]), str(new.ravel()[first])
-        return f"{share} differ, first {_short(a)} in OLD, {_short(b)} in NEW"
-    distance = np.abs(old.astype(float) - new.astype(float))[differs]
-    scale = np.abs(np.where(_nan(old), 0, old)).max()
-    return f"{share} differ, by up to {np.nanmax(distance):.3g} (largest value {scale:.3g})"
+        kinds = f"is {old.dtype} in OLD, {new.dtype} in NEW"
+        return kinds if old.dtype != new.dtype else "has other signs of 0 or bits of NaN"
+    share = f"in {int(differs.sum())} of {differs.size}"
+    if all(text):
+        a, b = str(old[differs][0]), str(new[differs][0])
+        return f"{share}, first {_short(a)} in OLD, {_short(b)} in NEW"
+    distance = np.abs(old[differs].astype(float) - new[differs].astype(float))
+    if np.isnan(distance).any():
+        return f"{share}, NaN on one side"
+    return f"by up to {distance.max():.2g} {share}"
 
 
 def _nan(array: np.ndarray) -> np.ndarray:

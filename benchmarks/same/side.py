@@ -93,10 +93,9 @@ def main() -> None:
         run_folder = folder / name / "run"
         try:
             play(case, run_folder, facts["refused"])
+            np.savez(folder / f"{name}.npz", **dict(renamed(collected(run_folder))))
         except Exception:  # Reported as a difference; the other cases go on.
             facts["error"] = traceback.format_exc(limit=-3)
-        arrays = dict(renamed(collected(run_folder))) if run_folder.exists() else {}
-        np.savez(folder / f"{name}.npz", **arrays)
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
@@ -160,6 +159,9 @@ class Stopping(Display):
         if self.stops and self.updates == 2:
             signal.raise_signal(signal.SIGTERM)
 
+    def begin_again(self) -> None:
+        self.updates = 0
+
 
 def run_to_the_end(config: RunConfig, folder: Path, display: Stopping) -> None:
     """Run, and resume as often as the run was stopped."""
@@ -167,13 +169,13 @@ def run_to_the_end(config: RunConfig, folder: Path, display: Stopping) -> None:
         controller.run(config, folder, display=display)
         return
     except Interrupted:
-        display.updates = 0
+        display.begin_again()
     while True:
         try:
             controller.resume(folder, display=display)
             return
         except Interrupted:
-            display.updates = 0
+            display.begin_again()
 
 
 def collected(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -215,15 +217,16 @@ def _without_seconds(detail: str) -> str:
 
 
 def _array(column: pd.Series) -> np.ndarray:
-    """A column as plain numbers or text; vectors flat, each behind its length."""
+    """A column as plain numbers or text; a row for each of its rows."""
     if column.dtype == "boolean":
         return column.astype("Int8").fillna(-1).to_numpy(np.int8)
     values = column.to_numpy()
     if values.dtype != object:
         return values
-    if any(isinstance(value, np.ndarray) for value in values):
-        vectors = [np.zeros(0) if value is None else value for value in values]
-        return np.concatenate([np.append(len(v), v).astype(np.float64) for v in vectors])
+    sizes = {len(value) for value in values if isinstance(value, np.ndarray)}
+    if sizes:
+        missing = np.full(max(sizes), np.nan)
+        return np.stack([missing if value is None else value for value in values])
     return np.array(["" if value is None else str(value) for value in values], dtype=str)
 
 
