@@ -210,9 +210,9 @@ class ActorCritic(nn.Module):
 
     def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
         """Take a rollout's statistics in; called by the learner after its gradient steps."""
-        self.update_obs_norm(rollout.obs[:-1].flatten(0, 1))
+        self.update_obs_norm(rollout.counted(rollout.obs[:-1]))
         if value_target is not None:
-            self.update_value_norm(value_target.flatten())
+            self.update_value_norm(rollout.counted(value_target))
 
     @torch.no_grad()
     def update_value_norm(self, target: Tensor) -> None:

@@ -21,7 +21,7 @@ from dmrl_ray.errors import Interrupted
 from dmrl_ray.faults import sample
 from dmrl_ray.learner import LocalLearners
 from dmrl_ray.recording import Steps
-from dmrl_ray.spec import JobSpec, load_family
+from dmrl_ray.spec import JobSpec, Weights, load_family
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
 from dmrl_ray.worker import LocalWorkers
@@ -131,7 +131,7 @@ class Run:
             },
         )
 
-    def add_episodes(self, spec: JobSpec, policy_version: int, rows: Columns) -> None:
+    def add_episodes(self, spec: JobSpec, rows: Columns) -> None:
         """Rows of the episodes table."""
         if len(rows["return"]) == 0:
             return
@@ -148,7 +148,6 @@ class Run:
                 "job": spec.name,
                 "algorithm": spec.algorithm_name,
                 "seed": spec.seed,
-                "policy_version": policy_version,
             },
         )
 
@@ -183,6 +182,15 @@ class Run:
         """Write a checkpoint file, in use from the next commit on."""
         self.files[name] = self.writer.save(name, arrays)
 
+    def save_policy(self, name: str, weights: Arrays, version: int) -> None:
+        """Write a policy's weights, after `version` updates of it."""
+        self.save(name, weights)
+        self.state["versions"][name] = version
+
+    def load_policy(self, name: str) -> Weights:
+        """A policy of the newest commit, with the updates that made it."""
+        return Weights(self.state["versions"].get(name, 0), self.load(name))
+
     def drop(self, prefix: str) -> None:
         """Stop using the checkpoint files whose names begin so."""
         self.files = {k: v for k, v in self.files.items() if not k.startswith(prefix)}
@@ -201,7 +209,7 @@ class Run:
         """Back to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
-        self.state = {"done": [], "job": None}
+        self.state = {"done": [], "job": None, "versions": {}}
         if committed is not None:
             self.state = json.loads(json.dumps(committed))
         self.files = dict(self.writer.files)

@@ -68,7 +68,9 @@ class RolloutWorker:
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, program.distribution, scored=spec.split != "train")
+        episodes = episode_rows(
+            rows, program.distribution, weights.version, scored=spec.split != "train"
+        )
         every = columns * spec.rollout.shards
         episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
         episodes["trial"] = np.full(len(rows["step"]), iteration)
@@ -123,8 +125,7 @@ class RolloutWorker:
         stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         trial = algorithm.evaluate(sampler, list(call.tasks))
-        count = algorithm.evaluation_episodes
-        return evaluation_rows(sampler, episodes=count, trial=call.trial), trial
+        return evaluation_rows(sampler, trial=call.trial), trial
 
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, np.ndarray, np.ndarray]:
         """Meet streams of changing tasks.
@@ -143,7 +144,7 @@ class RolloutWorker:
         sampler.start(stream, weights.version, greedy=settings.optimizer == "none")
         rewards = live_through(algorithm, sampler, call.streams, settings)
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, program.distribution, scored=True)
+        episodes = episode_rows(rows, family, weights.version, scored=True)
         per_change = settings.episodes_per_task * family.max_episode_steps
         since = (rows["step"].astype(np.int64) - 1) % per_change
         episodes["adaptation_step"] = since // family.max_episode_steps
