@@ -39,7 +39,7 @@ class BatchConfig(Algorithm.Config):
     """Weight of the entropy bonus."""
 
     anneal_entropy: bool = False
-    """Lower that weight linearly to zero over the budget."""
+    """Lower that weight linearly over the budget, as `anneal_lr` does the step size."""
 
     value_coef: float = Field(default=0.5, ge=0)
     """Weight of the value loss, in units of normalised returns."""
