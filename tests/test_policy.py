@@ -113,6 +113,28 @@ def test_a_constant_input_becomes_zero(value):
     assert (norm.normalize(torch.full((3, 2), value)) == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_do_not_enter_a_norm(shape, bad):
+    norm, expected = RunningNorm(shape), RunningNorm(shape)
+    batch = torch.randn(20, *shape) * 3 + 5
+    poisoned = torch.cat([batch, batch[:1]])
+    poisoned[-1:].flatten()[:1] = bad
+    norm.update(torch.full_like(batch, bad))
+    norm.update(poisoned)
+    expected.update(batch)
+    for found, wanted in zip(norm.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_largest_numbers_leave_a_norm_finite():
+    norm = RunningNorm(())
+    for _ in range(3):
+        norm.update(torch.tensor([-3e38, 3e38]))
+    assert torch.isfinite(norm.std)
+    assert torch.isfinite(norm.normalize(torch.tensor([0.0, 3e38]))).all()
+
+
 def test_a_norm_that_saw_nothing_changes_nothing():
     x = torch.randn(5, 2)
     torch.testing.assert_close(RunningNorm((2,)).normalize(x), x)
