@@ -148,9 +148,22 @@ def test_normalised_values_make_the_round_trip():
     torch.testing.assert_close(back, value, rtol=1e-4, atol=1e-2)
 
 
-def test_far_outliers_are_cut():
-    norm = RunningNorm(())
-    assert norm.normalize(torch.tensor([-1e9, 1e9])).tolist() == [-10, 10]
+def test_far_observations_are_clipped():
+    policy = make_policy()
+    obs = torch.tensor([-1e9, 0.5, 1e9])
+    assert policy.scale(obs).tolist() == [-10, 0.5, 10]
+
+
+def test_a_rare_value_target_is_not_clipped():
+    # One of 2,000 steps is worth 1: mean 0.0005, deviation sqrt(0.0005 * 0.9995) = 0.02235, so
+    # that it lies 44.7 deviations away. Clipped at 10 it would be 0.224.
+    policy = make_policy()
+    target = torch.zeros(2000)
+    target[7] = 1
+    policy.value_norm.update(target)
+    scaled = policy.normalize_value(target)
+    assert scaled[7].item() == pytest.approx(44.7, abs=0.05)
+    assert policy.denormalize_value(scaled)[7].item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,9 @@ class RunningNorm(nn.Module):
         self.mean.lerp_(mean.to(self.mean.dtype), weight)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """To about unit scale, cut at 10 standard deviations."""
-        return ((x - self.mean) / self.std).clamp(-10.0, 10.0)
+        """In standard deviations from the mean."""
+        return (x - self.mean) / self.std
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """Inverse of `normalize` within its bounds."""
+        """Inverse of `normalize`."""
         return x * self.std + self.mean
