@@ -92,7 +92,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             progress.env_steps += size
             done = progress.env_steps >= stage.env_steps
             with _timed(spent, "time/learner_call_s"):
-                metrics = learners.update(progress.env_steps, [c[1] for c in collected])
+                metrics = learners.update(progress.env_steps - size, [c[1] for c in collected])
             metrics["policy_lag"] = float(progress.updates - version)
             progress.updates += 1
             metrics |= {"time/learner_wait_s": waited, **spent}

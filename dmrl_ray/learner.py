@@ -58,6 +58,11 @@ class Learner:
     def update(self, version: int, env_steps: int, trials: list[Trial]) -> dict[str, float]:
         """Improve the policy from one iteration's trials, given in order of their shards.
 
+        Args:
+            version: updates before this one.
+            env_steps: of the job, before this iteration.
+            trials: one of each shard.
+
         Raises:
             NumericalError: several updates in a row had no finite gradient.
         """
@@ -66,7 +71,7 @@ class Learner:
         trial = [rollout.map(self._to_device) for rollout in join_shards(trials)]
         algorithm = self.algorithm
         algorithm.rng = random_stream(self.spec.seed, *self.spec.key, "update", version)
-        algorithm.progress = min(1.0, env_steps / max(1, self.spec.env_steps))
+        algorithm.progress = self.spec.spent(version, env_steps)
         skipped = algorithm.skipped_batches
         # Dropout draws from torch's own stream.
         noise = random_stream(self.spec.seed, *self.spec.key, "noise", version)

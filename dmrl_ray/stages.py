@@ -66,6 +66,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         algorithm=algorithm or config.algorithm,
         rollout=rollout,
         env_steps=getattr(stage, "env_steps", 0),
+        updates=getattr(stage, "updates", 0),
         trainable=getattr(stage, "trainable", ("",)),
         learner_threads=settled(config.learners.threads),
         precision=config.learners.precision,

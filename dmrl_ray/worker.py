@@ -62,7 +62,7 @@ class RolloutWorker:
         sampler.start(
             random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
         )
-        algorithm.progress = min(1.0, call.env_steps / max(1, spec.env_steps))
+        algorithm.progress = spec.spent(iteration, call.env_steps)
         continued = spec.record and algorithm.continues_episodes
         open_before = sampler.episodes.open() if continued else None
         trial = algorithm.collect(sampler, tasks)
@@ -189,9 +189,9 @@ class RolloutWorker:
             parts.append(report.episodes)
             if report.steps is not None:
                 steps.append({**report.steps, "adaptation_step": iteration})
-            env_steps += report.env_steps
             if iteration < updates:
                 learner.update(iteration, env_steps, [trial])
+            env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
         return rows, learner.weights(), steps

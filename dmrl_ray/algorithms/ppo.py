@@ -40,7 +40,7 @@ class BatchConfig(Algorithm.Config):
     """Weight of the entropy bonus."""
 
     anneal_entropy: bool = False
-    """Lower that weight linearly to zero over the budget."""
+    """Lower that weight linearly over the budget, as `anneal_lr` does the step size."""
 
     value_coef: float = Field(default=0.5, ge=0)
     """Weight of the value loss, in units of normalised returns."""
@@ -113,13 +113,15 @@ class PPO(Algorithm):
 
     def update(self, trial: Trial) -> dict[str, float]:
         (rollout,) = trial
+        target = rollout.value_target
+        first = self.policy.begin_value_norm(target)
         batch = self._batch(rollout)
         skipped = self.skipped_batches
         metrics = step_through(
             self, batch, self._loss, epochs=self.epochs, minibatches=self.config.minibatches
         )
         if self.skipped_batches == skipped:  # else the targets may not be finite either
-            self.policy.update_norms(rollout, rollout.value_target)
+            self.policy.update_norms(rollout, None if first else target)
         return metrics
 
     def _batch(self, rollout: Rollout) -> dict[str, Tensor]:
