@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dmrl_ray import controller
 from dmrl_ray.display import Display
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.results import load
+from dmrl_ray.tasks import make_tasks
 from dmrl_ray.yaml_config import parse_config
 
 CONFIG = """
@@ -29,6 +31,16 @@ class Titled(GridNav):
     def sample(self, rng, n, split):
         tasks = super().sample(rng, n, split)
         return [replace(task, id=f'"goal" №{task.params["goal"]:g}/\n') for task in tasks]
+
+
+def test_a_task_is_called_by_its_family_and_parameters_alone():
+    params = {"length": np.array([0.5, 1.0]), "place": np.array([[1.0, 2.0], [1.0, 2.0]])}
+    train, test = (make_tasks("pole", split, params) for split in ("train", "test"))
+    assert [task.id for task in train] == [task.id for task in test]
+    assert [task.split for task in train + test] == ["train", "train", "test", "test"]
+    renamed = {"masspole": params["length"], "place": params["place"]}
+    others = make_tasks("cart", "train", params) + make_tasks("pole", "train", renamed)
+    assert len({task.id for task in train + others}) == 6
 
 
 def play(folder, *settings):
