@@ -106,10 +106,13 @@ class Run:
             self._workers = None
 
     def tasks(self, split: Split, n: int) -> list[Task]:
-        """The first n evaluation tasks of a split: the same in every stage and every run's seed."""
+        """The first n evaluation tasks of a split: the same in every stage, and for every seed.
+
+        A task that is drawn twice is there twice.
+        """
         tasks: list[Task] = []
         for block in range((n + TASK_BLOCK - 1) // TASK_BLOCK):
-            stream = random_stream(self.config.seed, "evaluation tasks", split, block)
+            stream = random_stream(self.config.evaluation_seed, "evaluation tasks", split, block)
             tasks += sample(self.distribution, stream, TASK_BLOCK, split)
         self.add_tasks(tasks[:n])
         return tasks[:n]

@@ -55,3 +55,16 @@ def test_a_task_is_fine_tuned_to_whatever_its_id(family, tmp_path):
     tuned = load(folder).query("stage == 'tuned'")
     assert set(tuned["job"]) == {"tuned.0000", "tuned.0001"}
     assert list((folder / "checkpoints").glob("tuned.0001-*.safetensors"))
+
+
+def test_every_seed_of_a_study_is_validated_and_evaluated_on_the_same_tasks(tmp_path):
+    end = "stages.end={type: evaluate, init_from: train, tasks: 3}"
+    settings = ("tasks=bandit", "algorithm.num_steps=10", end)
+    drawn = [
+        load(play(tmp_path / str(i), *settings, *changes), "tasks").query("split != 'train'")
+        for i, changes in enumerate([[], ["seed=1"], ["seed=1", "evaluation_seed=1"]])
+    ]
+    ids = [frame.groupby("split")["task_id"].agg(list) for frame in drawn]
+    assert ids[0].to_dict() == ids[1].to_dict()
+    assert not set(drawn[1]["task_id"]) & set(drawn[2]["task_id"])
+    assert len(drawn[0]) == 2 + 3
