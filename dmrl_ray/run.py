@@ -106,17 +106,21 @@ class Run:
             self._workers = None
 
     def tasks(self, split: Split, n: int) -> list[Task]:
-        """The first n evaluation tasks of a split: the same in every stage and every run's seed."""
+        """The first n evaluation tasks of a split: the same in every stage, and for every seed.
+
+        A task that is drawn twice is there twice.
+        """
         tasks: list[Task] = []
         for block in range((n + TASK_BLOCK - 1) // TASK_BLOCK):
-            stream = random_stream(self.config.seed, "evaluation tasks", split, block)
+            stream = random_stream(self.config.evaluation_seed, "evaluation tasks", split, block)
             tasks += sample(self.distribution, stream, TASK_BLOCK, split)
         self.add_tasks(tasks[:n])
         return tasks[:n]
 
     def add_tasks(self, tasks: Iterable[Task]) -> None:
         """Rows of the tasks table, for those not in it yet."""
-        fresh = {task.id: task for task in tasks if task.id not in self._known_tasks}
+        named = {(task.id, task.split): task for task in tasks}
+        fresh = {name: task for name, task in named.items() if name not in self._known_tasks}
         if not fresh:
             return
         self._known_tasks |= fresh.keys()
@@ -213,10 +217,10 @@ class Run:
         if committed is not None:
             self.state = json.loads(json.dumps(committed))
         self.files = dict(self.writer.files)
-        self._known_tasks: set[str] = {
-            task_id
+        self._known_tasks: set[tuple[str, str]] = {
+            (row["task_id"], row["split"])
             for part in sorted((self.writer.folder / "tasks").glob("part-*.parquet"))
-            for task_id in pq.read_table(part, columns=["task_id"])["task_id"].to_pylist()
+            for row in pq.read_table(part, columns=["task_id", "split"]).to_pylist()
         }
 
     def tick(self, snapshot: Callable[[], None]) -> None:

@@ -139,11 +139,12 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
 def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
     """The job that specialises to one task, on one thread, in one shard.
 
-    It is named by its number too: small families draw the same task more than once.
+    It is named by its number: a task's id may be any text, which could not name a file, and small
+    families draw the same task more than once.
     """
     return replace(
         spec,
-        name=f"{spec.stage}.{number:04d}.{task.id}",
+        name=f"{spec.stage}.{number:04d}",
         fixed_tasks=(task,),
         split=task.split,
         rollout=spec.rollout.model_copy(update={"shards": 1}),

@@ -34,9 +34,10 @@ class Task:
     """One MDP of a family.
 
     Args:
-        id: unique within the run, and stable: the same parameters have the same id.
+        id: of the family and the parameters, so that the same task has the same id everywhere,
+            whatever its split.
         family: name of the task family.
-        split: which of the disjoint parts of the family it belongs to.
+        split: what it was drawn for; families whose splits overlap draw a task for several.
         params: what the family's environment needs to become this task; numbers and arrays only.
     """
 
