@@ -1,0 +1,1 @@
+"""Whether two checkouts give the same runs, bit for bit."""

@@ -1,0 +1,242 @@
+"""What each side runs: this one file, of the newer checkout, so that the older needs none like it.
+
+    python -P side.py PLAN FOLDER          with a checkout as working directory and PYTHONPATH
+
+PLAN is a JSON file ``{case: {config, stops}}``. FOLDER gets ``CASE.npz``, the arrays of the run by
+name, and ``CASE.json``, which stages were refused and how it failed. Names of arrays:
+
+    weights/trained.best/encoder.0.weight      a checkpoint file and what it holds; also of learners
+                                               and shards: optimisers, replays, random states
+    episodes/held_out/return                   a column of a table, in one stage
+    metrics/trained/policy_loss/value          likewise, of one metric
+
+It writes the newer names; this is the one table of the older ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+import yaml
+
+import dmrl_ray
+from dmrl_ray import controller
+from dmrl_ray.config import RunConfig
+from dmrl_ray.display import Display
+from dmrl_ray.errors import ConfigError, Interrupted
+from dmrl_ray.results import load
+from dmrl_ray.yaml_config import parse_config
+
+Settings = dict[str, Any]
+
+
+def _algorithms(config: Settings) -> Iterator[Settings]:
+    for section in (config, *config["stages"].values()):
+        if isinstance(section.get("algorithm"), dict):
+            yield section["algorithm"]
+
+
+def _steps_per_shot(config: Settings) -> None:
+    for algorithm in _algorithms(config):
+        if "steps_per_adaptation" in algorithm:
+            algorithm["steps_per_shot"] = algorithm.pop("steps_per_adaptation")
+
+
+def _by(config: Settings) -> None:
+    for stage in config["stages"].values():
+        by = stage.pop("by", None)
+        if isinstance(by, dict):
+            by = {name: value for name, value in by.items() if name not in ("type", "weight_decay")}
+            stage["episodes_per_update"] = by.pop("episodes", 1)
+            stage |= by
+
+
+def _change(config: Settings) -> None:
+    for stage in config["stages"].values():
+        stage.pop("change", None)
+
+
+OLD_SETTINGS: list[Callable[[Settings], None]] = [_steps_per_shot, _by, _change]
+"""Each gives a config the older names, in place; used by a checkout that refuses the newer ones."""
+
+OLD_COLUMNS = {"shot": "adaptation_step"}
+"""Columns of tables, older to newer."""
+
+OLD_ARRAYS: list[tuple[str, str]] = [
+    # Jobs that specialise to a task are named by its number and its id; ids may change.
+    (r"(\.\d{4})\.[^/]+", r"\1"),
+]
+"""Names of arrays, by regular expression, older to newer."""
+
+LEFT_OUT = {"time", "run_id"}
+"""Columns that differ between any two runs."""
+
+
+def main() -> None:
+    """Run the cases of a plan, one after the other."""
+    plan, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    root = Path(dmrl_ray.__file__).parents[1]
+    assert root == Path.cwd(), f"imported {root} instead of {Path.cwd()}"
+    for name, case in json.loads(plan.read_text()).items():
+        facts: Settings = {"refused": {}, "error": None}
+        run_folder = folder / name / "run"
+        try:
+            play(case, run_folder, facts["refused"])
+            np.savez(folder / f"{name}.npz", **dict(renamed(collected(run_folder))))
+        except Exception:  # Reported as a difference; the other cases go on.
+            facts["error"] = traceback.format_exc(limit=-3)
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+
+
+def play(case: Settings, folder: Path, refused: dict[str, str]) -> None:
+    """Run a config without the stages that this checkout refuses, which are put into `refused`."""
+    config = copy.deepcopy(case["config"])
+    while config["stages"]:
+        try:
+            run_to_the_end(understood(config), folder, Stopping(case["stops"]))
+            return
+        except ConfigError as error:
+            stage = re.search(r"stages\.([\w-]+)", str(error))
+            if folder.exists() or stage is None or stage[1] not in config["stages"]:
+                raise
+            _refuse(config["stages"], stage[1], str(error).splitlines()[0], refused)
+
+
+def _refuse(stages: Settings, name: str, reason: str, refused: dict[str, str]) -> None:
+    """Take a stage away, and those that need it."""
+    refused[name] = reason
+    del stages[name]
+    for other, stage in list(stages.items()):
+        data = (stage.get("algorithm") or {}).get("data", {})
+        if other in stages and name in (stage.get("init_from"), data.get("stage")):
+            _refuse(stages, other, f"needs {name}", refused)
+
+
+def understood(config: Settings) -> RunConfig:
+    """The config in the names that this checkout knows: those that leave it the fewest problems.
+
+    Raises:
+        ConfigError: it has problems under all names.
+    """
+    best, fewest = config, _problems(config)
+    for rename in OLD_SETTINGS:
+        older = copy.deepcopy(best)
+        rename(older)
+        if fewest and (found := _problems(older)) < fewest:
+            best, fewest = older, found
+    return parse_config(yaml.safe_dump(best, sort_keys=False), "case")
+
+
+def _problems(config: Settings) -> int:
+    try:
+        parse_config(yaml.safe_dump(config, sort_keys=False), "case")
+    except ConfigError as error:
+        return len(str(error).splitlines())
+    return 0
+
+
+class Stopping(Display):
+    """Shows nothing, and asks the run to stop at its second update, if it shall."""
+
+    def __init__(self, stops: bool) -> None:
+        super().__init__(quiet=True)
+        self.stops = stops
+        self.updates = 0
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self.updates += 1
+        if self.stops and self.updates == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    def begin_again(self) -> None:
+        self.updates = 0
+
+
+def run_to_the_end(config: RunConfig, folder: Path, display: Stopping) -> None:
+    """Run, and resume as often as the run was stopped."""
+    try:
+        controller.run(config, folder, display=display)
+        return
+    except Interrupted:
+        display.begin_again()
+    while True:
+        try:
+            controller.resume(folder, display=display)
+            return
+        except Interrupted:
+            display.begin_again()
+
+
+def collected(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """All that a run left: arrays of checkpoints, the newest of each name, and tables."""
+    files: dict[str, str] = {}
+    for commit in sorted((folder / "commits").glob("*.json")):
+        named = json.loads(commit.read_text())["files"]
+        files |= {name: file["path"] for name, file in named.items()}
+    for name, path in files.items():
+        for array, value in _read(folder / path).items():
+            yield f"weights/{name}/{array}", value
+    for table in ("tasks", "episodes", "metrics", "events", "transitions"):
+        rows = load(folder, table=table).drop(columns=list(LEFT_OUT), errors="ignore")
+        yield from _columns(table, rows.rename(columns=OLD_COLUMNS))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix == ".safetensors":
+        return safetensors.numpy.load_file(path)
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def _columns(table: str, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+    """Columns of a table, stage by stage and metric by metric; durations are left out."""
+    keys = [key for key in {"metrics": ("stage", "name")}.get(table, ("stage",)) if key in rows]
+    if table == "metrics":
+        rows = rows[~rows["name"].str.match("time/|steps_per_s")]
+    if table == "events":
+        rows["detail"] = rows["detail"].map(_without_seconds)
+    for key, group in rows.groupby(keys, sort=False) if keys else [((), rows)]:
+        for column in group.columns.difference(keys):
+            yield "/".join([table, *key, column]), _array(group[column])
+
+
+def _without_seconds(detail: str) -> str:
+    found = json.loads(detail)
+    return json.dumps({k: v for k, v in found.items() if k != "seconds"}, sort_keys=True)
+
+
+def _array(column: pd.Series) -> np.ndarray:
+    """A column as plain numbers or text; a row for each of its rows."""
+    if column.dtype == "boolean":
+        return column.astype("Int8").fillna(-1).to_numpy(np.int8)
+    values = column.to_numpy()
+    if values.dtype != object:
+        return values
+    sizes = {len(value) for value in values if isinstance(value, np.ndarray)}
+    if sizes:
+        missing = np.full(max(sizes), np.nan)
+        return np.stack([missing if value is None else value for value in values])
+    return np.array(["" if value is None else str(value) for value in values], dtype=str)
+
+
+def renamed(arrays: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same under their newer names."""
+    for name, array in arrays:
+        for old, new in OLD_ARRAYS:
+            name = re.sub(old, new, name)
+        yield name, array
+
+
+if __name__ == "__main__":
+    main()
