@@ -37,7 +37,7 @@ def policy_interval(values: np.ndarray) -> Interval:
     Returns:
         Its ends; NaN for fewer than two values, or infinite ones.
     """
-    values = np.asarray(values, float)
+    values = np.sort(np.asarray(values, float))  # The interval is the same in whatever order.
     values = values[~np.isnan(values)]
     if len(values) < 2 or not np.isfinite(values).all():
         return _UNKNOWN

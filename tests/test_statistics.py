@@ -73,6 +73,11 @@ def test_the_studentised_interval_moves_and_scales_with_its_values():
     assert studentised_interval(7 - 3 * values) == pytest.approx((7 - 3 * high, 7 - 3 * low))
 
 
+def test_the_order_of_tasks_does_not_matter():
+    values = np.random.default_rng(0).exponential(size=16)
+    assert policy_interval(values[::-1]) == policy_interval(values)
+
+
 def test_a_few_values_that_are_not_zero_do_not_make_the_interval_endless():
     values = np.zeros(16)
     values[:2] = 0.4, 0.6
