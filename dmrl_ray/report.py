@@ -10,22 +10,22 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.box import MARKDOWN
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from dmrl_ray import results
 from dmrl_ray.display import short
+from dmrl_ray.report_tables import MAX_COLUMNS, adaptation, table
 from dmrl_ray.settings import SHORT_NAMES, import_class
 from dmrl_ray.yaml_text import parse
 
-MAX_COLUMNS = 6
+ADAPTATION = "Adaptation on held-out tasks, by episodes and steps of the task before"
 TRAINING = ("pretrain", "finetune")
 WORTH_KNOWING = (
     "lost",
@@ -54,7 +54,7 @@ def text_report(run_folder: Path | str) -> str:
     parts: list[RenderableType] = [_facts(folder, config, tables.values())]
     held_out = _held_out(tables["episodes"], stages)
     if len(held_out):
-        parts += ["Adaptation on held-out tasks", _adaptation_table(held_out)]
+        parts += [ADAPTATION, *adaptation(held_out)]
     regret = tables["metrics"][tables["metrics"]["name"] == "regret"]
     if len(regret):
         parts += ["Regret per step, by steps since the change of task", _regret_table(regret)]
@@ -73,7 +73,7 @@ def evaluation_report(episodes: pd.DataFrame) -> str:
     """The adaptation table of the episodes of one evaluation."""
     tasks = episodes["task_id"].nunique()
     heading = f"{len(episodes)} episodes on {tasks} tasks"
-    return _rendered([heading, _adaptation_table(episodes)])
+    return _rendered([heading, *adaptation(episodes)])
 
 
 def families_report() -> str:
@@ -81,7 +81,7 @@ def families_report() -> str:
     titles = ("name", "domain", "observation", "actions", "episodes x steps", "what it is")
     rows = [(name, *_family_cells(name)) for name in SHORT_NAMES["tasks"]]
     hint = "Others are named by import path, as in  tasks: {type: my_module:MyTasks}"
-    return _rendered([_table(titles, rows), hint])
+    return _rendered([table(titles, rows), hint])
 
 
 def next_steps(run_folder: Path) -> str:
@@ -159,40 +159,6 @@ def _held_out(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.D
     return rows.assign(stage=rows["stage"].astype(order))
 
 
-def _adaptation_table(episodes: pd.DataFrame) -> Table:
-    by = [key for key in ("stage", "split") if key in episodes]
-    frame = results.adaptation(episodes, by=by)
-    steps = _spread(sorted(frame["adaptation_step"].unique()))
-    groups = [*by, "algorithm"]
-    titles = [*groups, "measure", *(f"step {step}" for step in steps), "tasks"]
-    rows: list[tuple[object, ...]] = []
-    for key, group in frame.groupby(groups, sort=False, observed=True):
-        measure = "score [95 %]" if group["score"].notna().any() else "return"
-        cells = {record["adaptation_step"]: _cell(record) for record in group.to_dict("records")}
-        by_step = (cells.get(step, "") for step in steps)
-        rows.append((*key, measure, *by_step, int(group["tasks"].max())))
-    if frame["score"].notna().any():
-        blank = [""] * (len(groups) - 1)
-        for name, score in (("random", "0"), ("oracle", "1")):
-            rows.append((name, *blank, "score", *[score] * len(steps), ""))
-    return _table(titles, rows)
-
-
-def _cell(row: Mapping[Any, Any]) -> str:
-    if np.isnan(row["score"]):
-        return f"{row['return']:.4g}"
-    interval = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['score']:.2f}{interval}"
-
-
-def _spread(values: Sequence[int]) -> list[int]:
-    """At most `MAX_COLUMNS` of the values, the first and the last among them."""
-    if len(values) <= MAX_COLUMNS:
-        return list(values)
-    index = np.linspace(0, len(values) - 1, MAX_COLUMNS).round().astype(int)
-    return [values[i] for i in index]
-
-
 def _regret_table(regret: pd.DataFrame) -> Table:
     """Means over windows of steps."""
     steps = np.sort(regret["env_steps"].unique())
@@ -202,7 +168,7 @@ def _regret_table(regret: pd.DataFrame) -> Table:
     for stage, group in regret.groupby("stage", sort=False):
         parts = (group.loc[group["env_steps"].isin(window), "value"] for window in windows)
         rows.append((stage, *(f"{part.mean():.4g}" if len(part) else "" for part in parts)))
-    return _table(("stage", *titles), rows)
+    return table(("stage", *titles), rows)
 
 
 def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table:
@@ -218,7 +184,7 @@ def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table
         speed = short(steps / wall_s) if wall_s else ""
         cells = (short(steps), updates, speed, _seconds(wall_s), _best_validation(metrics))
         rows.append((stage, *cells))
-    return _table(titles, rows)
+    return table(titles, rows)
 
 
 def _training_s(events: pd.DataFrame) -> float:
@@ -247,7 +213,7 @@ def _events(events: pd.DataFrame) -> list[RenderableType]:
         (name, len(group), str(group["stage"].iloc[-1]), _detail(str(group["detail"].iloc[-1])))
         for name, group in worth.groupby("event", sort=False)
     ]
-    return ["Events worth knowing", _table(("event", "times", "last in", "last detail"), rows)]
+    return ["Events worth knowing", table(("event", "times", "last in", "last detail"), rows)]
 
 
 def _detail(text: str) -> str:
@@ -278,15 +244,6 @@ def _space(space: Any) -> str:
     if hasattr(space, "n"):
         return f"{space.n} choices"
     return f"{'x'.join(map(str, space.shape))} {space.dtype}"
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    table = Table(box=MARKDOWN)
-    for title in titles:
-        table.add_column(title, no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row))
-    return table
 
 
 def _rendered(parts: Sequence[RenderableType]) -> str:

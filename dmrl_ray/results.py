@@ -1,4 +1,4 @@
-"""Reading results: one tidy table over runs, also while they are going, and its statistics."""
+"""Reading results: one tidy table over runs, also while they are going, and what it shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmrl_ray.commits import committed_parts
+from dmrl_ray.statistics import method_interval, policy_interval
 from dmrl_ray.tables import HISTORY, IN_HISTORY, fits, schema_of
+
+MEASURES = ("return", "score", "success")
+EXPERIENCE = ("experience_episodes", "experience_steps")
+SUMMARY = ("mean", "low", "high", "policy_low", "policy_high", "by_seed", "seeds", "tasks")
+"""Columns of a mean: low and high over training seeds (NaN for one seed; with fewer than five, as
+wide as it must be), policy_low and policy_high of one policy over tasks (the mean over seeds of its
+ends), by_seed the mean of each seed, the number of seeds, and of tasks of a seed."""
 
 _HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
 _READERS = 4
@@ -114,71 +122,129 @@ def _check(path: Path, found: pa.Schema, table: str) -> None:
             raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
-def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean: of the middle half, a quarter cut off (rounded down) at each end.
+def adaptation(frame: pd.DataFrame, by: Sequence[str] = ("stage",)) -> pd.DataFrame:
+    """What each application of `adapt` brings: one row per group, step and measure.
 
-    Source: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
-    Precipice", 2021, section 4.2 (arXiv:2108.13264).
-    """
-    ordered = np.sort(np.moveaxis(np.asarray(values, float), axis, -1), axis=-1)
-    cut = ordered.shape[-1] // 4
-    return np.asarray(ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1))
+    Episodes of a task are averaged first, so that every task counts once, then tasks of a seed: a
+    seed is one value of its method, whatever its number of tasks.
 
-
-Statistic = Callable[..., np.ndarray]
-"""A function of (values, axis=...)."""
-
-
-def bootstrap_interval(
-    values: np.ndarray, statistic: Statistic = np.mean, reps: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a statistic over independent values; NaNs are dropped.
-
-    Fewer than two values have no interval: (nan, nan).
-    """
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    step = max(1, 4_000_000 // len(values))  # 32 MB at a time
-    sizes = [min(step, reps - start) for start in range(0, reps, step)]
-    draws = [
-        statistic(values[rng.integers(len(values), size=(size, len(values)))], axis=-1)
-        for size in sizes
-    ]
-    low, high = np.percentile(np.concatenate(draws), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def adaptation(
-    frame: pd.DataFrame,
-    by: Sequence[str] = ("stage",),
-    *,
-    statistic: Statistic = np.mean,
-    reps: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """How much better each further adaptation step is: a row per group, algorithm and step.
-
-    Rows of a task are averaged first, so every task counts once, whatever its number of episodes.
+    Args:
+        frame: rows of the table of episodes; those without a seed are of one policy.
+        by: columns that make groups, beside the algorithm.
 
     Returns:
-        Columns `by`, algorithm, adaptation_step, score, low, high (95 % interval of the score over
-        tasks), tasks (their number) and return.
+        Columns `by`, algorithm, adaptation_step, measure (return, score, success; where known) and
+        those of `SUMMARY`.
     """
-    keys = [*by, *(key for key in ("algorithm", "adaptation_step") if key not in by)]
-    per_task = (
-        frame.groupby([*keys, "task_id"], sort=True, observed=True)[["score", "return"]]
-        .mean()
-        .reset_index()
-    )
+    return _summaries(frame, [*by, "algorithm", "adaptation_step"])
+
+
+def over_experience(
+    frame: pd.DataFrame,
+    x: str = "experience_episodes",
+    by: Sequence[str] = ("stage",),
+    *,
+    points: int = 12,
+) -> pd.DataFrame:
+    """Measures against the experience on a task before the episode, all methods on one axis.
+
+    Each amount of experience is a point; where there are more than `points` of them, no experience
+    is one and the others are joined, in intervals that grow by a factor and are the same for all
+    groups. A method that plays several copies of a task side by side has points far apart; episodes
+    whose experience is not known are one point, NaN.
+
+    Args:
+        frame: rows of the table of episodes.
+        x: experience_episodes, or experience_steps in environment steps.
+        by: columns that make groups, beside the algorithm and greedy (or sampled) actions.
+        points: at most so many.
+
+    Returns:
+        Columns `by`, algorithm, greedy, `x` and to (least and greatest experience of the point in
+        the whole frame), the mean of the other measure of experience, measure and `SUMMARY`.
+    """
+    if x not in EXPERIENCE:
+        raise ValueError(f"x: {x!r} is not one of {', '.join(EXPERIENCE)}")
+    point = _points(frame[x].to_numpy(float, na_value=np.nan), points)
+    ends = frame.groupby(point)[x].agg(["min", "max"]).loc[point]
+    joined = frame.assign(**{x: ends["min"].to_numpy(), "to": ends["max"].to_numpy()})
+    keys = [*by, "algorithm", "greedy", x, "to"]
+    (other,) = (name for name in EXPERIENCE if name != x)
+    means = joined.groupby(keys, observed=True, dropna=False)[other].mean().reset_index()
+    return means.merge(_summaries(joined, keys), on=keys)
+
+
+def paired(frame: pd.DataFrame, a: object, b: object, by: str = "algorithm") -> pd.DataFrame:
+    """Mean differences of `a` less `b` on the tasks that both met, one row per measure.
+
+    Differences are taken task by task within each seed that both were trained with, which removes
+    what makes a task hard for everyone. All rows of the frame count: choose the stage, and the
+    experience, before.
+
+    Args:
+        frame: rows of the table of episodes.
+        a: value of the column `by`.
+        b: value of the column `by`.
+        by: column that tells one from the other, such as algorithm, stage or run_id.
+
+    Returns:
+        Columns measure and those of `SUMMARY`, of the differences.
+
+    Raises:
+        ValueError: one of them has no rows, or they share no seed or no task.
+    """
+    sides = [frame[frame[by] == name] for name in (a, b)]
+    for name, side in zip((a, b), sides, strict=True):
+        if not len(side):
+            known = ", ".join(map(repr, sorted(frame[by].unique())))
+            raise ValueError(f"{by}: no episode of {name!r}; there are {known}")
+    for column in ("seed", "task_id"):
+        if not set(sides[0][column]) & set(sides[1][column]):
+            raise ValueError(f"{a!r} and {b!r} share no {column}, so nothing is paired")
     rows = []
-    for key, group in per_task.groupby(keys, sort=True, observed=True):
-        scores = group["score"].to_numpy(float)
-        known = scores[~np.isnan(scores)]
-        low, high = bootstrap_interval(known, statistic, reps, seed)
-        score = float(statistic(known, axis=-1)) if len(known) else float("nan")
-        total = float(statistic(group["return"].to_numpy(float), axis=-1))
-        rows.append((*key, score, low, high, len(group), total))
-    return pd.DataFrame(rows, columns=[*keys, "score", "low", "high", "tasks", "return"])
+    for measure in MEASURES:
+        first, second = (_seeds_by_tasks(side, measure) for side in sides)
+        difference = (first - second).dropna(how="all").dropna(axis=1, how="all")
+        if difference.size:
+            rows.append((measure, *_summary(difference)))
+    return pd.DataFrame(rows, columns=["measure", *SUMMARY])
+
+
+def _points(x: np.ndarray, points: int) -> np.ndarray:
+    """For each amount of experience, the number of its point; NaN has the last."""
+    unknown = np.isnan(x)
+    known = np.unique(x[~unknown])
+    if len(known) > points:
+        least, greatest = known[known > 0][[0, -1]]
+        known = np.append(0, np.geomspace(least, greatest + 1, points)[:-1])
+        known[1] = least  # As it is, not as rounded by the logarithm.
+    return np.where(unknown, len(known), np.searchsorted(known, x, side="right") - 1)
+
+
+def _summaries(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    keys = list(dict.fromkeys(keys))
+    rows = []
+    for key, group in frame.groupby(keys, sort=True, observed=True, dropna=False):
+        for measure in MEASURES:
+            table = _seeds_by_tasks(group, measure)
+            if table.size:
+                rows.append((*key, measure, *_summary(table)))
+    return pd.DataFrame(rows, columns=[*keys, "measure", *SUMMARY])
+
+
+def _seeds_by_tasks(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Mean of a measure, a row per seed and a column per task; empty where it is not known."""
+    seed = frame["seed"].to_numpy() if "seed" in frame else 0
+    value = frame[measure].to_numpy(float, na_value=np.nan)
+    cells = pd.DataFrame({"seed": seed, "task_id": frame["task_id"], "value": value})
+    means = cells.dropna().groupby(["seed", "task_id"], observed=True)["value"].mean()
+    return means.unstack("task_id")
+
+
+def _summary(table: pd.DataFrame) -> tuple[object, ...]:
+    """The cells of `SUMMARY`."""
+    seeds = table.mean(axis=1)
+    values = table.to_numpy(float)
+    policy = np.mean([policy_interval(row) for row in values], axis=0)
+    tasks = int(table.notna().sum(axis=1).min())
+    return (seeds.mean(), *method_interval(values), *policy, seeds.tolist(), len(seeds), tasks)

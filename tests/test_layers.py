@@ -15,7 +15,7 @@ LAYERS = [
     "spec transfer recording calls foreign averaging worker learner",
     "stages placement jobs run cluster connection pool worker_actor ray_learners display",
     "controller",
-    "__main__ results report rllib",
+    "__main__ statistics results report_tables report rllib",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 FIRST_WITH_RAY = 4

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 
+import pandas as pd
 import pytest
 
 from dmrl_ray.report import evaluation_report, families_report, next_steps, text_report
@@ -28,8 +29,14 @@ START = 1_700_000_000.0
 def episode(stage: str, split: str, task: int, step: int, score: float, **more) -> dict:
     row = {"stage": stage, "job": "0", "algorithm": "rl2", "task_id": f"{split}-{task}"}
     counts = {"seed": 7, "trial": 0, "episode": step, "adaptation_step": step, "policy_version": 3}
-    figures = {"env_steps": 0, "return": 10.0 * (step + 1), "length": 5, "score": score}
-    return row | counts | figures | {"split": split, "time": START} | more
+    figures = {"return": 10.0 * (step + 1), "length": 5, "score": score, "success": None}
+    return row | counts | figures | {"env_steps": 0, "split": split, "time": START} | more
+
+
+def experience(episodes: float, *, greedy: bool = True) -> dict:
+    """What an episode of 5 steps has behind it after so many of the same length."""
+    counts = {"experience_episodes": episodes, "experience_steps": 5 * episodes}
+    return counts | {"greedy": greedy}
 
 
 def metric(stage: str, name: str, value: float, steps: int, version: int, time: float) -> dict:
@@ -61,22 +68,69 @@ def cells(report: str, first: str, under: str = "") -> list[str]:
     raise AssertionError(f"no row of {first!r} under {under!r} in\n{report}")
 
 
-def test_each_shot_of_a_stage_is_a_column_of_its_mean_score(tmp_path):
-    # Two tasks: 0.2 and 0.4 before adaptation, 0.7 and 0.9 after.
+def test_each_point_of_experience_is_a_row_of_its_mean_and_interval():
+    # Two tasks: 0.2 and 0.4 before adaptation, 0.7 and 0.9 after 20 episodes of 5 steps; means 0.3
+    # and 0.8, errors 0.1, and Student's t of one degree of freedom is 12.706.
     scores = {(0, 0): 0.2, (1, 0): 0.4, (0, 1): 0.7, (1, 1): 0.9}
-    rows = [episode("final", "test", task, step, s) for (task, step), s in scores.items()]
-    report = text_report(run_of(tmp_path, episodes=rows))
-    expected = ["final", "test", "rl2", "score [95 %]", "0.30 [0.20, 0.40]", "0.80 [0.70, 0.90]"]
-    assert cells(report, "final") == [*expected, "2"]
-    assert cells(report, "random")[4:6] == ["0", "0"]
-    assert cells(report, "oracle")[4:6] == ["1", "1"]
+    rows = [
+        episode("final", "test", task, step, score) | experience(20 * step)
+        for (task, step), score in scores.items()
+    ]
+    report = evaluation_report(pd.DataFrame(rows))
+    assert cells(report, "stage") == [
+        *("stage", "episodes", "steps", "return [95 %]", "score [95 %]"),
+    ]
+    first, second = ["0", "0", "10.00 [10.00, 10.00]"], ["20", "100", "20.00 [20.00, 20.00]"]
+    assert cells(report, "final") == ["final", *first, "0.30 [-0.97, 1.57]"]
+    assert cells(report, "rl2, greedy") == ["rl2, greedy", *second, "0.80 [-0.47, 2.07]"]
+    assert cells(report, "2 test tasks") == ["2 test tasks", "", "", "", ""]
+    assert "Intervals are over tasks. Score: 0 is random play, 1 the oracle." in report
 
 
-def test_returns_stand_where_no_score_is_known(tmp_path):
-    rows = [episode("final", "test", task, step, math.nan) for task in (0, 1) for step in (0, 1)]
-    report = text_report(run_of(tmp_path, episodes=rows))
-    assert cells(report, "final") == ["final", "test", "rl2", "return", "10", "20", "2"]
+def test_returns_stand_alone_where_no_score_is_known():
+    rows = [episode("final", "test", task, 0, math.nan) | experience(0) for task in (0, 1)]
+    report = evaluation_report(pd.DataFrame(rows))
+    assert cells(report, "stage") == ["stage", "episodes", "steps", "return [95 %]"]
     assert "oracle" not in report
+
+
+def test_success_is_shown_with_its_exact_interval():
+    rows = [
+        episode("final", "test", task, 0, 0.5, success=True) | experience(0) for task in range(16)
+    ]
+    report = evaluation_report(pd.DataFrame(rows))
+    assert cells(report, "final")[-1] == "1.00 [0.79, 1.00]"
+
+
+def test_fewer_than_five_seeds_are_marked():
+    rows = [
+        episode("final", "test", task, 0, 0.1 * seed, seed=seed) | experience(0)
+        for task, seed in itertools.product(range(4), range(5))
+    ]
+    frame = pd.DataFrame(rows)
+    few, enough = evaluation_report(frame[frame["seed"] < 3]), evaluation_report(frame)
+    assert cells(few, r"\(3 seeds\)")[0] == "(3 seeds)"
+    # Seeds 0, 0.1, 0.2: 0.1 +- 4.303 * 0.1 / sqrt(3).
+    assert cells(few, "final")[-1] == "0.10 [-0.15, 0.35]"
+    assert cells(enough, "5 seeds")[0] == "5 seeds"
+    assert "Intervals are over training seeds." in few
+
+
+def test_methods_that_ask_for_other_experience_do_not_share_a_row():
+    rows = [episode("final", "test", 0, step, 0.5) | experience(step) for step in (0, 1)]
+    rows += [
+        episode("meta", "test", 0, step, 0.5, algorithm="maml")
+        | experience(20 * step, greedy=False)
+        for step in (0, 1)
+    ]
+    report = evaluation_report(pd.DataFrame(rows))
+    assert cells(report, "rl2, greedy")[1:3] == ["1", "5"]
+    assert cells(report, "maml, sampled")[1:3] == ["20", "100"]
+
+
+def test_unknown_experience_is_a_question_mark():
+    row = episode("final", "test", 0, 0, 0.5) | experience(math.nan)
+    assert cells(evaluation_report(pd.DataFrame([row])), "final")[1:3] == ["?", "?"]
 
 
 def test_training_and_validation_episodes_are_not_results(tmp_path):
@@ -93,10 +147,11 @@ def test_training_and_validation_episodes_are_not_results(tmp_path):
         cells(report, "meta", "Adaptation")
 
 
-def test_many_shots_keep_the_first_and_the_last(tmp_path):
-    rows = [episode("final", "test", 0, step, 0.5) for step in range(50)]
-    header = cells(text_report(run_of(tmp_path, episodes=rows)), "stage")
-    assert header[4:-1] == ["step 0", "step 10", "step 20", "step 29", "step 39", "step 49"]
+def test_many_points_keep_the_first_and_the_last():
+    rows = [episode("final", "test", 0, step, 0.5) | experience(step) for step in range(12)]
+    lines = evaluation_report(pd.DataFrame(rows)).splitlines()
+    points = [line.split("|")[2].strip() for line in lines if line.startswith("| ")]
+    assert points == ["episodes", "0", "2", "4", "7", "9", "11"]
 
 
 def test_regret_is_averaged_over_streams_and_windows_of_steps(tmp_path):
@@ -158,11 +213,11 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         text_report(tmp_path / "nothing")
 
 
-def test_an_evaluation_is_shown_by_shot(tmp_path):
+def test_an_evaluation_says_how_much_was_played(tmp_path):
     rows = [episode("final", "test", t, s, 0.5) for t, s in itertools.product(range(3), range(2))]
     report = evaluation_report(load(run_of(tmp_path, episodes=rows)))
     assert report.startswith("6 episodes on 3 tasks")
-    assert cells(report, "final")[-1] == "3"
+    assert cells(report, "3 test tasks")
 
 
 def test_every_built_in_family_is_listed():

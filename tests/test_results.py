@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import dmrl_ray
-from dmrl_ray.results import adaptation, bootstrap_interval, iqm, load
+from dmrl_ray.results import adaptation, load, over_experience, paired
+from dmrl_ray.statistics import policy_interval, t_interval
 from dmrl_ray.tables import SCHEMAS
 from dmrl_ray.writer import RunWriter
 
@@ -168,54 +169,148 @@ def test_a_column_of_another_type_is_refused_before_it_is_read(tmp_path, kind, m
         load(folder)
 
 
-def test_iqm_by_hand():
-    # 8 values: two are cut off at each end; mean of 3, 4, 5, 6.
-    assert iqm(np.array([100, 4, 3, -100, 5, 6, -100, 100])) == 4.5
-    assert iqm(np.array([1.0, 2.0, 6.0])) == 3.0
-    np.testing.assert_array_equal(iqm(np.array([[0, 1, 3, 9], [0, 0, 2, 2]])), [2, 1])
+def episodes(*rows, **same):
+    """Episodes by hand: task, seed, adaptation step, return, and the same cells in all."""
+    names = ("task_id", "seed", "adaptation_step", "return")
+    frame = pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows])
+    cells = {"stage": "test", "algorithm": "maml", "score": np.nan, "success": None} | same
+    frame = frame.assign(**cells)
+    return frame.assign(success=frame["success"].astype("boolean"))
 
 
-def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    samples = rng.normal(size=(400, 40))
-    intervals = np.array([bootstrap_interval(sample, reps=400) for sample in samples])
-    covered = np.mean((intervals[:, 0] < 0) & (intervals[:, 1] > 0))
-    assert 0.90 < covered < 0.98
-
-
-def test_the_bootstrap_interval_of_normal_values_is_the_textbook_one():
-    values = np.random.default_rng(0).normal(size=2000)
-    half = 1.96 * values.std() / np.sqrt(2000)
-    expected = [values.mean() - half, values.mean() + half]
-    assert bootstrap_interval(values, reps=5000) == pytest.approx(expected, abs=0.003)
-
-
-def test_one_value_has_no_interval_and_nans_do_not_count():
-    assert np.isnan(bootstrap_interval(np.array([1.0]))).all()
-    values = np.array([1.0, 2.0, 4.0])
-    padded = np.array([1.0, np.nan, 2.0, 4.0])
-    assert bootstrap_interval(padded) == bootstrap_interval(values)
-
-
-def test_every_task_counts_once_in_the_adaptation_curve(tmp_path):
-    # Shot 0: task a has scores 0, 0, 0 and task b has 1; the mean over tasks is 0.5, not 0.25.
-    # Shot 1: both are 1. Task c has no score, but returns.
-    rows = {
-        "task_id": ["a", "a", "a", "b", "a", "b", "c"],
-        "adaptation_step": [0, 0, 0, 0, 1, 1, 1],
-        "score": [0, 0, 0, 1, 1, 1, None],
-        "return": [0, 3, 6, 1, 2, 2, 5],
-    }
-    curve = adaptation(load(make_run(tmp_path / "run", rows)))
-    assert curve["stage"].tolist() == ["test", "test"]
+def test_every_task_counts_once_in_the_adaptation_curve():
+    # Step 0: task a has returns 0, 0, 0 and task b has 1; the mean over tasks is 0.5, not 0.25.
+    rows = [("a", 0, 0, 0.0)] * 3 + [("b", 0, 0, 1.0), ("a", 0, 1, 3.0), ("b", 0, 1, 5.0)]
+    curve = adaptation(episodes(*rows))
     assert curve["adaptation_step"].tolist() == [0, 1]
-    assert curve["score"].tolist() == [0.5, 1.0]
-    assert curve["tasks"].tolist() == [2, 3]
-    assert curve["return"].tolist() == [2.0, 3.0]
-    assert curve[["low", "high"]].iloc[1].tolist() == [1.0, 1.0]
+    assert curve["mean"].tolist() == [0.5, 4.0]
+    assert curve["tasks"].tolist() == [2, 2]
+
+
+def test_every_seed_counts_once_however_many_tasks_it_met():
+    rows = [("a", 0, 0, 2.0)] + [(task, 1, 0, 4.0) for task in "bcd"]
+    (row,) = adaptation(episodes(*rows)).to_dict("records")
+    assert row["by_seed"] == [2.0, 4.0]
+    assert row["mean"] == 3.0
+    assert (row["seeds"], row["tasks"]) == (2, 1)
+
+
+def test_tasks_of_several_seeds_are_not_taken_for_independent():
+    # Seeds differ by 10, tasks by hardly anything: the interval is that of three values.
+    rng = np.random.default_rng(0)
+    rows = [(f"{s}-{t}", s, 0, 10.0 * s + rng.normal()) for s in range(3) for t in range(64)]
+    (row,) = adaptation(episodes(*rows)).to_dict("records")
+    assert (row["low"], row["high"]) == pytest.approx(t_interval(np.array(row["by_seed"])))
+    assert row["policy_high"] - row["policy_low"] < 1
+    assert row["seeds"] == 3
+
+
+def test_one_policy_has_an_interval_over_tasks_and_none_over_seeds():
+    values = np.arange(16.0)
+    (row,) = adaptation(episodes(*((str(v), 0, 0, v) for v in values))).to_dict("records")
+    assert (row["policy_low"], row["policy_high"]) == policy_interval(values)
+    assert np.isnan([row["low"], row["high"]]).all()
+
+
+def test_measures_stand_below_each_other_where_they_are_known():
+    rows = [(str(task), 0, 0, float(task)) for task in range(8)]
+    assert adaptation(episodes(*rows))["measure"].tolist() == ["return"]
+    frame = episodes(*rows, score=0.5, success=True)
+    known = adaptation(frame).set_index("measure")
+    assert known["mean"].to_dict() == {"return": 3.5, "score": 0.5, "success": 1.0}
+    assert known.loc["success", "policy_low"] == pytest.approx(0.025 ** (1 / 8))
 
 
 def test_an_empty_frame_has_an_empty_adaptation_curve(tmp_path):
     curve = adaptation(load(make_run(tmp_path / "run")), by=("run_id", "stage"))
     assert len(curve) == 0
-    assert list(curve.columns[:4]) == ["run_id", "stage", "algorithm", "adaptation_step"]
+    assert list(curve.columns[:5]) == ["run_id", "stage", "algorithm", "adaptation_step", "measure"]
+
+
+def on_one_axis():
+    """MAML: 20 episodes of 10 steps side by side before each step; RL2: one after the other."""
+    experience = {"experience_episodes": [0, 20, 0, 1, 2], "experience_steps": [0, 200, 0, 10, 20]}
+    rows = [("a", 0, 0, 1.0), ("a", 0, 1, 5.0), *(("a", 0, k, 2.0 + k) for k in range(3))]
+    methods = {"algorithm": ["maml"] * 2 + ["rl2"] * 3, "greedy": [False] * 2 + [True] * 3}
+    return episodes(*rows).assign(**experience, **methods)
+
+
+def test_methods_stand_on_one_axis_of_experience():
+    curve = over_experience(on_one_axis())
+    maml, rl2 = (curve[curve["algorithm"] == name] for name in ("maml", "rl2"))
+    assert maml["experience_episodes"].tolist() == [0, 20]
+    assert maml["mean"].tolist() == [1, 5]
+    assert rl2["experience_episodes"].tolist() == [0, 1, 2]
+    assert rl2["mean"].tolist() == [2, 3, 4]
+    assert curve["experience_steps"].tolist() == [0, 200, 0, 10, 20]
+    assert curve["greedy"].tolist() == [False, False, True, True, True]
+
+
+def test_steps_are_an_axis_too():
+    curve = over_experience(on_one_axis(), "experience_steps")
+    assert curve["experience_steps"].tolist() == [0, 200, 0, 10, 20]
+    assert curve["experience_episodes"].tolist() == [0, 20, 0, 1, 2]
+    with pytest.raises(ValueError, match="'return' is not one of experience_episodes"):
+        over_experience(on_one_axis(), "return")
+
+
+def test_many_amounts_of_experience_are_joined_and_none_stays_alone():
+    # Lengths vary: hardly two episodes have the same number of steps before them.
+    rng = np.random.default_rng(0)
+    steps = np.append(0, np.unique(rng.integers(1, 1000, 200)))
+    rows = [("a", 0, 0, float(x)) for x in steps]
+    frame = episodes(*rows).assign(experience_steps=steps, experience_episodes=0, greedy=True)
+    curve = over_experience(frame, "experience_steps", points=5)
+    assert len(curve) == 5
+    assert curve[["experience_steps", "to"]].iloc[0].tolist() == [0, 0]
+    for _, point in curve.iterrows():
+        inside = steps[(steps >= point["experience_steps"]) & (steps <= point["to"])]
+        assert point["mean"] == pytest.approx(inside.mean())
+    assert curve["to"].iloc[-1] == steps.max()
+    assert (curve["to"].to_numpy()[:-1] < curve["experience_steps"].to_numpy()[1:]).all()
+
+
+def test_episodes_of_unknown_experience_are_a_point_of_their_own():
+    frame = on_one_axis()
+    frame.loc[frame["algorithm"] == "maml", ["experience_episodes", "experience_steps"]] = np.nan
+    maml = over_experience(frame).query("algorithm == 'maml'")
+    assert maml["mean"].tolist() == [3.0]
+    assert maml["experience_episodes"].isna().all()
+
+
+def two_methods(tasks=16):
+    """Tasks differ by 10, seeds by 1, and rl2 is 2 better than maml on every task."""
+    rng = np.random.default_rng(0)
+    hard = 10 * rng.normal(size=tasks)
+    rows = [
+        (str(t), s, 0, hard[t] + s + 0.1 * rng.normal()) for s in range(5) for t in range(tasks)
+    ]
+    maml, rl2 = episodes(*rows), episodes(*rows, algorithm="rl2")
+    return pd.concat([maml, rl2.assign(**{"return": rl2["return"] + 2})])
+
+
+def test_what_is_common_to_both_leaves_a_paired_difference():
+    (row,) = paired(two_methods(), "rl2", "maml").to_dict("records")
+    assert row["mean"] == pytest.approx(2)
+    assert (row["low"], row["high"]) == pytest.approx((2, 2))
+    assert row["by_seed"] == pytest.approx([2] * 5)
+    assert (row["seeds"], row["tasks"]) == (5, 16)
+    alone = adaptation(two_methods())
+    assert (alone["high"] - alone["low"] > 2).all()
+
+
+def test_only_what_both_met_is_paired():
+    frame = two_methods()
+    lacking = (frame["algorithm"] == "rl2") & ((frame["seed"] == 4) | (frame["task_id"] == "3"))
+    (row,) = paired(frame[~lacking], "rl2", "maml").to_dict("records")
+    assert (row["seeds"], row["tasks"]) == (4, 15)
+    assert row["mean"] == pytest.approx(2)
+
+
+def test_what_cannot_be_paired_is_said():
+    frame = two_methods()
+    with pytest.raises(ValueError, match="algorithm: no episode of 'ppo'; there are 'maml', 'rl2'"):
+        paired(frame, "rl2", "ppo")
+    other = frame.assign(task_id=frame["algorithm"] + frame["task_id"])
+    with pytest.raises(ValueError, match="'rl2' and 'maml' share no task_id"):
+        paired(other, "rl2", "maml")

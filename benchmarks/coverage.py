@@ -1,0 +1,208 @@
+"""How often 95 % intervals cover the truth, by simulation.
+
+    python -m benchmarks.coverage
+
+Draws samples whose mean is known and counts the intervals that hold it: of one policy over its
+tasks, and of a method over its training seeds. Makes ``benchmarks/COVERAGE.md``; takes one minute
+on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from dmrl_ray.statistics import (
+    Interval,
+    method_interval,
+    policy_interval,
+    studentised_interval,
+    t_interval,
+)
+
+PAGE = Path(__file__).resolve().parent / "COVERAGE.md"
+TRIALS = 2000
+RESAMPLES = 1000
+NUM_TASKS = 64
+TAILS = np.array([0.025, 0.975])
+
+HEAD = """# Coverage of the intervals
+
+Made by `python -m benchmarks.coverage`: {trials} samples a row, the share of 95 % intervals that
+hold the true mean (standard error {error:.3f}). A width is the median one of the last interval, in
+standard deviations of a value.
+
+## One policy, over tasks
+
+"Exponential" is skewed, "often 0" is uniform on [0, 1] in three of ten tasks and else 0,
+"4 episodes" is the share of successes among the four of a task. `policy_interval` is exact for 0/1
+outcomes, Student's t for fewer than 8 tasks, and the studentised bootstrap for the others.
+
+"""
+SEEDS_HEAD = """
+## A method, over training seeds
+
+{tasks} tasks a seed; "between" is the deviation between seeds as a share of that between tasks.
+"Own" tasks are drawn for each seed, "shared" ones are the same for all; the true mean is that over
+all tasks and seeds. "Pooled" takes every task of every seed for independent. The success rates of
+seeds follow a Beta distribution; where "between" is 0.5 most are near 0 and a few are large, which
+five seeds cannot show.
+
+"""
+
+Candidate = Callable[[np.ndarray], Interval]
+
+
+def percentile_interval(values: np.ndarray) -> Interval:
+    """Quantiles of the means of resamples."""
+    low, high = np.quantile(_resampled_means(values), TAILS)
+    return float(low), float(high)
+
+
+def bca_interval(values: np.ndarray) -> Interval:
+    """Bias-corrected and accelerated (Efron 1987): quantiles moved for bias and skewness."""
+    if not np.ptp(values):
+        return percentile_interval(values)
+    means = _resampled_means(values)
+    below = np.mean(means < values.mean()) + np.mean(means == values.mean()) / 2
+    bias = ndtri(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
+    influence = values - values.mean()
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    moved = bias + ndtri(TAILS)
+    low, high = np.quantile(means, ndtr(bias + moved / (1 - acceleration * moved)))
+    return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+
+
+OVER_VALUES: dict[str, Candidate] = {
+    "percentile": percentile_interval,
+    "BCa": bca_interval,
+    "Student's t": t_interval,
+    "studentised": partial(studentised_interval, reps=RESAMPLES),
+}
+POLICY = OVER_VALUES | {"`policy_interval`": policy_interval}
+
+
+def _of_seed_means(candidate: Candidate, table: np.ndarray) -> Interval:
+    return candidate(np.nanmean(table, axis=1))
+
+
+METHOD: dict[str, Candidate] = {
+    "pooled": lambda table: t_interval(table[~np.isnan(table)]),
+    **{name: partial(_of_seed_means, candidate) for name, candidate in OVER_VALUES.items()},
+    "`method_interval`": method_interval,
+}
+
+Draw = Callable[[np.random.Generator, "tuple[int, ...]"], np.ndarray]
+VALUES: dict[str, tuple[Draw, float, float]] = {
+    "normal": (lambda rng, size: rng.normal(size=size), 0.0, 1.0),
+    "exponential": (lambda rng, size: rng.exponential(size=size), 1.0, 1.0),
+    "0/1, 0.1": (lambda rng, size: rng.binomial(1, 0.1, size), 0.1, 0.3),
+    "0/1, 0.5": (lambda rng, size: rng.binomial(1, 0.5, size), 0.5, 0.5),
+    "4 episodes, 0.3": (lambda rng, size: rng.binomial(4, 0.3, size) / 4, 0.3, 0.23),
+    "often 0": (lambda rng, size: rng.random(size) * (rng.random(size) < 0.3), 0.15, 0.28),
+}
+"""How values are drawn, their mean, their standard deviation."""
+
+
+def coverage(
+    draw: Callable[[np.random.Generator], np.ndarray],
+    mean: float,
+    candidates: dict[str, Candidate],
+    trials: int,
+) -> tuple[list[float], float]:
+    """Share of intervals that hold the mean, by candidate, and the median width of the last."""
+    rng = np.random.default_rng(0)
+    samples = [np.asarray(draw(rng), float) for _ in range(trials)]
+    shares, ends = [], np.empty((trials, 2))
+    for candidate in candidates.values():
+        ends = np.array([candidate(sample) for sample in samples])
+        shares.append(float(np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1]))))
+    return shares, float(np.median(ends[:, 1] - ends[:, 0]))
+
+
+def policy_rows(trials: int) -> list[list[str]]:
+    """A row for each kind of value and number of tasks."""
+    rows = []
+    for name, (draw, mean, deviation) in VALUES.items():
+        for tasks in (4, 8, 16, 64):
+            sample = partial(lambda rng, draw, tasks: draw(rng, (tasks,)), draw=draw, tasks=tasks)
+            shares, width = coverage(sample, mean, POLICY, trials)
+            rows.append([name, str(tasks), *_cells(shares), f"{width / deviation:.2f}"])
+    return rows
+
+
+def method_rows(trials: int) -> list[list[str]]:
+    """A row for each design, kind of value, number of seeds and deviation between them."""
+    designs = [(kind, "normal", seeds) for kind in ("own", "shared") for seeds in (3, 5, 10)]
+    designs += [("own", "exponential", 5), ("shared", "exponential", 5), ("own", "0/1, 0.1", 5)]
+    rows = []
+    for tasks, name, seeds in designs:
+        _, mean, deviation = VALUES[name]
+        for between in (0.1, 0.5, 1.0):
+            if name.startswith("0/1") and between == 1.0:  # All seeds always or never succeed.
+                continue
+            table = seeds_of(name, seeds, between, shared=tasks == "shared")
+            shares, width = coverage(table, mean, METHOD, trials)
+            cells = [tasks, name, str(seeds), str(between), *_cells(shares)]
+            rows.append([*cells, f"{width / deviation:.2f}"])
+    return rows
+
+
+def seeds_of(
+    name: str, seeds: int, between: float, *, shared: bool
+) -> Callable[[np.random.Generator], np.ndarray]:
+    """How tables (seeds, columns of tasks) are drawn; tasks that a seed has not met are NaN."""
+    draw, mean, deviation = VALUES[name]
+
+    def table(rng: np.random.Generator) -> np.ndarray:
+        if shared:
+            return draw(rng, (1, NUM_TASKS)) + between * rng.normal(size=(seeds, 1))
+        if name.startswith("0/1"):
+            total = mean * (1 - mean) / (between * deviation) ** 2 - 1  # of a Beta distribution
+            rate = rng.beta(mean * total, (1 - mean) * total, size=(seeds, 1))
+            values = (rng.random((seeds, NUM_TASKS)) < rate) * 1.0
+        else:
+            values = draw(rng, (seeds, NUM_TASKS)) + between * rng.normal(size=(seeds, 1))
+        own = np.full((seeds, seeds, NUM_TASKS), np.nan)
+        own[range(seeds), range(seeds)] = values
+        return own.reshape(seeds, -1)
+
+    return table
+
+
+def _cells(shares: Sequence[float]) -> list[str]:
+    return [f"{share:.3f}" for share in shares]
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page(trials: int) -> str:
+    """Both tables as Markdown."""
+    text = HEAD.format(trials=f"{trials:,}", error=np.sqrt(0.95 * 0.05 / trials))
+    text += _table(("values", "tasks", *POLICY, "width"), policy_rows(trials))
+    text += SEEDS_HEAD.format(tasks=NUM_TASKS)
+    titles = ("tasks", "values", "seeds", "between", *METHOD, "width")
+    return text + _table(titles, method_rows(trials))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    PAGE.write_text(page(parser.parse_args().trials))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Intervals: by hand, in their limits, and as often right as they say."""
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from dmrl_ray.statistics import (
+    exact_interval,
+    method_interval,
+    policy_interval,
+    studentised_interval,
+    t_interval,
+)
+
+
+def coverage(intervals, mean):
+    low, high = np.array(intervals).T
+    return np.mean((low <= mean) & (mean <= high))
+
+
+def own_tasks(table):
+    """Every seed's values as columns that no other seed has met."""
+    seeds, tasks = table.shape
+    wide = np.full((seeds, seeds, tasks), np.nan)
+    wide[range(seeds), range(seeds)] = table
+    return wide.reshape(seeds, -1)
+
+
+def test_three_values_have_students_t():
+    # Mean 2, standard deviation 1, error 1 / sqrt(3), quantile 4.3027 of two degrees of freedom.
+    half = 4.3027 / 3**0.5
+    assert policy_interval([1, 2, 3]) == pytest.approx((2 - half, 2 + half), abs=1e-4)
+
+
+def test_sixteen_failures_leave_a_fifth_possible():
+    # The largest rate p at which sixteen failures have probability 0.025: 1 - 0.025 ** (1 / 16).
+    assert policy_interval(np.zeros(16)) == pytest.approx((0, 1 - 0.025 ** (1 / 16)))
+    assert policy_interval(np.ones(16)) == pytest.approx((0.025 ** (1 / 16), 1))
+
+
+@pytest.mark.parametrize("trials", [2, 16, 64])
+def test_the_exact_interval_covers_every_rate(trials):
+    rates = np.linspace(0.001, 0.999, 499)
+    covered = np.zeros_like(rates)
+    for successes in range(trials + 1):
+        low, high = exact_interval(successes, trials)
+        covered += binom.pmf(successes, trials, rates) * ((low <= rates) & (rates <= high))
+    assert covered.min() >= 0.95
+
+
+def test_two_values_are_outcomes_whatever_they_are_called():
+    # Return -1 or 1 is 2 * success - 1.
+    won = np.arange(16) % 4 == 0
+    low, high = exact_interval(4, 16)
+    assert policy_interval(2.0 * won - 1) == pytest.approx((2 * low - 1, 2 * high - 1))
+
+
+def test_a_skewed_mean_over_sixteen_tasks_is_covered():
+    rng = np.random.default_rng(0)
+    samples = rng.exponential(size=(600, 16))
+    assert coverage([policy_interval(sample) for sample in samples], 1.0) > 0.925
+
+
+def test_the_studentised_interval_of_many_normal_values_is_the_textbook_one():
+    values = np.random.default_rng(0).normal(size=2000)
+    expected = t_interval(values)
+    assert studentised_interval(values, reps=5000) == pytest.approx(expected, abs=0.003)
+
+
+def test_the_studentised_interval_moves_and_scales_with_its_values():
+    values = np.random.default_rng(0).exponential(size=16)
+    low, high = studentised_interval(values)
+    assert studentised_interval(7 - 3 * values) == pytest.approx((7 - 3 * high, 7 - 3 * low))
+
+
+def test_the_order_of_tasks_does_not_matter():
+    values = np.random.default_rng(0).exponential(size=16)
+    assert policy_interval(values[::-1]) == policy_interval(values)
+
+
+def test_a_few_values_that_are_not_zero_do_not_make_the_interval_endless():
+    values = np.zeros(16)
+    values[:2] = 0.4, 0.6
+    low, high = policy_interval(values)
+    assert -1 < low < values.mean() < high < 1
+
+
+def test_one_value_has_no_interval_and_unknown_ones_do_not_count():
+    assert np.isnan(policy_interval([1.0])).all()
+    assert np.isnan(policy_interval([1.0, np.inf, 2.0])).all()
+    assert policy_interval([1.0, np.nan, 2.0, 4.0]) == policy_interval([1.0, 2.0, 4.0])
+
+
+def test_seeds_on_tasks_of_their_own_have_students_t_on_their_means():
+    table = np.random.default_rng(0).normal(size=(5, 64)) + np.arange(5)[:, None]
+    expected = t_interval(table.mean(axis=1))
+    assert method_interval(own_tasks(table)) == pytest.approx(expected)
+
+
+def test_more_tasks_do_not_make_up_for_seeds():
+    # Seeds differ and tasks do not: 6400 values are as good as the five that differ.
+    means = np.array([8.7, 10.0, 8.0, 9.1, 8.2])
+    few, many = (method_interval(np.repeat(means[:, None], tasks, 1)) for tasks in (2, 6400))
+    assert few == pytest.approx(many)
+    assert few == pytest.approx(t_interval(means))
+
+
+def test_copies_of_one_policy_are_as_uncertain_as_it_is_alone():
+    values = np.random.default_rng(0).normal(size=64)
+    assert method_interval(np.tile(values, (5, 1))) == pytest.approx(t_interval(values))
+
+
+def test_tasks_that_all_seeds_share_are_part_of_the_uncertainty():
+    # Seeds differ ten times less than tasks: t on the seed means covers 0.60 here.
+    rng = np.random.default_rng(0)
+    tables = rng.normal(size=(600, 1, 64)) + 0.1 * rng.normal(size=(600, 5, 1))
+    assert coverage([method_interval(table) for table in tables], 0.0) > 0.925
+    assert coverage([t_interval(table.mean(axis=1)) for table in tables], 0.0) < 0.7
+
+
+def test_shared_tasks_never_narrow_what_three_seeds_show():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        table = rng.normal(size=(3, 64)) + rng.normal(size=(3, 1))
+        low, high = method_interval(table)
+        seeds_low, seeds_high = t_interval(table.mean(axis=1))
+        assert low <= seeds_low + 1e-12
+        assert high >= seeds_high - 1e-12
+
+
+def test_seeds_that_all_always_succeed_are_not_certain():
+    assert method_interval(np.ones((5, 64))) == exact_interval(64, 64)
+
+
+def test_one_seed_has_no_interval_over_seeds():
+    assert np.isnan(method_interval(np.ones((1, 64)))).all()
+    assert np.isnan(method_interval(np.array([[1.0, 2.0], [np.nan, np.nan]]))).all()
+    assert np.isnan(method_interval(np.array([[1.0, np.inf], [1.0, 2.0]]))).all()
