@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dmrl_ray.config import Adapt
+from dmrl_ray.config import Adapt, By
 from dmrl_ray.recording import Steps
 from dmrl_ray.spec import JobSpec
 from dmrl_ray.types import Columns, Task
@@ -30,7 +30,10 @@ class EvaluateCall:
     chunk: int
     greedy: bool
     policy_version: int
-    first_column: int = 0  # number of the first column, where steps are recorded
+    first_column: int = 0  # number of the first environment, where steps are recorded
+    by: By = None  # who adapts; None is the algorithm as it evaluates
+    episodes: int | None = None  # of each environment; None is what the algorithm evaluates with
+    frozen: bool = False  # never adapt
 
 
 @dataclass(frozen=True)

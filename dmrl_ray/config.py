@@ -184,13 +184,42 @@ class Finetune(Training):
     before them, ``["*adapter*"]`` what matches: adapters that ``network`` adds here."""
 
 
+class ContinuedTraining(Settings):
+    """A policy-gradient step after every round of episodes, on each task by itself."""
+
+    type: Literal["continued"] = "continued"
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """How the gradients move the parameters; its state lasts as long as the parameters do."""
+
+    lr: float = Field(default=0.1, gt=0)
+    """Step size."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled from the gradient."""
+
+    trainable: tuple[str, ...] = Field(default=("",), min_length=1)
+    """Prefixes of the names of the parameters that move."""
+
+    episodes: int = Field(default=20, ge=1)
+    """Episodes in a round: parallel copies of the task that a step averages over."""
+
+
+By: TypeAlias = Literal["own"] | ContinuedTraining | None
+_BY = Discriminator(lambda value: "own" if value == "own" else "continued")  # one message, not two
+
+
 class Adapt(Starting):
-    """Meet a stream of tasks that change without notice, and keep adapting."""
+    """Meet streams of tasks that change, and keep adapting.
+
+    Beside the agent stand the same one restarted at each change (`JOB.restarted` in tables) and one
+    that never adapts (`JOB.unadapted`).
+    """
 
     type: Literal["adapt"] = "adapt"
 
     init_from: str
-    """Name of the stage whose policy meets the stream."""
+    """Name of the stage whose policy meets the streams."""
 
     algorithm: Component | None = None
     """Instead of that stage's own algorithm."""
@@ -198,7 +227,7 @@ class Adapt(Starting):
     checkpoint: Literal["best", "last"] = "best"
     """Which of that stage's checkpoints."""
 
-    split: Literal["validation", "test"] = "test"
+    split: Literal["train", "validation", "test"] = "test"
     """Tasks in the streams."""
 
     streams: Count = Field(default=64, ge=1)
@@ -208,19 +237,21 @@ class Adapt(Starting):
     """Tasks in each stream, one after the other."""
 
     episodes_per_task: int = Field(default=4, ge=1)
-    """Episodes between changes; the agent is not told."""
+    """Episodes of each environment between changes."""
 
-    optimizer: Literal["none", "sgd", "adamw"] = "none"
-    """none: the policy's memory alone adapts; else a gradient step after every round."""
+    change: Literal["ignore", "told"] = "ignore"
+    """ignore: the agent is not told that the task changes, and goes on with what it has become;
+    told: memory, belief, parameters and optimiser begin anew with every task."""
 
-    lr: float = Field(default=0.1, gt=0)
-    """Step size of those steps."""
+    by: Annotated[
+        Annotated[Literal["own"], Tag("own")] | Annotated[ContinuedTraining, Tag("continued")], _BY
+    ] = "own"
+    """Who adapts: own is the algorithm's own adaptation with its own settings, such as memory,
+    inner steps or a belief, or for algorithms without a trial continued training by their
+    optimiser; ``{type: continued, ...}`` takes gradient steps on any differentiable policy."""
 
-    episodes_per_update: int = Field(default=1, ge=1)
-    """Episodes in a round: parallel copies of the task that a gradient step averages over."""
-
-    trainable: tuple[str, ...] = ("",)
-    """Prefixes of the parameter names that the gradient steps move."""
+    greedy: bool = True
+    """Take the most probable action where the algorithm does not need to explore by sampling."""
 
 
 class Evaluate(Starting):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmrl_ray.algorithms.offline import open_dataset
-from dmrl_ray.algorithms.online import check_steps
 from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.display import Display
@@ -142,7 +141,7 @@ def check(config: RunConfig) -> None:
                 program.algorithm.prepare_training(spec.trainable)
                 _check_lag(program, spec, stage.max_policy_lag)
             if isinstance(stage, Adapt):
-                check_steps(program.algorithm, stage)
+                program.adaptation(stage.by)
             _check_data(config, name, program)
             if source is not None and source.startswith(RLLIB):
                 rllib_start(source, program.policy)

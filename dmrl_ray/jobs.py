@@ -29,6 +29,7 @@ Where the time between two updates' ends went is in metrics of the later one, in
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -39,14 +40,22 @@ from typing import Any
 import numpy as np
 
 from dmrl_ray.calls import CollectCall, CollectReport, EvaluateCall
-from dmrl_ray.config import Pretrain, settled
+from dmrl_ray.config import By, Pretrain, settled
 from dmrl_ray.foreign import ForeignAlgorithm, foreign_of
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, build
+from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Task, storable
 
 EVALUATION_COLUMNS = 1024
 """Environment columns of one evaluation call; fixed, so that results do not depend on workers."""
+
+
+SINGLE_COLUMNS = 32
+"""The same where environments step one by one, so that more of them take longer."""
+
+EVALUATION_BYTES = 256 << 20
+"""Observations of the trials of one call."""
 
 
 @dataclass
@@ -164,13 +173,12 @@ def evaluate(
         weights: of the policy, made ready by ``run.workers.put``.
         record: add every step to the transitions table.
     """
-    per_task = 1 if foreign_of(spec) is not None else build(spec).algorithm.columns_per_task
-    size = max(1, EVALUATION_COLUMNS // per_task)
-    chunks = [tuple(tasks[i : i + size]) for i in range(0, len(tasks), size)]
     calls = [
-        (EvaluateCall(spec, chunk, trial, i, greedy, policy_version, i * size * per_task), weights)
+        (call, weights)
         for trial in range(trials)
-        for i, chunk in enumerate(chunks)
+        for call in evaluation_calls(
+            spec, tasks, trial=trial, greedy=greedy, policy_version=policy_version
+        )
     ]
     results = {}
     for i, answer in run.workers.map("evaluate_recorded" if record else "evaluate", calls):
@@ -181,6 +189,49 @@ def evaluate(
             results[i] = answer
     parts = [results[i] for i in range(len(calls))]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def evaluation_calls(
+    spec: JobSpec,
+    tasks: list[Task],
+    *,
+    trial: int = 0,
+    greedy: bool,
+    policy_version: int,
+    by: By = None,
+    episodes: int | None = None,
+    frozen: bool = False,
+) -> list[EvaluateCall]:
+    """Calls that play one trial on each task, of bounded memory, as `EvaluateCall` has it."""
+    copies, size = 1, EVALUATION_COLUMNS
+    if foreign_of(spec) is None:
+        program = build(spec)
+        copies = program.adaptation(by).columns_per_task
+        size = tasks_at_once(program.distribution, copies)
+    return [
+        EvaluateCall(
+            spec,
+            tuple(tasks[start : start + size]),
+            trial,
+            start // size,
+            greedy,
+            policy_version,
+            first_column=start * copies,
+            by=by,
+            episodes=episodes,
+            frozen=frozen,
+        )
+        for start in range(0, len(tasks), size)
+    ]
+
+
+def tasks_at_once(family: TaskDistribution, copies: int) -> int:
+    """Tasks of one call, a function of the family alone: results do not depend on workers."""
+    space = family.observation_space
+    step_bytes = np.dtype(space.dtype).itemsize * math.prod(space.shape or ())
+    columns = EVALUATION_COLUMNS if family.vectorized else SINGLE_COLUMNS
+    columns = min(columns, EVALUATION_BYTES // max(1, family.trial_steps * step_bytes))
+    return max(1, columns // copies)
 
 
 def selection_score(spec: JobSpec, rows: Columns) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -66,6 +67,53 @@ def evaluation_rows(sampler: Sampler, *, trial: int) -> Columns:
         "env_steps": np.zeros(count, np.int64),
         "trial": np.full(count, trial),
     }
+
+
+def since_change(
+    trial: Trial, tasks: Sequence[Task], family: TaskDistribution
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reward and regret of every step since the agents met these tasks.
+
+    The oracle's reward is its return in that episode, spread evenly over the episode's steps, so
+    that an episode's regret is what its return lacks.
+
+    Returns:
+        (U, N) each: step u, task n, mean over the environments that play the task; NaN where none
+        made this step, or the oracle is not known.
+    """
+    mask, reward, done = (
+        np.concatenate(parts)
+        for parts in zip(
+            *((r.mask, r.reward, (r.terminated | r.truncated) & r.mask) for r in trial), strict=True
+        )
+    )
+    column = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    episode = done.cumsum(0) - done
+    length = np.zeros((episode.max() + 1, mask.shape[1]))
+    np.add.at(length, (episode, column), mask)
+    copies = mask.shape[1] // len(tasks)
+    oracle = _oracle_returns(tasks, family, len(length)).repeat(copies, axis=1)
+    rate = oracle / np.maximum(length, 1)
+    step = mask.cumsum(0) - 1
+    found = np.full((2, step.max() + 1, mask.shape[1]), np.nan)
+    at = (step[mask], column[mask])
+    found[0][at] = reward[mask]
+    found[1][at] = (rate[episode, column] - reward)[mask]
+    by_task = found.reshape(2, found.shape[1], len(tasks), copies)
+    known = ~np.isnan(by_task)
+    with np.errstate(invalid="ignore"):
+        mean = np.where(known, by_task, 0.0).sum(-1) / known.sum(-1)
+    return mean[0], mean[1]
+
+
+def _oracle_returns(tasks: Sequence[Task], family: TaskDistribution, episodes: int) -> np.ndarray:
+    """(E, N) the oracle's return in each episode; those after a trial's last are like it."""
+    returns = np.full((episodes, len(tasks)), np.nan)
+    for n, task in enumerate(tasks):
+        ends = reference(family, task)
+        if ends is not None:
+            returns[:, n] = ends.oracle[np.minimum(np.arange(episodes), len(ends.oracle) - 1)]
+    return returns
 
 
 def transition_rows(

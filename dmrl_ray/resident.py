@@ -111,6 +111,7 @@ class ResidentSampler(Sampler):
             self.inference_s += perf_counter() - began
         self._count_episodes(rollout, acted, greedy=greedy)
         self._steps_done += num_steps
+        self.fresh = False
         return rollout
 
     def _act_on(

@@ -54,6 +54,7 @@ class Sampler:
 
     Attributes:
         policy_version: updates of the policy that acts.
+        fresh: all environments were reset, and nothing was played since.
         env_s: seconds spent in the environments since `start`.
         inference_s: seconds spent in the policy since then.
     """
@@ -71,6 +72,7 @@ class Sampler:
         self._action_dtype = np.int64 if self._discrete else np.float32
         self.episodes = Episodes(num_envs)
         self._has_episodes = False
+        self.fresh = False
 
     def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
         """Begin a collection: all randomness until the next start comes from `rng`."""
@@ -103,8 +105,12 @@ class Sampler:
         From here on each plays `episodes`, a number that does not depend on what happens: those
         with short ones wait for the others, and steps after the last one do not count.
         """
+        if self.fresh:  # Nothing was played since the last reset, which is as good as another.
+            self.episodes.limit(episodes)
+            return
         shape = (self.num_envs, *self._action_shape)
         self._obs = first_obs(self.distribution, self.env)
+        self.fresh = True
         self.episodes.begin(self._pending_task_of, episodes)
         self._previous_done = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
@@ -119,6 +125,7 @@ class Sampler:
         self._task_index = np.arange(self.num_envs) * len(tasks) // self.num_envs
         self._pending_task_of = np.empty(self.num_envs, object)
         self._pending_task_of[:] = [tasks[i] for i in self._task_index.tolist()]
+        self.fresh = False
         self.episodes.assign(self._pending_task_of.tolist(), self._task_index)
         answer_of(self.distribution, self.env.set_tasks, list(self._pending_task_of))
 
@@ -182,6 +189,7 @@ class Sampler:
                 rollout.value, rollout.next_value = (v.numpy() for v in both)
             self.inference_s += perf_counter() - acted
         self._steps_done += rollout.num_steps
+        self.fresh = False
         return rollout
 
     def take_episodes(self) -> Columns:

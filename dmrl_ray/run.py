@@ -145,6 +145,7 @@ class Run:
         self.writer.add(
             "episodes",
             {
+                "change": None,
                 **rows,
                 "success": success,
                 "score": score,

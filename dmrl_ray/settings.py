@@ -79,8 +79,14 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
 }
 """Short names of the built-in classes, by the setting they stand under."""
 
+_CONTINUED = "by: {type: continued, optimizer, lr, trainable, episodes}"
+
 OLD_NAMES: dict[str, str] = {
     "steps_per_shot": "steps_per_adaptation",
+    "Adapt.optimizer": _CONTINUED,
+    "Adapt.lr": _CONTINUED,
+    "Adapt.trainable": _CONTINUED,
+    "Adapt.episodes_per_update": _CONTINUED,
 }
 """Settings by the names that they had, and what they are called."""
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.algorithms.adaptation import Adaptation
+from dmrl_ray.algorithms.base import Algorithm, continued
+from dmrl_ray.config import By, Component, RolloutSettings
 from dmrl_ray.faults import check_spaces, fault, name_of, sample
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.resident import ResidentSampler
@@ -76,6 +77,19 @@ class Program:
     policy: ActorCritic
     algorithm: Algorithm
     device: str | None = None  # where it rolls out; None is in NumPy
+
+    def adaptation(self, by: By) -> Adaptation:
+        """Who adapts within a trial; None is the algorithm as it evaluates.
+
+        Raises:
+            ValueError: it cannot adapt so.
+        """
+        if by is None:
+            return self.algorithm
+        if by == "own":
+            return self.algorithm.own_adaptation()
+        gamma = float(getattr(self.algorithm.config, "gamma", 0.99))
+        return continued(self.algorithm, gamma, by)
 
     def sampler(self, num_envs: int) -> Sampler:
         """Environments of the family, with memory as the algorithm has it."""

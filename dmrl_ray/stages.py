@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from dmrl_ray.config import (
     settled,
 )
 from dmrl_ray.foreign import foreign_of
-from dmrl_ray.jobs import EVALUATION_COLUMNS, run_job
 from dmrl_ray.jobs import evaluate as evaluate_policy
+from dmrl_ray.jobs import evaluation_calls, run_job, tasks_at_once
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, Weights, build
+from dmrl_ray.statistics import t_interval
 from dmrl_ray.transfer import rllib_start
 from dmrl_ray.types import Task
+from dmrl_ray.worker import SinceChange
 
 
 def run_stage(run: Run, name: str) -> None:
@@ -155,39 +158,102 @@ def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
 
 
 def adapt(run: Run, name: str, stage: Adapt) -> None:
-    """Streams of tasks that change without notice, all of them at once over the workers."""
+    """Streams of tasks, all of them at once over the workers, and the references beside them."""
     spec = job_spec(run.config, name)
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
     tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
+    if stage.change == "ignore":
+        _play_streams(run, spec, stage, weights, tasks)
+    variants = {"told": (spec.name, False), "ignore": (f"{spec.name}.restarted", False)}
+    for job, frozen in (variants[stage.change], (f"{spec.name}.unadapted", True)):
+        calls = evaluation_calls(
+            spec,
+            tasks,
+            greedy=stage.greedy,
+            policy_version=policy.version,
+            by=stage.by,
+            episodes=stage.episodes_per_task,
+            frozen=frozen,
+        )
+        results = dict(run.workers.map("evaluate_steps", [(call, weights) for call in calls]))
+        number = 0
+        for i, call in enumerate(calls):
+            rows = results[i][0]
+            rows["change"], rows["trial"] = np.divmod(number + rows["trial"], stage.streams)
+            run.add_episodes(replace(spec, name=job), rows)
+            number += len(call.tasks)
+        reward, regret = _joined([results[i][1] for i in range(len(calls))], stage)
+        _report_regret(run, replace(spec, name=job), reward, regret)
+    run.display.update(name, int(np.isfinite(reward).sum()), return_=float(np.nanmean(reward)))
+
+
+def _play_streams(run: Run, spec: JobSpec, stage: Adapt, weights: Any, tasks: list[Task]) -> None:
+    """The agent that nobody tells of changes."""
+    program = build(spec)
+    copies = program.adaptation(stage.by).columns_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
-    size = max(1, EVALUATION_COLUMNS // stage.episodes_per_update)
-    chunks = [tuple(streams[i : i + size]) for i in range(0, len(streams), size)]
-    calls = [(AdaptCall(spec, chunk, stage, i), weights) for i, chunk in enumerate(chunks)]
+    size = tasks_at_once(program.distribution, copies)
+    starts = range(0, len(streams), size)
+    calls = [
+        (AdaptCall(spec, tuple(streams[start : start + size]), stage, i), weights)
+        for i, start in enumerate(starts)
+    ]
     results = dict(run.workers.map("adapt", calls))
-    for i in range(len(calls)):
-        run.add_episodes(spec, results[i][0])
-    rewards = np.concatenate([results[i][1] for i in range(len(calls))], axis=2)
-    oracle = np.concatenate([results[i][2] for i in range(len(calls))], axis=1)
-    _report_regret(run, spec, rewards, oracle)
-    run.display.update(name, int(rewards.size), return_=float(rewards.sum((0, 1)).mean()))
+    for i, start in enumerate(starts):
+        rows = results[i][0]
+        rows["trial"] = start + rows["trial"]
+        run.add_episodes(spec, rows)
+    by_change = zip(*(results[i][1] for i in range(len(calls))), strict=True)
+    reward, regret = _joined([part for parts in by_change for part in parts], stage)
+    _report_regret(run, spec, reward, regret)
 
 
-def _report_regret(run: Run, spec: JobSpec, rewards: np.ndarray, oracle: np.ndarray) -> None:
+def _joined(parts: list[SinceChange], stage: Adapt) -> tuple[np.ndarray, np.ndarray]:
+    """(K, U, N) reward and regret at each step since change k of stream n; NaN where none was.
+
+    Args:
+        parts: (U, n) each, whose tasks follow one another: the first of all streams, the second ...
+    """
+    longest = max(len(reward) for reward, _ in parts)
+    joined = []
+    for i in range(2):
+        padded = [
+            np.pad(part[i], [(0, longest - len(part[i])), (0, 0)], constant_values=np.nan)
+            for part in parts
+        ]
+        whole = np.concatenate(padded, axis=1)
+        joined.append(whole.reshape(longest, -1, stage.streams).swapaxes(0, 1))
+    return joined[0], joined[1]
+
+
+def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarray) -> None:
     """Reward and regret per step since a change, as metrics whose `env_steps` is that step.
 
-    The oracle knows the changes; its reward per step is its episode return over the episode's
-    length. The first task of a stream is met without a change before it and does not count, unless
-    it is the only one.
+    The first task of a stream is met without a change before it: it has metrics of its own,
+    ``regret_first``, with the ends of 95 % intervals over streams, as all have.
     """
-    after = slice(1 if len(rewards) > 1 else 0, None)
-    reward = rewards[after].mean((0, 2))
-    regret = (oracle[after, None, :] - rewards[after]).mean((0, 2))
-    for u in range(len(reward)):
-        metrics = {"reward_since_change": float(reward[u])}
-        if np.isfinite(regret[u]):
-            metrics["regret"] = float(regret[u])
-        run.add_metrics(spec, 0, u + 1, metrics)
+    parts = {"first": slice(0, 1), "since_change": slice(1, None)}
+    for part, changes in parts.items():
+        for measure, values in (("reward", reward[changes]), ("regret", regret[changes])):
+            if not np.isfinite(values).any():
+                continue
+            for u, met in enumerate(_mean_over_changes(values)):
+                known = met[np.isfinite(met)]
+                if len(known) == 0:
+                    continue
+                low, high = t_interval(known)
+                name = f"{measure}_{part}"
+                figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
+                run.add_metrics(spec, 0, u + 1, figures)
+
+
+def _mean_over_changes(values: np.ndarray) -> np.ndarray:
+    """(U, N) of (K, U, N): the mean over the changes at which a stream made this step."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        mean: np.ndarray = np.where(known, values, 0.0).sum(0) / known.sum(0)
+    return mean
 
 
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:

@@ -200,6 +200,9 @@ class TaskDistribution(ABC):
     fixed_length: bool = True
     """True if every episode has exactly `max_episode_steps` steps."""
 
+    vectorized: bool = True
+    """True if a step of many environments costs little more than one of a few."""
+
     on_device: bool = False
     """True if `make_vec`'s environments can be put on a device; their episodes have all one length
     then."""

@@ -14,24 +14,27 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from dmrl_ray.algorithms.online import live_through
+from dmrl_ray.algorithms.adaptation import play_stream
 from dmrl_ray.arrays import host
 from dmrl_ray.calls import AdaptCall, CollectCall, CollectReport, EvaluateCall
-from dmrl_ray.faults import reference, sample
+from dmrl_ray.faults import sample
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.learner import Learner
 from dmrl_ray.recording import (
     Steps,
     episode_rows,
     evaluation_rows,
+    since_change,
     take_episodes,
     transition_rows,
 )
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Program, Weights, build, set_weights
-from dmrl_ray.types import Arrays, Columns, Trial, random_stream
+from dmrl_ray.types import Arrays, Columns, Rollout, Trial, random_stream
 
 Key: TypeAlias = tuple[int | str, ...]
+SinceChange: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Reward and regret (U, N) of every step since a change, of each task."""
 
 
 class RolloutWorker:
@@ -100,63 +103,78 @@ class RolloutWorker:
         foreign = foreign_of(call.spec)
         if foreign is not None:
             return foreign.play(call, weights.arrays)
-        return self._evaluate(call, weights)[0]
+        sampler, trial = self._evaluate(call, weights)
+        for _ in trial:  # Each is dropped when the next begins.
+            pass
+        return evaluation_rows(sampler, trial=call.trial)
 
     def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
         """The same, and every step."""
-        episodes, trial = self._evaluate(call, weights)
+        sampler, trial = self._evaluate(call, weights)
         steps = transition_rows(
-            trial,
+            list(trial),
             list(call.tasks),
             number=call.trial,
             first_column=call.first_column,
             open_before=None,
-            step_is_episode=self._programs[call.spec.key].algorithm.memory_spans_trial,
+            step_is_episode=sampler.memory_spans_trial,
         )
-        return episodes, steps
+        return evaluation_rows(sampler, trial=call.trial), steps
 
-    def _evaluate(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Trial]:
+    def evaluate_steps(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, SinceChange]:
+        """The same with the number of the task among the call's as trial, and what every step got.
+
+        That is as `recording.since_change` says.
+        """
+        sampler, trial = self._evaluate(call, weights)
+        since = since_change(list(trial), call.tasks, sampler.distribution)
+        return self._stream_rows(sampler, len(call.tasks), weights.version), since
+
+    def _evaluate(self, call: EvaluateCall, weights: Weights) -> tuple[Sampler, Iterator[Rollout]]:
         torch.set_num_threads(1)
         spec = call.spec
         program = self._program(spec, weights)
-        algorithm = program.algorithm
-        columns = len(call.tasks) * algorithm.columns_per_task
-        sampler = program.sampler(columns)
+        adaptation = program.adaptation(call.by)
+        sampler = program.sampler(len(call.tasks) * adaptation.columns_per_task)
         stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
-        trial = algorithm.evaluate(sampler, list(call.tasks))
-        return evaluation_rows(sampler, trial=call.trial), trial
+        episodes = call.episodes or program.algorithm.evaluation_episodes
+        agent = adaptation.begin(sampler, list(call.tasks))
+        return sampler, adaptation.play(sampler, agent, episodes, frozen=call.frozen)
 
-    def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, np.ndarray, np.ndarray]:
+    def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, list[SinceChange]]:
         """Meet streams of changing tasks.
 
-        Returns the rows of the episodes, with episodes since the change as their adaptation step
-        and the stream as their trial; the rewards (K, U, N) of `online.live_through`; and the
-        oracle's reward per step (K, N), NaN where unknown.
+        Returns the rows of the episodes, with the stream as their trial and episodes counted since
+        the change; and for every change what `recording.since_change` says.
         """
         torch.set_num_threads(1)
         spec, settings = call.spec, call.settings
         program = self._program(spec, weights)
-        algorithm, family = program.algorithm, program.distribution
-        parallel = settings.episodes_per_update if settings.optimizer != "none" else 1
-        sampler = program.sampler(len(call.streams) * parallel)
+        family, adaptation = program.distribution, program.adaptation(settings.by)
+        copies, per_task = adaptation.columns_per_task, settings.episodes_per_task
+        sampler = program.sampler(len(call.streams) * copies)
         stream = random_stream(spec.seed, *spec.key, "adapt", call.chunk)
-        sampler.start(stream, weights.version, greedy=settings.optimizer == "none")
-        rewards = live_through(algorithm, sampler, call.streams, settings)
+        sampler.start(stream, weights.version, greedy=settings.greedy)
+        since = [
+            since_change(trial, [tasks[k] for tasks in call.streams], family)
+            for k, trial in enumerate(play_stream(adaptation, sampler, call.streams, per_task))
+        ]
+        return self._stream_rows(sampler, len(call.streams), weights.version, per_task), since
+
+    def _stream_rows(
+        self, sampler: Sampler, num: int, version: int, per_task: int | None = None
+    ) -> Columns:
+        """Rows of episodes whose trial is the number of their task, or of their stream of tasks."""
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, family, weights.version, scored=True)
-        per_change = settings.episodes_per_task * family.max_episode_steps
-        since = (rows["step"].astype(np.int64) - 1) % per_change
-        episodes["adaptation_step"] = since // family.max_episode_steps
+        change = np.zeros(len(rows["step"]), np.int64)
+        if per_task is not None:
+            change, rows["episode"] = np.divmod(rows["episode"].astype(np.int64), per_task)
+        episodes = episode_rows(rows, sampler.distribution, version, scored=True)
+        episodes["change"] = change
         episodes["env_steps"] = rows["step"].astype(np.int64)
-        episodes["trial"] = rows["column"] // parallel
-        oracle = np.full((settings.tasks_per_stream, len(call.streams)), np.nan)
-        for n, tasks in enumerate(call.streams):
-            for k, task in enumerate(tasks):
-                ends = reference(family, task)
-                if ends is not None:
-                    oracle[k, n] = ends.oracle[-1] / family.max_episode_steps
-        return episodes, rewards, oracle
+        episodes["trial"] = rows["column"].astype(np.int64) // (sampler.num_envs // num)
+        return episodes
 
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> tuple[Columns, Arrays]:
         """A small job whole: a shard collected and learned from, `updates` times.

@@ -19,9 +19,10 @@ def message_of(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> 
     """One sentence: what was found, and what is allowed or was probably meant."""
     kind, context, found = error["type"], error.get("ctx", {}), _shown(error["input"])
     fields = owner.model_fields if owner else {}
-    if kind == "extra_forbidden" and key in OLD_NAMES:
-        return f"this setting has another name: {OLD_NAMES[key]}"
     if kind == "extra_forbidden":
+        name = OLD_NAMES.get(key) or OLD_NAMES.get(f"{owner.__name__ if owner else ''}.{key}")
+        if name is not None:
+            return f"this setting has another name: {name}"
         hint = did_you_mean(key, fields)
         return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"
     if kind == "missing":

@@ -178,6 +178,7 @@ class GymEnv(TaskDistribution):
 
     family = "gym"
     fixed_length = False
+    vectorized = False
 
     def __init__(self, config: Config):
         self.config = config

@@ -143,6 +143,7 @@ class Observe(TaskDistribution):
         inner = self.inner
         self.family, self.domain = inner.family, inner.domain
         self.fixed_length = inner.fixed_length
+        self.vectorized = inner.vectorized
         self.action_space = inner.action_space
         self.max_episode_steps = inner.max_episode_steps
         self.episodes_per_trial = inner.episodes_per_trial

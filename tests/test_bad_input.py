@@ -220,7 +220,7 @@ def test_a_name_that_is_unknown_is_told_with_a_known_one(change, parts):
 
 
 FINE_TUNED = "stages.fine={{type: finetune, init_from: train, {}}}"
-ADAPTED = "stages.met={{type: adapt, init_from: train, optimizer: sgd, {}}}"
+ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}}}}}"
 
 
 @pytest.mark.parametrize(
@@ -252,11 +252,11 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, optimizer: sgd, {}}}"
         ),
         (
             [ADAPTED.format("trainable: [haed]")],
-            ["stages.met: trainable: no parameter's name starts with 'haed'", "policy_head"],
+            ["stages.met: by.trainable: no parameter's name starts with 'haed'", "policy_head"],
         ),
         (
-            ["algorithm={type: rl2}", ADAPTED.format("lr: 1")],
-            ["stages.met: optimizer: 'sgd' needs a policy that sees", "optimizer none"],
+            ["algorithm={type: rl2}", "network.encoder=transformer", ADAPTED.format("lr: 1")],
+            ["stages.met: network.encoder: gradient steps cannot adapt a transformer", "lstm"],
         ),
         (
             [
@@ -333,8 +333,8 @@ def test_a_family_that_is_broken_from_the_start_is_found_before_the_run_begins(f
 @pytest.mark.parametrize(
     ("fault", "parts"),
     [
-        ("nan", ["obs of column 3 at step ", " is nan, on task train-"]),
-        ("inf", ["reward of column 2 at step ", " is inf, on task train-"]),
+        ("nan", ["obs of column 3 at step ", " is nan, on task "]),
+        ("inf", ["reward of column 2 at step ", " is inf, on task "]),
         ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 28)"]),
         ("late reset", ["step raised KeyError: 'no goal' (", "family.py, line 12)"]),
         ("late shape", ["the answer of step cannot be used", "(8, 1) instead of (8, 2)"]),

@@ -54,11 +54,11 @@ def test_smoke_has_all_four_stages():
 
 def test_every_stage_of_smoke_leaves_its_episodes(smoke):
     # 20 steps an episode: 80k steps are 4000 episodes, and 16 tasks are validated on every 5
-    # updates; 8 jobs have 4 rounds of 10 episodes; 8 streams x 2 tasks x 4 episodes x 10 columns;
-    # 32 tasks x 10 columns x 3 steps.
+    # updates; 8 jobs have 4 rounds of 10 episodes; 8 streams x 2 tasks x 4 episodes x 10
+    # environments, by an agent that goes on, one that is restarted and one that never adapts; 32 tasks x 10 columns x 3 steps.
     episodes = dmrl_ray.load(smoke[0])
     counts = episodes.groupby(["stage", "split"]).size().to_dict()
-    expected = {("specialise", "test"): 8 * 4 * 10, ("stream", "test"): 8 * 2 * 4 * 10}
+    expected = {("specialise", "test"): 8 * 4 * 10, ("stream", "test"): 3 * 8 * 2 * 4 * 10}
     assert counts[("meta", "train")] >= 4000
     assert counts[("multitask", "train")] >= 4000
     assert counts[("meta", "validation")] > 0
@@ -79,9 +79,14 @@ def test_tasks_of_different_splits_of_smoke_are_different(smoke):
 
 def test_smoke_measures_regret_at_every_step_since_a_change(smoke):
     metrics = dmrl_ray.load(smoke[0], table="metrics")
-    regret = metrics[metrics["name"] == "regret"]
-    assert regret["env_steps"].tolist() == list(range(1, 4 * 20 + 1))
-    assert (regret["value"] > 0).all()
+    for name in ("regret_first", "regret_since_change"):
+        regret = metrics[metrics["name"] == name]
+        assert set(regret["job"]) == {"stream", "stream.restarted", "stream.unadapted"}
+        for _, rows in regret.groupby("job"):
+            assert rows["env_steps"].tolist() == list(range(1, 4 * 20 + 1))
+            assert (rows["value"] > 0).all()
+        low = metrics[metrics["name"] == f"{name}_low"]
+        assert (low["value"].to_numpy() < regret["value"].to_numpy()).all()
 
 
 def test_events_of_smoke_tell_its_stages_in_order(smoke):

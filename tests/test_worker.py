@@ -259,18 +259,22 @@ def test_a_small_job_is_the_same_on_a_worker_that_did_it_before():
 
 def test_rows_of_a_stream_count_episodes_since_the_change():
     family, tasks = tasks_of(PointGoal, 4, horizon=5)
-    spec = make_spec({"type": "point_goal", "horizon": 5})
+    spec = make_spec({"type": "point_goal", "horizon": 5}, {"type": "rl2"})
     settings = Adapt(init_from="x", episodes_per_task=3)
     call = AdaptCall(spec, (tasks[:2], tasks[2:]), settings, 0)
-    rows, rewards, oracle = RolloutWorker().adapt(call, weights(spec, 0))
+    rows, since = RolloutWorker().adapt(call, weights(spec, 0))
     first = rows["trial"] == 0
-    np.testing.assert_array_equal(rows["adaptation_step"][first], [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(rows["episode"][first], [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(rows["change"][first], [0, 0, 0, 1, 1, 1])
     assert rows["task_id"][first].tolist() == [tasks[0].id] * 3 + [tasks[1].id] * 3
     # The reward of each step, summed over episodes, is the returns of the rows.
+    rewards = np.stack([reward for reward, _ in since])
     assert rewards.shape == (2, 15, 2)
     total = [rows["return"][(rows["trial"] == n)].sum() for n in range(2)]
     np.testing.assert_allclose(rewards.sum((0, 1)), total, rtol=1e-5)
-    assert oracle[1, 0] == family.reference(tasks[1]).oracle[0] / 5
+    # An episode's regret is what its return lacks of the oracle's.
+    lacks = 3 * family.reference(tasks[1]).oracle[0] - rewards[1, :, 0].sum()
+    assert since[1][1][:, 0].sum() == pytest.approx(lacks)
 
 
 def test_local_workers_answer_every_call_with_its_number():

@@ -1,20 +1,22 @@
-"""The contract of an algorithm: an inner loop that collects, an outer loop that updates."""
+"""The contract of an algorithm: `adapt` within a trial, `collect` trials, `update` across them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
 
+from dmrl_ray.algorithms.adaptation import Adaptation, Continued
 from dmrl_ray.algorithms.descent import Descent
+from dmrl_ray.config import ContinuedTraining
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Task, Trial
 
 
-class Algorithm(Descent, ABC):
+class Algorithm(Descent, Adaptation):
     """`collect` runs in rollout workers, `update` in learners; both own the same policy class.
 
     Networks that an algorithm needs beside the policy are put into ``policy.auxiliary`` when it is
@@ -24,9 +26,6 @@ class Algorithm(Descent, ABC):
 
     sees_previous: bool = False
     """The policy is shown the previous action, reward and episode end."""
-
-    memory_spans_trial: bool = False
-    """The policy's memory, and so returns, survive the ends of episodes."""
 
     frozen_statistics: bool = False
     """Updates use batch normalisation and dropout as acting does; else as training does."""
@@ -65,9 +64,22 @@ class Algorithm(Descent, ABC):
         return {"sees_previous": cls.sees_previous}
 
     @property
-    def columns_per_task(self) -> int:
-        """Environment columns that play one task side by side."""
-        return 1
+    def evaluation_episodes(self) -> int:
+        """Episodes of each environment in a trial, when evaluating."""
+        return self.distribution.episodes_per_trial
+
+    def own_adaptation(self) -> Adaptation:
+        """Who adapts in an online stage that leaves it to the algorithm.
+
+        Raises:
+            ValueError: the algorithm does not adapt.
+        """
+        if self.memory_spans_trial:
+            return self
+        raise ValueError(
+            f"by: {type(self).__name__.lower()} has no adaptation of its own; use "
+            "by: {type: continued}, or evaluate its policy"
+        )
 
     @abstractmethod
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
@@ -77,15 +89,6 @@ class Algorithm(Descent, ABC):
     def update(self, trial: Trial) -> dict[str, float]:
         """The outer loop: improve the policy from what all shards collected, as tensors."""
 
-    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        """Live through one trial on each task, as `collect` does but without learning from it."""
-        sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
-        return self.play(sampler, self.distribution.trial_steps)
-
-    def play(self, sampler: Sampler, num_steps: int) -> Trial:
-        """Go on acting, adapting by what the policy remembers alone."""
-        return [sampler.rollout(self.policy, num_steps, with_value=False)]
-
     def get_state(self) -> Arrays:
         """What the next update depends on beside weights and optimiser, such as replay."""
         return {}
@@ -93,3 +96,21 @@ class Algorithm(Descent, ABC):
     def set_state(self, state: Arrays) -> None:
         """Continue from `get_state`'s answer."""
         assert not state
+
+
+def continued(
+    algorithm: Algorithm, gamma: float, settings: ContinuedTraining | None = None
+) -> Continued:
+    """Continued training of an algorithm's policy, by its own optimiser where none is set.
+
+    Raises:
+        ValueError: as `Continued`.
+    """
+    config = algorithm.config
+    own = ContinuedTraining(
+        optimizer="sgd" if config.optimizer == "sgd" else "adamw",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+    )
+    spans = algorithm.memory_spans_trial
+    return Continued(algorithm.policy, settings or own, gamma=gamma, memory_spans_trial=spans)

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dmrl_ray.algorithms.adaptation import PIECE_STEPS, Agent
 from dmrl_ray.algorithms.minibatches import previous_in
 from dmrl_ray.algorithms.offline import Offline, open_dataset
 from dmrl_ray.data_sources import DataSettings
@@ -32,7 +33,7 @@ from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Task, Trial
+from dmrl_ray.types import Rollout, Task, Trial
 
 
 class DPT(Offline):
@@ -141,8 +142,8 @@ class DPT(Offline):
         loss = -head.log_prob(pi, batch["action"]).mean()
         return loss, {"entropy": head.entropy(pi).mean()}
 
-    def play(self, sampler: Sampler, num_steps: int) -> Trial:
-        return [sampler.rollout(self.policy, num_steps, actor=self._act, with_value=False)]
+    def act(self, sampler: Sampler, agent: Agent) -> Rollout:
+        return sampler.rollout(self.policy, PIECE_STEPS, actor=self._act, with_value=False)
 
     def _act(
         self, obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None

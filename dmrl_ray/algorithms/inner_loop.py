@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from dmrl_ray.algorithms.adaptation import Adaptation, Agent, act_per_task, leaves
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.parts import check_prefixes
-from dmrl_ray.algorithms.task_actor import Recordings, task_actor
+from dmrl_ray.algorithms.task_actor import Recordings
 from dmrl_ray.algorithms.task_params import (
     Parameters,
-    fitted_advantage,
     per_task,
     task_gradients,
 )
@@ -94,55 +93,50 @@ class GradientAdaptation(Algorithm):
     def columns_per_task(self) -> int:
         return self.config.episodes_per_task
 
-    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        return self.live(sampler, tasks, self.config.inner_steps + 1)
+    @property
+    def evaluation_episodes(self) -> int:
+        within = self.config.steps_per_adaptation is not None
+        return self.distribution.episodes_per_trial if within else self.config.evaluation_steps + 1
 
-    def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        return self.live(sampler, tasks, self.config.evaluation_steps + 1)
+    def own_adaptation(self) -> Adaptation:
+        return self
 
-    def live(self, sampler: Sampler, tasks: list[Task], rounds: int) -> Trial:
-        """Rollout, inner step, rollout, ...: `rounds` rollouts with a step between any two.
+    def initial_state(self, sampler: Sampler, num_tasks: int) -> Parameters:
+        return per_task(self.policy, num_tasks)
 
-        With `steps_per_adaptation` there are as many as the trial's episodes take.
-        """
+    def rounds(self, episodes: int) -> list[int]:
+        return [1] * episodes if self.config.steps_per_adaptation is None else [episodes]
+
+    def act(self, sampler: Sampler, agent: Agent) -> Rollout:
         config = self.config
-        part = config.steps_per_adaptation
-        within = part is not None
-        params = per_task(self.policy, len(tasks))
-        trial: Trial = []
-        sampler.begin_trial(
-            tasks, self.policy, self.distribution.episodes_per_trial if within else 1
+        agent.state = leaves(agent.state)
+        return act_per_task(
+            self.policy,
+            sampler,
+            agent,
+            agent.state,
+            self._recordings,
+            num_steps=config.steps_per_adaptation,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
         )
-        while sampler.playing if within else len(trial) < rounds:
-            if trial:
-                moved = self.inner_step(params, trial[-1].map(torch.as_tensor), create_graph=False)
-                params = {name: p.detach().requires_grad_() for name, p in moved.items()}
-                if not within:
-                    sampler.begin_episodes(1)
-            rollout = sampler.rollout(
-                self.policy,
-                part,
-                actor=task_actor(self.policy, params, self._recordings),
-                adaptation_step=len(trial),
-                with_value=False,
-                greedy=False,
-            )
-            trial.append(rollout)
-            seen = trial if within else trial[-1:]
-            rollout.advantage = fitted_advantage(
-                seen, len(tasks), gamma=config.gamma, gae_lambda=config.gae_lambda
-            )
-        return trial
 
-    def inner_step(self, params: Parameters, rollout: Rollout, *, create_graph: bool) -> Parameters:
-        """One gradient step on every task at once; the same in workers and learners."""
-        moving = [name for name in params if name.startswith(self.config.adapt)]
-        gradients = task_gradients(self.policy, params, rollout, moving, create_graph=create_graph)
-        moved = {
-            name: params[name] - self.inner_rate(name) * gradient
-            for name, gradient in gradients.items()
-        }
-        return params | moved
+    def adapt(
+        self, state: Parameters, experience: Rollout, *, create_graph: bool = False
+    ) -> Parameters:
+        """One gradient step on every task at once (Finn et al. 2017, algorithm 3, line 6)."""
+        moving = [name for name in state if name.startswith(self.config.adapt)]
+        gradients = task_gradients(
+            self.policy, state, experience, moving, create_graph=create_graph
+        )
+        moved = {name: state[name] - self.inner_rate(name) * g for name, g in gradients.items()}
+        return state | moved
+
+    def collect_rounds(self, sampler: Sampler, tasks: list[Task], rounds: int) -> Trial:
+        """Trials of so many rollouts, or with `steps_per_adaptation` of the family's episodes."""
+        within = self.config.steps_per_adaptation is not None
+        episodes = self.distribution.episodes_per_trial if within else rounds
+        return list(self.play(sampler, self.begin(sampler, tasks), episodes))
 
     def inner_rate(self, name: str) -> float | Tensor:
         """Step size of an inner step for the parameter of this name."""
@@ -152,7 +146,7 @@ class GradientAdaptation(Algorithm):
         """The learner's way through what a worker lived: parameters before and after each step."""
         path = [per_task(self.policy, rollouts[0].num_tasks)]
         for rollout in rollouts:
-            path.append(self.inner_step(path[-1], rollout, create_graph=create_graph))
+            path.append(self.adapt(path[-1], rollout, create_graph=create_graph))
         return path
 
     def own_tasks(self, trial: Trial) -> Share:

@@ -1,7 +1,7 @@
 """Model-agnostic meta-learning: parameters from which a few gradient steps suffice.
 
 Source: Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017
-(arXiv:1703.03400), algorithm 3; its lines 5 to 8 are `GradientAdaptation.live`. ``first_order``
+(arXiv:1703.03400), algorithm 3; its inner loop is `GradientAdaptation`. ``first_order``
 gives FOMAML (section 5.2 there); ``adapt: [policy_head]`` gives ANIL (Raghu et al., 2020,
 arXiv:1909.09157); ``outer: trpo`` is the paper's outer step, for which a clipped policy gradient
 stands in by default.
@@ -30,7 +30,8 @@ from dmrl_ray.algorithms.task_params import (
 from dmrl_ray.algorithms.trust_region import trust_region_step
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
-from dmrl_ray.types import Rollout, Trial
+from dmrl_ray.rollout import Sampler
+from dmrl_ray.types import Rollout, Task, Trial
 
 READ = ("obs", "action", "log_prob", "advantage")
 """What the losses of policies without memory read of a rollout, beside what counts of it."""
@@ -65,6 +66,10 @@ class MAML(GradientAdaptation):
     compiles = True
     outer_parts: tuple[str, ...] = ("",)
     """Prefixes of the parameters that the outer loop moves."""
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """Lines 5 to 8 of algorithm 3: act, adapt, and act again after the last step."""
+        return self.collect_rounds(sampler, tasks, self.config.inner_steps + 1)
 
     def update(self, trial: Trial) -> dict[str, float]:
         skipped = self.skipped_batches

@@ -13,6 +13,7 @@ not at their ends alone; with `kept_noise` exploration goes farther.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
+from dmrl_ray.algorithms.adaptation import Adaptation, Agent
 from dmrl_ray.algorithms.sac import SAC, SoftConfig
 from dmrl_ray.heads import CategoricalHead
 from dmrl_ray.losses.latent import gaussian_kl, gaussian_sample, product_of_gaussians
@@ -31,6 +33,20 @@ from dmrl_ray.replay import draw_below
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Beliefs about the tasks of B environments, as sums of Gaussian factors, and their noise.
+
+    An environment's belief is the product of the standard normal prior with its factors.
+    """
+
+    precision: Tensor  # (B, L)
+    weighted_mean: Tensor  # (B, L)
+    noise: Tensor | None = None  # (B, L), by which the latent of an episode is drawn
+    drift: Tensor | None = None  # (B, A), the part of actions' noise that stays for an episode
+    kept: float = 0.0  # its weight
 
 
 class PEARL(SAC):
@@ -82,52 +98,61 @@ class PEARL(SAC):
     def policy_options(cls, config: Any) -> dict[str, Any]:
         return super().policy_options(config) | {"latent": config.latent}
 
+    def own_adaptation(self) -> Adaptation:
+        return self
+
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        sampler.begin_trial(tasks, self.policy)
-        return self._play(sampler, self.distribution.trial_steps, self.config.kept_noise)
+        agent = self.begin(sampler, tasks)
+        agent.state = replace(agent.state, kept=self.config.kept_noise)
+        return list(self.play(sampler, agent, self.distribution.episodes_per_trial))
 
-    def play(self, sampler: Sampler, num_steps: int) -> Trial:
-        return self._play(sampler, num_steps)
+    def initial_state(self, sampler: Sampler, num_tasks: int) -> Posterior:
+        nothing = torch.zeros(sampler.num_envs, self.config.latent)
+        return Posterior(nothing, nothing)
 
-    def _play(self, sampler: Sampler, num_steps: int, kept: float = 0.0) -> Trial:
-        """Whole episodes, each with a latent drawn from what earlier ones have shown."""
-        horizon = self.distribution.max_episode_steps
-        shape = (sampler.num_envs, self.config.latent)
-        actions = self.policy.policy_head.num_actions
-        belief: Memory = sampler.memory or (torch.zeros(shape), torch.zeros(shape))
-        trial: Trial = []
-        for _ in range(num_steps // horizon):
-            sampler.begin_episodes(1)
-            noise = torch.from_numpy(sampler.rng.standard_normal(shape, dtype=np.float32))
-            drift = torch.zeros(sampler.num_envs, actions)
-            if kept:
-                drift = torch.from_numpy(
-                    sampler.rng.standard_normal(tuple(drift.shape), dtype=np.float32)
-                )
-            while sampler.playing:
-                mean, log_var = product_of_gaussians(*(x.unsqueeze(1) for x in belief))
-                latent = gaussian_sample(mean, log_var, noise).unsqueeze(0)
-                rollout = sampler.rollout(
-                    self.policy,
-                    self.config.belief_steps,
-                    actor=partial(self._act, latent, kept, drift),
-                    adaptation_step=len(trial),
-                    with_value=False,
-                )
-                belief = self._extend(belief, rollout)
-                trial.append(rollout)
-        sampler.memory = belief
-        return trial
+    def rounds(self, episodes: int) -> list[int]:
+        return [1] * episodes
+
+    def act(self, sampler: Sampler, agent: Agent) -> Rollout:
+        """With a latent drawn from the belief, by noise that is kept for an episode."""
+        posterior: Posterior = agent.state
+        if sampler.fresh:
+            posterior = agent.state = self._with_noise(sampler, posterior)
+        assert posterior.noise is not None
+        assert posterior.drift is not None
+        factors = (posterior.precision, posterior.weighted_mean)
+        mean, log_var = product_of_gaussians(*(x.unsqueeze(1) for x in factors))
+        latent = gaussian_sample(mean, log_var, posterior.noise).unsqueeze(0)
+        return sampler.rollout(
+            self.policy,
+            self.config.belief_steps,
+            actor=partial(self._act, latent, posterior.kept, posterior.drift),
+            adaptation_step=agent.adaptation_step,
+            with_value=False,
+        )
 
     @torch.no_grad()
-    def _extend(self, belief: Memory, rollout: Rollout) -> Memory:
-        """A belief is the sums of its factors, (B, L) each."""
-        seen = (rollout.obs[:-1], rollout.action, rollout.reward)
-        factors: tuple[Tensor, ...] = self.factors(*(torch.from_numpy(x) for x in seen))
-        if not rollout.all_count:
-            mask = torch.from_numpy(rollout.mask).unsqueeze(-1)
-            factors = tuple(factor * mask for factor in factors)
-        return tuple(x + factor.sum(0) for x, factor in zip(belief, factors, strict=True))
+    def adapt(self, state: Posterior, experience: Rollout) -> Posterior:
+        """Every transition is a Gaussian factor of the belief (eq. 2)."""
+        seen = (experience.obs[:-1], experience.action, experience.reward)
+        factors: tuple[Tensor, ...] = self.factors(*seen)
+        if not experience.all_count:
+            factors = tuple(factor * experience.mask.unsqueeze(-1) for factor in factors)
+        precision, weighted_mean = (factor.sum(0) for factor in factors)
+        return replace(
+            state,
+            precision=state.precision + precision,
+            weighted_mean=state.weighted_mean + weighted_mean,
+        )
+
+    def _with_noise(self, sampler: Sampler, posterior: Posterior) -> Posterior:
+        """Noise of an episode: of its latent, and the part of its actions' that stays."""
+        actions = self.policy.policy_head.num_actions
+        noise = sampler.rng.standard_normal(tuple(posterior.precision.shape), dtype=np.float32)
+        drift = np.zeros((sampler.num_envs, actions), np.float32)
+        if posterior.kept:
+            drift = sampler.rng.standard_normal(drift.shape, dtype=np.float32)
+        return replace(posterior, noise=torch.from_numpy(noise), drift=torch.from_numpy(drift))
 
     def factors(self, obs: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
         """Precision and precision-weighted mean (T, B, L) of what each transition says."""

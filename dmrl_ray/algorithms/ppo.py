@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.adaptation import Adaptation
+from dmrl_ray.algorithms.base import Algorithm, continued
 from dmrl_ray.algorithms.minibatches import in_columns, previous_in, shown, step_through
 from dmrl_ray.arrays import as_kind_of
 from dmrl_ray.losses.averages import counted_mean
@@ -92,6 +93,12 @@ class PPO(Algorithm):
         """Of the entropy bonus, at this point of the budget."""
         left = 1.0 - self.progress if self.config.anneal_entropy else 1.0
         return self.config.entropy_coef * left
+
+    def own_adaptation(self) -> Adaptation:
+        """Training goes on, unless memory spans the trial and adapts."""
+        if self.memory_spans_trial:
+            return self
+        return continued(self, self.config.gamma)
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         assert isinstance(self.config, PPO.Config)

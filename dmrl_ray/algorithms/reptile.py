@@ -27,7 +27,7 @@ class Reptile(GradientAdaptation):
     config: Config
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        return self.live(sampler, tasks, self.config.inner_steps)
+        return self.collect_rounds(sampler, tasks, self.config.inner_steps)
 
     def update(self, trial: Trial) -> dict[str, float]:
         skipped = self.skipped_batches

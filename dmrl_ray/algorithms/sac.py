@@ -18,7 +18,8 @@ from gymnasium.spaces import Discrete
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.adaptation import Adaptation
+from dmrl_ray.algorithms.base import Algorithm, continued
 from dmrl_ray.heads import SquashedGaussianHead
 from dmrl_ray.losses.soft_actor_critic import (
     categorical_soft_value,
@@ -121,6 +122,10 @@ class SAC(Algorithm):
     def set_state(self, state: Arrays) -> None:
         """Continue from `get_state`'s answer."""
         self.replay.set_state(state, next(self.policy.parameters()).device)
+
+    def own_adaptation(self) -> Adaptation:
+        """Training goes on, by policy gradients."""
+        return continued(self, self.config.gamma)
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         assert isinstance(self.config, SAC.Config)

@@ -95,7 +95,7 @@ def test_the_batched_inner_step_equals_a_loop_over_tasks(tasks):
     with torch.no_grad():  # as in later epochs: not the parameters that acted
         for parameter in maml.policy.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    params = maml.inner_step(per_task(maml.policy, 3), support, create_graph=False)
+    params = maml.adapt(per_task(maml.policy, 3), support)
     actor = {k: p for k, p in maml.policy.named_parameters() if k in params}
     for i in range(3):
         mine = support.task_index == i
@@ -276,12 +276,11 @@ def test_a_memory_goes_on_over_the_gradient_steps_of_a_trial():
 class ShuffledMAML(MAML):
     """Adapts to advantages that have nothing to do with the actions."""
 
-    def inner_step(self, params, rollout, *, create_graph):
+    def adapt(self, state, rollout, *, create_graph=False):
         order = torch.from_numpy(np.random.default_rng(0).permutation(rollout.advantage.numel()))
         shuffled = rollout.advantage.flatten()[order].reshape(rollout.advantage.shape)
-        return super().inner_step(
-            params, replace(rollout, advantage=shuffled), create_graph=create_graph
-        )
+        shuffled = replace(rollout, advantage=shuffled)
+        return super().adapt(state, shuffled, create_graph=create_graph)
 
 
 def late_rewards(kind):

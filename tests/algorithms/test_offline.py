@@ -218,7 +218,7 @@ def test_acting_asks_as_training_did(encoder, run):
     sampler = program.sampler(3)
     sampler.start(random_stream(0), 0)
     tasks = program.distribution.sample(np.random.default_rng(0), 3, "test")
-    (acted,) = algorithm.evaluate(sampler, tasks)
+    (acted,) = algorithm.play(sampler, algorithm.begin(sampler, tasks), 2)
     rollout = acted.map(torch.from_numpy)
     for t in (0, 1, 14, 15, 29):
         none = (torch.full((3,), -1), torch.zeros(3), torch.ones(3, dtype=torch.bool))

@@ -35,7 +35,7 @@ def belief_from(algorithm, seen):
 
 
 def playing(spec, episodes, columns=4):
-    """An algorithm and its sampler after some episodes, with the latents that were acted on."""
+    """An algorithm and its beliefs after some episodes, with the latents that were acted on."""
     program = build(spec)
     algorithm, latents, act = program.algorithm, [], program.algorithm._act
 
@@ -47,9 +47,10 @@ def playing(spec, episodes, columns=4):
     sampler = Sampler(program.distribution, columns, memory_spans_trial=False)
     sampler.start(np.random.default_rng(0), 0)
     tasks = program.distribution.sample(np.random.default_rng(0), columns, "train")
-    sampler.begin_trial(tasks, program.policy)
-    trial = [r for n in episodes for r in algorithm.play(sampler, n * HORIZON)]
-    return algorithm, sampler, trial, torch.stack(latents)
+    agent = algorithm.begin(sampler, tasks)
+    trial = [r for n in episodes for r in algorithm.play(sampler, agent, n)]
+    state = algorithm.adapt(agent.state, agent.unused.map(torch.as_tensor))
+    return algorithm, (state.precision, state.weighted_mean), trial, torch.stack(latents)
 
 
 def test_the_order_of_the_context_does_not_matter():
@@ -123,18 +124,18 @@ def test_discrete_actions_have_no_noise_to_keep():
 
 def test_a_trial_played_in_parts_is_remembered_whole():
     whole, parts = (playing(make_spec(), n) for n in ([3], [2, 1]))
-    for one, other in zip(whole[1].memory, parts[1].memory, strict=True):
+    for one, other in zip(whole[1], parts[1], strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(whole[3], parts[3])
 
 
 @pytest.mark.parametrize("belief_steps", [None, 4])
 def test_the_learner_believes_what_the_worker_did(belief_steps):
-    algorithm, sampler, trial, _ = playing(make_spec(belief_steps=belief_steps), [EPISODES])
+    algorithm, memory, trial, _ = playing(make_spec(belief_steps=belief_steps), [EPISODES])
     algorithm.replay.add([rollout.map(torch.from_numpy) for rollout in trial])
     steps = algorithm.replay.take(np.arange(4))
     factors = algorithm.factors(steps.obs, steps.action, steps.reward)
-    for of_worker, of_learner in zip(sampler.memory, factors, strict=True):
+    for of_worker, of_learner in zip(memory, factors, strict=True):
         torch.testing.assert_close(of_worker, of_learner.sum(1))
 
 
