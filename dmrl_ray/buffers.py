@@ -11,7 +11,12 @@ from dmrl_ray.types import Rollout
 
 
 class Buffers:
-    """The arrays of one rollout while it is being filled."""
+    """The arrays of one rollout while it is being filled.
+
+    Args:
+        num_steps: room; memory is taken by the steps that are written only.
+        obs, previous, reset, memory: before step 0.
+    """
 
     def __init__(
         self,
@@ -32,6 +37,7 @@ class Buffers:
         self.terminated = np.empty(shape, np.bool_)
         self.truncated = np.empty(shape, np.bool_)
         self.done = np.empty(shape, np.bool_)
+        self.mask = np.ones(shape, np.bool_)
         self.reset = np.zeros((num_steps + 1, columns), np.bool_)
         self.reset[0] = reset
         self.before = previous
@@ -71,6 +77,14 @@ class Buffers:
             return action, reward, done
         return mask_previous(action, reward, done, torch.from_numpy(self.reset[t : t + 1]))
 
+    def cut(self, num_steps: int) -> None:
+        """Keep this many steps, as no environment has more to play."""
+        self.num_steps = num_steps
+        self.obs, self.reset = self.obs[: num_steps + 1], self.reset[: num_steps + 1]
+        for name in ("action", "reward", "terminated", "truncated", "done", "mask"):
+            setattr(self, name, getattr(self, name)[:num_steps])
+        self.oracle_action = self.oracle_action[:num_steps]
+
     def finish(self, task_index: np.ndarray, policy_version: int, adaptation_step: int) -> Rollout:
         """The rollout, still without what the policy thought of it."""
         empty = np.empty((self.num_steps, 0), np.float32)
@@ -87,6 +101,8 @@ class Buffers:
             reward=self.reward,
             terminated=self.terminated,
             truncated=self.truncated,
+            mask=self.mask,
+            all_count=bool(self.mask.all()),
             reset_state=self.reset[:-1],
             log_prob=empty,
             value=empty,

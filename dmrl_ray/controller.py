@@ -23,7 +23,7 @@ from dmrl_ray.placement import check_gpu, place
 from dmrl_ray.places import JOB_VARIABLE
 from dmrl_ray.run import Run
 from dmrl_ray.settings import did_you_mean
-from dmrl_ray.spec import JobSpec, Program, Weights, build, get_weights, rehearse, set_weights
+from dmrl_ray.spec import JobSpec, Program, build, get_weights, rehearse, set_weights
 from dmrl_ray.stages import job_spec, run_stage
 from dmrl_ray.transfer import rllib_start
 from dmrl_ray.types import EnvironmentFault, Split
@@ -114,9 +114,12 @@ def evaluate(
                 f"{folder}: stage {name or 'any'!r} has no {checkpoint!r} policy yet; "
                 f"there are policies of: {', '.join(ready) or 'no stage'}"
             )
-        weights = Weights(0, current.load(f"{name}.{checkpoint}"))
+        policy = current.load_policy(f"{name}.{checkpoint}")
         spec = job_spec(config, name)
-        rows = evaluate_policy(current, spec, weights, current.tasks(split, tasks), trials=trials)
+        drawn = current.tasks(split, tasks)
+        rows = evaluate_policy(
+            current, spec, policy, drawn, trials=trials, policy_version=policy.version
+        )
         return pd.DataFrame(rows).assign(stage=name, algorithm=spec.algorithm_name)
 
 

@@ -205,6 +205,8 @@ class Dataset:
             policy_version=0,
             adaptation_step=0,
             obs=obs,
+            mask=np.ones((steps, columns), np.bool_),
+            all_count=True,
             final_step=where[:, 0],
             final_column=where[:, 1],
             final_obs=final_obs.reshape(-1, *obs_shape),

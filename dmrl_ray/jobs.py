@@ -92,7 +92,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             progress.env_steps += size
             done = progress.env_steps >= stage.env_steps
             with _timed(spent, "time/learner_call_s"):
-                metrics = learners.update(progress.env_steps, [c[1] for c in collected])
+                metrics = learners.update(progress.env_steps - size, [c[1] for c in collected])
             metrics["policy_lag"] = float(progress.updates - version)
             progress.updates += 1
             metrics |= {"time/learner_wait_s": waited, **spent}
@@ -100,7 +100,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             elapsed, clock = time.monotonic() - clock, time.monotonic()
             progress.seconds += elapsed
             with _timed(spent, "time/write_s"):
-                _record(run, spec, progress, version, reports, metrics, elapsed)
+                _record(run, spec, progress, reports, metrics, elapsed)
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted(), _timed(spent, "time/validate_s"):
                     _validate(run, spec, learners, progress, validation, stage.greedy)
@@ -137,7 +137,7 @@ def _run_foreign(
             progress.updates += 1
             elapsed, clock = time.monotonic() - clock, time.monotonic()
             progress.seconds += elapsed
-            _record(run, spec, progress, progress.updates - 1, [report], metrics, elapsed)
+            _record(run, spec, progress, [report], metrics, elapsed)
             done = progress.env_steps >= stage.env_steps
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted():
@@ -227,13 +227,12 @@ def _record(
     run: Run,
     spec: JobSpec,
     progress: Progress,
-    version: int,
     reports: list[CollectReport],
     metrics: dict[str, float],
     elapsed: float,
 ) -> None:
     for report in reports:
-        run.add_episodes(spec, version, report.episodes)
+        run.add_episodes(spec, report.episodes)
         if report.steps is not None:
             run.add_steps(spec, report.steps)
     metrics["time/collect_s"] = max(report.seconds for report in reports)
@@ -265,7 +264,7 @@ def _validate(
     rows = evaluate(run, spec, policy, tasks, greedy=greedy, policy_version=progress.updates)
     score = selection_score(spec, rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
-    run.add_episodes(spec, progress.updates, rows)
+    run.add_episodes(spec, rows)
     kind = "return" if np.isnan(rows["score"]).any() else "score"
     run.add_metrics(spec, progress.updates, progress.env_steps, {f"validation_{kind}": score})
     if kind == "score":
@@ -278,7 +277,7 @@ def _validate(
 
 
 def _save_policy(run: Run, spec: JobSpec, name: str, learners: Any) -> None:
-    run.save(f"{spec.stage}.{name}", learners.weights())
+    run.save_policy(f"{spec.stage}.{name}", learners.weights(), learners.version)
 
 
 def _snapshot(

@@ -12,7 +12,7 @@ from dmrl_ray.algorithms.gradients import Compiled
 from dmrl_ray.averaging import gradient_average
 from dmrl_ray.errors import ConfigError, NumericalError
 from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
-from dmrl_ray.types import Array, Arrays, Rollout, Trial, random_stream
+from dmrl_ray.types import Array, Arrays, Trial, join_shards, random_stream
 
 MAX_POISONED_UPDATES = 3
 """Updates in a row with a loss or gradient that is not finite, after which a job stops."""
@@ -58,15 +58,20 @@ class Learner:
     def update(self, version: int, env_steps: int, trials: list[Trial]) -> dict[str, float]:
         """Improve the policy from one iteration's trials, given in order of their shards.
 
+        Args:
+            version: updates before this one.
+            env_steps: of the job, before this iteration.
+            trials: one of each shard.
+
         Raises:
             NumericalError: several updates in a row had no finite gradient.
         """
         start = time.monotonic()
         torch.set_num_threads(self.spec.learner_threads)
-        trial = [self._join_shards(list(shards)) for shards in zip(*trials, strict=True)]
+        trial = [rollout.map(self._to_device) for rollout in join_shards(trials)]
         algorithm = self.algorithm
         algorithm.rng = random_stream(self.spec.seed, *self.spec.key, "update", version)
-        algorithm.progress = min(1.0, env_steps / max(1, self.spec.env_steps))
+        algorithm.progress = self.spec.spent(version, env_steps)
         skipped = algorithm.skipped_batches
         # Dropout draws from torch's own stream.
         noise = random_stream(self.spec.seed, *self.spec.key, "noise", version)
@@ -128,9 +133,6 @@ class Learner:
                 f"{self.spec.stage!r}) cannot be compiled; use false"
             )
         return Compiled(self.policy)
-
-    def _join_shards(self, shards: list[Rollout]) -> Rollout:
-        return Rollout.concatenate(shards).map(self._to_device)
 
     def _to_device(self, array: Array) -> Tensor:
         return torch.as_tensor(array, device=self.device)

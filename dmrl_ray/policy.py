@@ -29,6 +29,9 @@ from dmrl_ray.networks.norm import RunningNorm
 from dmrl_ray.spaces import Packed, scaled_columns
 from dmrl_ray.types import Rollout
 
+OBS_BOUND = 10.0
+"""Standard deviations at which scaled observations are clipped; value targets never are."""
+
 Previous: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Previous action, reward and done, each (T, B, ...)."""
 
@@ -210,9 +213,20 @@ class ActorCritic(nn.Module):
 
     def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
         """Take a rollout's statistics in; called by the learner after its gradient steps."""
-        self.update_obs_norm(rollout.obs[:-1].flatten(0, 1))
+        self.update_obs_norm(rollout.counted(rollout.obs[:-1]))
         if value_target is not None:
-            self.update_value_norm(value_target.flatten())
+            self.update_value_norm(rollout.counted(value_target))
+
+    def begin_value_norm(self, target: Tensor) -> bool:
+        """Take the first value targets in before the first gradient step; whether they were.
+
+        In units of an untrained norm, large targets would drown the policy's gradient.
+        """
+        norm = self.value_norm
+        if norm is None or norm.batches.item() > 0:
+            return False
+        self.update_value_norm(target.flatten())
+        return norm.batches.item() > 0
 
     @torch.no_grad()
     def update_value_norm(self, target: Tensor) -> None:
@@ -250,7 +264,7 @@ class ActorCritic(nn.Module):
             return obs.to(torch.float32) / 255.0
         if self.obs_norm is None:
             return obs
-        scaled = self.obs_norm.normalize(obs)
+        scaled = self.obs_norm.normalize(obs).clamp(-OBS_BOUND, OBS_BOUND)
         return scaled if self.scaled is None else torch.where(self.scaled, scaled, obs)
 
     def actor_input(self, obs: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class RayLearners:
         """One update; what is `published` is new afterwards.
 
         Args:
-            env_steps: of the job, this iteration's included.
+            env_steps: of the job, before this iteration.
             trials: references, in order of their shards.
         """
         arguments = (self.version, env_steps, *trials)

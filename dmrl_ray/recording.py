@@ -24,8 +24,10 @@ def take_episodes(sampler: Sampler) -> Columns:
     return sampler.take_episodes()
 
 
-def episode_rows(rows: Columns, family: TaskDistribution, *, scored: bool) -> Columns:
-    """Columns of the episodes table that a worker knows."""
+def episode_rows(
+    rows: Columns, family: TaskDistribution, policy_version: int, *, scored: bool
+) -> Columns:
+    """Columns of the episodes table that a worker knows; the version is the one that acted."""
     tasks: list[Task] = list(rows["task"])
     score = np.full(len(tasks), np.nan)
     if scored:
@@ -37,29 +39,33 @@ def episode_rows(rows: Columns, family: TaskDistribution, *, scored: bool) -> Co
     return {
         "task_id": np.array([task.id for task in tasks], object),
         "split": np.array([task.split for task in tasks], object),
-        "episode": rows["episode"].astype(np.int64),
-        "adaptation_step": rows["adaptation_step"].astype(np.int64),
+        **{name: rows[name].astype(np.int64) for name in COUNTS if name in rows},
+        "policy_version": np.full(len(tasks), policy_version),
         "return": rows["return"].astype(np.float64),
-        "length": rows["length"].astype(np.int64),
         "success": rows["success"].astype(np.float64),
         "score": score,
+        "greedy": rows["greedy"].astype(np.bool_),
     }
 
 
-def evaluation_rows(sampler: Sampler, *, episodes: int, trial: int) -> Columns:
+COUNTS = ("episode", "adaptation_step", "experience_steps", "experience_episodes", "length")
+"""Whole numbers that a sampler knows of an episode."""
+
+
+def evaluation_rows(sampler: Sampler, *, trial: int) -> Columns:
     """Rows of the episodes table of what a sampler has just played without learning.
 
     Args:
         sampler: that played.
-        episodes: of a column that count, after each `begin_episodes`.
         trial: its number.
     """
     rows = take_episodes(sampler)
-    within = rows["since_begun"] < episodes
-    rows = {name: column[within] for name, column in rows.items()}
-    table = episode_rows(rows, sampler.distribution, scored=True)
     count = len(rows["step"])
-    return table | {"env_steps": np.zeros(count, np.int64), "trial": np.full(count, trial)}
+    version = sampler.policy_version
+    return episode_rows(rows, sampler.distribution, version, scored=True) | {
+        "env_steps": np.zeros(count, np.int64),
+        "trial": np.full(count, trial),
+    }
 
 
 def transition_rows(
@@ -71,7 +77,7 @@ def transition_rows(
     open_before: Open | None,
     step_is_episode: bool,
 ) -> Steps:
-    """Every step of a trial, column after column; a function of what was collected alone.
+    """Every step of a trial that counts, column after column; a function of what was collected.
 
     A step's successor is in ``next_obs`` at the end of an episode and of a rollout, and else is
     the ``obs`` of the next row, so that nothing is stored twice. Actions are as the policy chose
@@ -86,6 +92,7 @@ def transition_rows(
         step_is_episode: True where memory adapts, which is counted in episodes.
     """
     columns = np.arange(trial[0].num_columns)
+    mask = _rows(np.concatenate([r.mask for r in trial]))
     episode, step, begun = _clock(trial, open_before)
     known = [*tasks, *(open_before.task if open_before is not None else ())]
     task = _rows(np.where(begun, trial[0].task_index, len(tasks) + columns))
@@ -94,7 +101,7 @@ def transition_rows(
         name: _rows(np.concatenate([getattr(r, name) for r in trial]))
         for name in ("action", "reward", "terminated", "truncated", "log_prob")
     }
-    return {
+    rows = {
         **together,
         "task_id": pa.array([t and t.id for t in known], pa.string()).take(pa.array(task)),
         "split": pa.array([t and t.split for t in known], pa.string()).take(pa.array(task)),
@@ -108,6 +115,10 @@ def transition_rows(
         "action": _vectors(action) if (action := together["action"]).ndim > 1 else action,
         "next_obs": _successors(trial, len(step)),
     }
+    if mask.all():
+        return rows
+    keep = pa.array(mask)
+    return {k: x.filter(keep) if isinstance(x, pa.Array) else x[mask] for k, x in rows.items()}
 
 
 def _clock(trial: Trial, before: Open | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -120,6 +131,7 @@ def _clock(trial: Trial, before: Open | None) -> tuple[np.ndarray, np.ndarray, n
     since = np.maximum.accumulate(np.where(begins, at, -1))
     later = begins.copy()
     later[0] = False  # The number is that of the first step's episode, whether new or open.
+    later &= np.concatenate([r.mask for r in trial])
     number, begun = later.cumsum(0), since >= 0
     step = at - np.where(begun, since, 0)
     if before is not None:

@@ -25,10 +25,13 @@ class Transitions:
     next_obs: Tensor  # (N, K, *obs_shape)
     terminated: Tensor  # (N, K) bool
     truncated: Tensor  # (N, K) bool
+    mask: Tensor  # (N, K) bool, steps that there are; shorter trials than the longest are filled up
 
 
 class TrialReplay:
-    """The last `capacity` columns of trials, all of one length; memory is taken at the first `add`.
+    """The last `capacity` columns of trials; memory is taken at the first `add`.
+
+    Only steps that count are kept. A slot has room for the longest trial so far.
 
     Args:
         capacity: slots; the bound of memory, a slot takes its T steps with two observations each.
@@ -42,8 +45,18 @@ class TrialReplay:
 
     @property
     def num_steps(self) -> int:
-        """T, of every trial."""
+        """T, of the longest trial."""
         return self._arrays["reward"].shape[1]
+
+    def lengths(self, slots: np.ndarray, episodes: int | None = None) -> np.ndarray:
+        """(N,) steps of the trials in slots, or of their first episodes."""
+        mask = self._arrays["mask"][torch.from_numpy(slots)]
+        if episodes is not None:
+            done = (self._arrays["terminated"] | self._arrays["truncated"])[torch.from_numpy(slots)]
+            before = done.cumsum(1) - done.to(torch.int64)  # episodes that ended before a step
+            mask = mask & (before < episodes)
+        lengths: np.ndarray = mask.sum(1).cpu().numpy()
+        return lengths
 
     def add(self, trial: Trial) -> None:
         """Put every column of a trial of tensors into a slot, over the oldest where all are full.
@@ -54,20 +67,33 @@ class TrialReplay:
         for name in _NAMES:
             parts = [_steps(rollout, name) for rollout in trial]
             new[name] = torch.cat(parts).transpose(0, 1)[-self.capacity :]
-        columns = len(new["reward"])
+        if not all(rollout.all_count for rollout in trial):
+            new = _counted_first(new)
+        columns, length = new["reward"].shape
         if not self._arrays:
             self._arrays = {
                 name: x.new_zeros(self.capacity, *x.shape[1:]) for name, x in new.items()
             }
+        elif length > self.num_steps:
+            self._arrays = {
+                name: torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1)
+                for name, x in self._arrays.items()
+            }
         slots = (self._next + torch.arange(columns)) % self.capacity
         for name, x in new.items():
-            self._arrays[name][slots] = x
+            if length < self.num_steps:
+                self._arrays[name][slots] = 0
+            self._arrays[name][slots, :length] = x
         self._next = (self._next + columns) % self.capacity
         self.size = min(self.capacity, self.size + columns)
 
     def draw(self, rng: np.random.Generator, num_trials: int) -> np.ndarray:
         """(N,) different slots, or as many as there are."""
         return rng.choice(self.size, min(num_trials, self.size), replace=False)
+
+    def draw_steps(self, rng: np.random.Generator, slots: np.ndarray, count: int) -> np.ndarray:
+        """(N, count) steps of slots (N,), each uniform over its trial's."""
+        return draw_below(rng, self.lengths(slots), count)
 
     def take(self, slots: np.ndarray, steps: np.ndarray | slice = slice(None)) -> Transitions:
         """Steps of slots (N,): those given as (N, K), each slot its own, or one slice for all."""
@@ -102,6 +128,14 @@ class TrialReplay:
 _NAMES = tuple(field.name for field in fields(Transitions))
 
 
+def draw_below(rng: np.random.Generator, bounds: np.ndarray, count: int) -> np.ndarray:
+    """(N, count) numbers, those of a row uniform below its bound."""
+    shape = (len(bounds), count)
+    if (bounds == bounds[0]).all():
+        return rng.integers(bounds[0], size=shape)
+    return (rng.random(shape) * bounds[:, None]).astype(np.int64)
+
+
 def _steps(rollout: Rollout, name: str) -> Tensor:
     """(T, B, ...) of a rollout of tensors."""
     if name == "next_obs":
@@ -109,3 +143,11 @@ def _steps(rollout: Rollout, name: str) -> Tensor:
         return following
     array: Tensor = getattr(rollout, name)
     return array[: rollout.num_steps]
+
+
+def _counted_first(new: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Arrays (B, T, ...) with the steps that count first, and as few others as there can be."""
+    order = (~new["mask"]).to(torch.uint8).argsort(dim=1, stable=True)
+    order = order[:, : int(new["mask"].sum(1).max())]
+    row = torch.arange(len(order), device=order.device).unsqueeze(1)
+    return {name: x[row, order] for name, x in new.items()}

@@ -56,14 +56,16 @@ class ResidentSampler(Sampler):
         self.env.np_random = TensorStream(self.env.np_random, self.device)
         self._noise = TensorStream(self.rng, self.device)
 
-    def begin_trial(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
-        """Put every column at the start of a trial; column b plays task ``b * n // B`` of n."""
-        super().begin_trial(tasks, policy)
+    def begin_trial(
+        self, tasks: Sequence[Task], policy: ActorCritic, episodes: int | None = None
+    ) -> None:
+        """Put every environment at the start of a trial, as `Sampler.begin_trial` does."""
+        super().begin_trial(tasks, policy, episodes)
         self.memory = tuple(leaf.to(self.device) for leaf in self.memory)
 
-    def begin_episodes(self, *, forget: bool = True) -> None:
-        """Reset every column, dropping open episodes; `forget` resets the memory with them."""
-        super().begin_episodes(forget=forget)
+    def begin_episodes(self, episodes: int | None = None, *, forget: bool = True) -> None:
+        """Reset every environment, as `Sampler.begin_episodes` does."""
+        super().begin_episodes(episodes, forget=forget)
         self._move()
 
     def set_state(self, state: Arrays) -> None:
@@ -76,7 +78,7 @@ class ResidentSampler(Sampler):
     def rollout(
         self,
         policy: ActorCritic,
-        num_steps: int,
+        num_steps: int | None = None,
         *,
         actor: Actor | None = None,
         adaptation_step: int = 0,
@@ -84,9 +86,11 @@ class ResidentSampler(Sampler):
         greedy: bool | None = None,
         teacher: float | None = None,
     ) -> Rollout:
-        """Act for `num_steps` steps in every column, as `Sampler.rollout` does."""
+        """Act in every environment, as `Sampler.rollout` does."""
         assert teacher is None
         greedy = self._greedy if greedy is None else greedy
+        num_steps = self._most_steps(num_steps)
+        self.episodes.adapted(None if self.memory_spans_trial else adaptation_step)
         rollout = self._storage(num_steps, adaptation_step)
         with torch.no_grad():
             acted = _Acted(num_steps)
@@ -105,8 +109,8 @@ class ResidentSampler(Sampler):
                     self.memory_spans_trial,
                 )
             self.inference_s += perf_counter() - began
-        self._keep_books(rollout, acted, None if self.memory_spans_trial else adaptation_step)
-        self._steps += num_steps
+        self._count_episodes(rollout, acted, greedy=greedy)
+        self._steps_done += num_steps
         return rollout
 
     def _act_on(
@@ -155,11 +159,13 @@ class ResidentSampler(Sampler):
         rollout.obs[t + 1] = obs
         rollout.reward[t] = reward
         acted.env_s += perf_counter() - began
+        if "success" in info:
+            acted.see(info["success"])
         final_obs: Tensor | None = info.get("final_obs")
         if final_obs is not None:
             rollout.terminated[t] = terminated
             rollout.truncated[t] = truncated
-            acted.end(t, final_obs, info.get("success"))
+            acted.end(t, final_obs)
         return final_obs
 
     def _previous(self, rollout: Rollout, t: int, reset: bool) -> Previous:
@@ -184,7 +190,7 @@ class ResidentSampler(Sampler):
         obs[0] = self._obs
         return Rollout(
             task_index=self._task_index,
-            policy_version=self._policy_version,
+            policy_version=self.policy_version,
             adaptation_step=adaptation_step,
             obs=obs,
             final_step=no_index,
@@ -194,6 +200,8 @@ class ResidentSampler(Sampler):
             reward=reward.new_empty(shape),
             terminated=done.new_zeros(shape),
             truncated=done.new_zeros(shape),
+            mask=done.new_ones(shape),
+            all_count=True,
             reset_state=done.new_zeros(shape),
             log_prob=nothing,
             value=nothing,
@@ -219,7 +227,7 @@ class ResidentSampler(Sampler):
         self._previous_reward = rollout.reward[-1].clone()
         self._previous_done = rollout.terminated[-1] | rollout.truncated[-1]
 
-    def _keep_books(self, rollout: Rollout, acted: _Acted, adaptation_step: int | None) -> None:
+    def _count_episodes(self, rollout: Rollout, acted: _Acted, *, greedy: bool) -> None:
         """Rows of the episodes that ended, from one answer of the device."""
         bounds = [0, *(t + 1 for t in acted.ends), rollout.num_steps]
         columns = np.arange(self.num_envs)
@@ -228,17 +236,19 @@ class ResidentSampler(Sampler):
             for start, stop in pairwise(bounds)
         ]
         total = rollout.obs.sum() + rollout.final_obs.sum() + rollout.reward.sum()
-        told = [*earned, *(s.double() for s in acted.success), total.double().expand(len(columns))]
+        seen = [*acted.success, *(() if acted.seen is None else (acted.seen,))]
+        told = [*earned, *(s.double() for s in seen), total.double().expand(len(columns))]
         *told, totals = host(torch.stack(told))
         successes = told[len(earned) :]
         for i, (start, stop) in enumerate(pairwise(bounds)):
             self.episodes.add(told[i], stop - start)
+            if i < len(successes):
+                self.episodes.see(successes[i])
             if i < len(acted.ends):
-                success = successes[i] if successes else None
-                step = self._steps + stop
-                self.episodes.end(columns, step, adaptation_step, success, self._pending_task_of)
+                step = self._steps_done + stop
+                self.episodes.end(columns, step, self._pending_task_of, greedy=greedy)
         if not np.isfinite(totals[0]):
-            check_finite(self.distribution, rollout.map(host), self.episodes, self._steps)
+            check_finite(self.distribution, rollout.map(host), self.episodes, self._steps_done)
 
     def _before(self) -> tuple[Array, Array, Array]:
         return self._previous_action, self._previous_reward, self._previous_done
@@ -263,7 +273,8 @@ class _Acted:
         self.peeks: list[Tensor] = []
         self.ends: list[int] = []  # steps at which all episodes ended
         self.final_obs: list[Tensor] = []
-        self.success: list[Tensor] = []
+        self.success: list[Tensor] = []  # of those episodes: whether any step was one
+        self.seen: Tensor | None = None  # of the open ones
         self.env_s = 0.0
 
     def keep(self, t: int, pi: Tensor, features: Tensor | None) -> None:
@@ -277,9 +288,14 @@ class _Acted:
             self.features = features.new_empty(self.num_steps, *features.shape[1:])
         self.features[t] = features[0]
 
-    def end(self, t: int, final_obs: Tensor, success: Tensor | None) -> None:
+    def see(self, success: Tensor) -> None:
+        """Which steps (B,) were a success."""
+        self.seen = success if self.seen is None else self.seen | success
+
+    def end(self, t: int, final_obs: Tensor) -> None:
         """All episodes ended at step t."""
         self.ends.append(t)
         self.final_obs.append(final_obs)
-        if success is not None:
-            self.success.append(success)
+        if self.seen is not None:
+            self.success.append(self.seen)
+            self.seen = None

@@ -8,7 +8,8 @@ the loop over steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from time import perf_counter
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ from dmrl_ray.arrays import host
 from dmrl_ray.buffers import Buffers
 from dmrl_ray.episodes import Episodes
 from dmrl_ray.faults import answer_of, check_finite, fault, first_obs
+from dmrl_ray.heads import CategoricalHead, GaussianHead, SquashedGaussianHead
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.tasks import TaskDistribution
@@ -32,6 +34,8 @@ from dmrl_ray.types import (
     tasks_from_array,
 )
 from dmrl_ray.values import Carried, peek_value, values
+
+Head: TypeAlias = CategoricalHead | GaussianHead | SquashedGaussianHead
 
 Actor: TypeAlias = Callable[
     [Tensor, Previous | None, Memory, Tensor | None], tuple[Tensor, Tensor, Memory]
@@ -49,6 +53,7 @@ class Sampler:
             every episode's end.
 
     Attributes:
+        policy_version: updates of the policy that acts.
         env_s: seconds spent in the environments since `start`.
         inference_s: seconds spent in the policy since then.
     """
@@ -71,24 +76,36 @@ class Sampler:
         """Begin a collection: all randomness until the next start comes from `rng`."""
         env_rng, self.rng = rng.spawn(2)
         self.env.np_random = env_rng
-        self._policy_version = policy_version
+        self.policy_version = policy_version
         self._greedy = greedy
-        self._steps = 0
+        self._steps_done = 0
         self.env_s = self.inference_s = 0.0
         self.episodes.clear()
 
-    def begin_trial(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
-        """Put every column at the start of a trial; column b plays task ``b * n // B`` of n."""
+    def begin_trial(
+        self, tasks: Sequence[Task], policy: ActorCritic, episodes: int | None = None
+    ) -> None:
+        """Put every environment at the start of a trial; b of B plays task ``b * n // B`` of n.
+
+        Args:
+            tasks: n.
+            policy: whose memory begins.
+            episodes: that each environment plays; None sets no end.
+        """
         self.set_tasks(tasks)
         self.episodes.begin_trial()
-        self.begin_episodes()
+        self.begin_episodes(episodes)
         self.memory = policy.initial_memory(self.num_envs)
 
-    def begin_episodes(self, *, forget: bool = True) -> None:
-        """Reset every column, dropping open episodes; `forget` resets the memory with them."""
+    def begin_episodes(self, episodes: int | None = None, *, forget: bool = True) -> None:
+        """Reset every environment, dropping open episodes; `forget` resets the memory with them.
+
+        From here on each plays `episodes`, a number that does not depend on what happens: those
+        with short ones wait for the others, and steps after the last one do not count.
+        """
         shape = (self.num_envs, *self._action_shape)
         self._obs = first_obs(self.distribution, self.env)
-        self.episodes.begin(self._pending_task_of)
+        self.episodes.begin(self._pending_task_of, episodes)
         self._previous_done = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
         if forget:
@@ -102,7 +119,13 @@ class Sampler:
         self._task_index = np.arange(self.num_envs) * len(tasks) // self.num_envs
         self._pending_task_of = np.empty(self.num_envs, object)
         self._pending_task_of[:] = [tasks[i] for i in self._task_index.tolist()]
+        self.episodes.assign(self._pending_task_of.tolist(), self._task_index)
         answer_of(self.distribution, self.env.set_tasks, list(self._pending_task_of))
+
+    @property
+    def playing(self) -> bool:
+        """Whether any environment has episodes left to play."""
+        return self.episodes.any_playing
 
     def continue_episodes(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
         """Go on with open episodes; a column takes its new task when its episode ends."""
@@ -114,7 +137,7 @@ class Sampler:
     def rollout(
         self,
         policy: ActorCritic,
-        num_steps: int,
+        num_steps: int | None = None,
         *,
         actor: Actor | None = None,
         adaptation_step: int = 0,
@@ -122,11 +145,11 @@ class Sampler:
         greedy: bool | None = None,
         teacher: float | None = None,
     ) -> Rollout:
-        """Act for `num_steps` steps in every column.
+        """Act in every environment until each has played its episodes, or for `num_steps` steps.
 
         Args:
             policy: gives values, noise and log-probabilities.
-            num_steps: T.
+            num_steps: T at most; needed where episodes have no end.
             actor: acts instead of `policy`, for instance with parameters of its own per task.
             adaptation_step: adaptation steps done before, for the record.
             with_value: False leaves `value` and `next_value` empty (T, 0).
@@ -139,25 +162,26 @@ class Sampler:
         """
         greedy = self._greedy if greedy is None else greedy
         before = (self._previous_action, self._previous_reward, self._previous_done)
-        buffers = Buffers(num_steps, self._obs, before, self._reset, self.memory)
+        self.episodes.adapted(None if self.memory_spans_trial else adaptation_step)
+        buffers = Buffers(self._most_steps(num_steps), self._obs, before, self._reset, self.memory)
         if teacher is not None:
             buffers.teach(math.ceil(teacher * self.num_envs))
         with torch.no_grad():
             pi, features, peeks = self._act(
-                policy, actor or policy, buffers, adaptation_step, greedy, with_value
+                policy, actor or policy, buffers, greedy=greedy, with_value=with_value
             )
             acted = perf_counter()
             log_prob = policy.policy_head.log_prob(pi, torch.from_numpy(buffers.action))
-            rollout = buffers.finish(self._task_index, self._policy_version, adaptation_step)
+            rollout = buffers.finish(self._task_index, self.policy_version, adaptation_step)
             rollout.log_prob = log_prob.numpy()
-            check_finite(self.distribution, rollout, self.episodes, self._steps)
+            check_finite(self.distribution, rollout, self.episodes, self._steps_done)
             if with_value:
                 both = values(
                     policy, rollout, features, peeks, self._carried(), self.memory_spans_trial
                 )
                 rollout.value, rollout.next_value = (v.numpy() for v in both)
             self.inference_s += perf_counter() - acted
-        self._steps += num_steps
+        self._steps_done += rollout.num_steps
         return rollout
 
     def take_episodes(self) -> Columns:
@@ -193,31 +217,42 @@ class Sampler:
         for name in STATE:
             setattr(self, f"_{name}", np.array(state[name]))
 
+    def _most_steps(self, num_steps: int | None) -> int:
+        """Steps that a rollout may take."""
+        if self.episodes.unlimited:
+            assert num_steps is not None, "episodes have no end"
+            return num_steps
+        left = self.episodes.steps_left(self.distribution.max_episode_steps)
+        return left if num_steps is None else min(left, num_steps)
+
     def _act(
         self,
         policy: ActorCritic,
         actor: Actor,
         buffers: Buffers,
-        adaptation_step: int,
+        *,
         greedy: bool,
         with_value: bool,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """The loop over steps; returns pi (T, B, P), features and values peeked at truncations."""
         head = policy.policy_head
-        num_steps = buffers.num_steps
-        noise = None if greedy else head.noise(self.rng, num_steps, self.num_envs)
         pis, features, peeks = [], [], []
         keep_features = with_value and policy.value_encoder is None
         peek = with_value and policy.recurrent and not self.memory_spans_trial
-        memory = self.memory
-        for t in range(num_steps):
+        memory, episodes = self.memory, self.episodes
+        noise = self._noise_by_step(head, buffers.num_steps, greedy)
+        for t in range(buffers.num_steps):
             previous = buffers.previous(t) if policy.sees_previous else None
             reset = torch.from_numpy(buffers.reset[t : t + 1]) if buffers.reset[t].any() else None
+            if not episodes.all_playing:
+                buffers.mask[t] = episodes.playing
             began = perf_counter()
-            pi, feature, memory = actor(
+            pi, feature, after = actor(
                 buffers.obs_tensor[t : t + 1], previous, memory, reset if policy.recurrent else None
             )
-            action = head.mode(pi[0]) if noise is None else head.sample(pi[0], noise[t])
+            memory = after if episodes.all_playing else self._held(memory, after)
+            drawn = next(noise)
+            action = head.mode(pi[0]) if drawn is None else head.sample(pi[0], drawn)
             pis.append(pi)
             if keep_features:
                 features.append(feature)
@@ -225,7 +260,7 @@ class Sampler:
             self.inference_s += perf_counter() - began
             if buffers.taught:
                 buffers.follow(t, answer_of(self.distribution, self.env.oracle_action))
-            ended = self._step_env(buffers, t, adaptation_step)
+            ended = self._step_env(buffers, t, greedy)
             if peek and ended is not None:
                 final_obs, action, reward = (
                     torch.from_numpy(x)
@@ -237,12 +272,35 @@ class Sampler:
                 )
                 then = tuple(leaf[torch.from_numpy(ended)] for leaf in memory)
                 peeks.append(peek_value(policy, final_obs, action, reward, then))
+            if not episodes.any_playing:
+                buffers.cut(t + 1)
+                break
         self.memory = memory
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
 
-    def _step_env(self, buffers: Buffers, t: int, adaptation_step: int) -> np.ndarray | None:
-        """Step all columns; returns the columns whose episode ended, or None."""
+    def _noise_by_step(self, head: Head, num_steps: int, greedy: bool) -> Iterator[Tensor | None]:
+        """The noise of each step's actions: for all steps at once where it is known that they come.
+
+        Where episodes may end early, noise for all of them could fill the memory.
+        """
+        if greedy:
+            yield from repeat(None)
+        known = self.episodes.unlimited or self.distribution.fixed_length
+        block = num_steps if known else NOISE_STEPS
+        for start in range(0, num_steps, block):
+            yield from head.noise(self.rng, min(block, num_steps - start), self.num_envs)
+
+    def _held(self, memory: Memory, after: Memory) -> Memory:
+        """The memory after a step; of environments that wait, as it was."""
+        playing = torch.from_numpy(self.episodes.playing)
+        return tuple(
+            torch.where(playing.view(-1, *[1] * (old.dim() - 1)), new, old)
+            for old, new in zip(memory, after, strict=True)
+        )
+
+    def _step_env(self, buffers: Buffers, t: int, greedy: bool) -> np.ndarray | None:
+        """Step all environments; returns those whose episode ended, or None."""
         action = buffers.action[t]
         if not self._discrete:
             action = np.clip(action, -1.0, 1.0)
@@ -257,6 +315,8 @@ class Sampler:
             buffers.terminated[t] = terminated
             buffers.truncated[t] = truncated
             self.episodes.add(reward)
+            if "success" in info:
+                self.episodes.see(info["success"])
             done = buffers.done[t]
             np.logical_or(terminated, truncated, out=done)
             if not done.any():
@@ -267,13 +327,8 @@ class Sampler:
             raise
         except Exception as error:  # A family may raise anything.
             raise fault(self.distribution, "step", error) from error
-        self.episodes.end(
-            ended,
-            self._steps + t + 1,
-            None if self.memory_spans_trial else adaptation_step,
-            info.get("success"),
-            self._pending_task_of,
-        )
+        step = self._steps_done + t + 1
+        self.episodes.end(ended, step, self._pending_task_of, greedy=greedy)
         if not self.memory_spans_trial:
             buffers.reset[t + 1] = done
         return ended
@@ -284,13 +339,24 @@ class Sampler:
         return Carried(self.memory, before, self._reset)
 
     def _carry(self, buffers: Buffers) -> None:
-        """What the next rollout starts from."""
+        """What the next rollout starts from; who waits keeps its last step that counted."""
         self._obs = buffers.obs[-1].copy()
         self._reset = buffers.reset[-1].copy()
-        self._previous_action = buffers.action[-1].copy()
-        self._previous_reward = buffers.reward[-1].copy()
-        self._previous_done = buffers.done[-1].copy()
+        last = ("action", "reward", "done")
+        if buffers.mask[-1].all():
+            for name in last:
+                setattr(self, f"_previous_{name}", getattr(buffers, name)[-1].copy())
+            return
+        count = buffers.mask.sum(0)
+        played = np.flatnonzero(count)
+        for name in last:
+            kept = getattr(self, f"_previous_{name}").copy()
+            kept[played] = getattr(buffers, name)[count[played] - 1, played]
+            setattr(self, f"_previous_{name}", kept)
 
+
+NOISE_STEPS = 64
+"""Steps for which noise is drawn at a time where episodes may end early."""
 
 STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")
 """Attributes of a sampler, each an array (B, ...): what the next step starts from."""

@@ -21,7 +21,7 @@ from dmrl_ray.errors import Interrupted
 from dmrl_ray.faults import sample
 from dmrl_ray.learner import LocalLearners
 from dmrl_ray.recording import Steps
-from dmrl_ray.spec import JobSpec, load_family
+from dmrl_ray.spec import JobSpec, Weights, load_family
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
 from dmrl_ray.worker import LocalWorkers
@@ -106,17 +106,21 @@ class Run:
             self._workers = None
 
     def tasks(self, split: Split, n: int) -> list[Task]:
-        """The first n evaluation tasks of a split: the same in every stage and every run's seed."""
+        """The first n evaluation tasks of a split: the same in every stage, and for every seed.
+
+        A task that is drawn twice is there twice.
+        """
         tasks: list[Task] = []
         for block in range((n + TASK_BLOCK - 1) // TASK_BLOCK):
-            stream = random_stream(self.config.seed, "evaluation tasks", split, block)
+            stream = random_stream(self.config.evaluation_seed, "evaluation tasks", split, block)
             tasks += sample(self.distribution, stream, TASK_BLOCK, split)
         self.add_tasks(tasks[:n])
         return tasks[:n]
 
     def add_tasks(self, tasks: Iterable[Task]) -> None:
         """Rows of the tasks table, for those not in it yet."""
-        fresh = {task.id: task for task in tasks if task.id not in self._known_tasks}
+        named = {(task.id, task.split): task for task in tasks}
+        fresh = {name: task for name, task in named.items() if name not in self._known_tasks}
         if not fresh:
             return
         self._known_tasks |= fresh.keys()
@@ -131,7 +135,7 @@ class Run:
             },
         )
 
-    def add_episodes(self, spec: JobSpec, policy_version: int, rows: Columns) -> None:
+    def add_episodes(self, spec: JobSpec, rows: Columns) -> None:
         """Rows of the episodes table."""
         if len(rows["return"]) == 0:
             return
@@ -148,7 +152,6 @@ class Run:
                 "job": spec.name,
                 "algorithm": spec.algorithm_name,
                 "seed": spec.seed,
-                "policy_version": policy_version,
             },
         )
 
@@ -183,6 +186,15 @@ class Run:
         """Write a checkpoint file, in use from the next commit on."""
         self.files[name] = self.writer.save(name, arrays)
 
+    def save_policy(self, name: str, weights: Arrays, version: int) -> None:
+        """Write a policy's weights, after `version` updates of it."""
+        self.save(name, weights)
+        self.state["versions"][name] = version
+
+    def load_policy(self, name: str) -> Weights:
+        """A policy of the newest commit, with the updates that made it."""
+        return Weights(self.state["versions"].get(name, 0), self.load(name))
+
     def drop(self, prefix: str) -> None:
         """Stop using the checkpoint files whose names begin so."""
         self.files = {k: v for k, v in self.files.items() if not k.startswith(prefix)}
@@ -201,14 +213,14 @@ class Run:
         """Back to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
-        self.state = {"done": [], "job": None}
+        self.state = {"done": [], "job": None, "versions": {}}
         if committed is not None:
             self.state = json.loads(json.dumps(committed))
         self.files = dict(self.writer.files)
-        self._known_tasks: set[str] = {
-            task_id
+        self._known_tasks: set[tuple[str, str]] = {
+            (row["task_id"], row["split"])
             for part in sorted((self.writer.folder / "tasks").glob("part-*.parquet"))
-            for task_id in pq.read_table(part, columns=["task_id"])["task_id"].to_pylist()
+            for row in pq.read_table(part, columns=["task_id", "split"]).to_pylist()
         }
 
     def tick(self, snapshot: Callable[[], None]) -> None:

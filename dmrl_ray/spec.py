@@ -31,7 +31,8 @@ class JobSpec:
     network: Component
     algorithm: Component
     rollout: RolloutSettings
-    env_steps: int = 0  # budget, for schedules
+    env_steps: int = 0  # the budget, for schedules ...
+    updates: int = 0  # ... which is in updates where this is not 0
     split: Split = "train"
     fixed_tasks: tuple[Task, ...] = ()  # instead of tasks drawn from the split
     trainable: tuple[str, ...] = ("",)
@@ -46,6 +47,11 @@ class JobSpec:
     def key(self) -> tuple[int | str, ...]:
         """Begins the key of every random stream of this job."""
         return (self.stage, self.name)
+
+    def spent(self, updates: int, env_steps: int) -> float:
+        """Share of the budget that is spent after so many updates and steps: 0 to 1."""
+        done, budget = (updates, self.updates) if self.updates else (env_steps, self.env_steps)
+        return min(1.0, done / max(1, budget))
 
     @property
     def algorithm_name(self) -> str:

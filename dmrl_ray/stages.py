@@ -24,7 +24,7 @@ from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, Weights, build
 from dmrl_ray.transfer import rllib_start
-from dmrl_ray.types import Arrays, Task
+from dmrl_ray.types import Task
 
 
 def run_stage(run: Run, name: str) -> None:
@@ -66,6 +66,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         algorithm=algorithm or config.algorithm,
         rollout=rollout,
         env_steps=getattr(stage, "env_steps", 0),
+        updates=getattr(stage, "updates", 0),
         trainable=getattr(stage, "trainable", ("",)),
         learner_threads=settled(config.learners.threads),
         precision=config.learners.precision,
@@ -77,7 +78,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
     """One job on the training tasks; leaves the policies `best` and `last`."""
-    initial = None if stage.init_from is None else _policy(run, name, stage, "best")
+    initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
     progress = run_job(run, _placed(run, name), stage, initial)
     run.drop(f"{name}.learner")
     run.drop(f"{name}.shards")
@@ -96,7 +97,7 @@ def pretrain(run: Run, name: str, stage: Pretrain) -> None:
 
 def finetune(run: Run, name: str, stage: Finetune) -> None:
     """One job for each held-out task, all of them side by side over the workers."""
-    weights = run.workers.put(_policy(run, name, stage, stage.checkpoint))
+    weights = run.workers.put(_policy(run, name, stage, stage.checkpoint).arrays)
     spec = _placed(run, name)
     tasks = run.tasks(stage.split, stage.tasks)
     specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
@@ -116,8 +117,8 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
             job = open_specs[i]
             for part in recorded[0] if recorded else ():
                 run.add_steps(job, part)
-            run.add_episodes(job, stage.updates, rows)
-            run.save(job.name, trained)
+            run.add_episodes(job, rows)
+            run.save_policy(job.name, trained, stage.updates)
             run.event("job_finished", name, job.name, updates=stage.updates)
             finished.append(job.name)
             steps += int(rows["length"].sum())
@@ -138,11 +139,12 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
 def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
     """The job that specialises to one task, on one thread, in one shard.
 
-    It is named by its number too: small families draw the same task more than once.
+    It is named by its number: a task's id may be any text, which could not name a file, and small
+    families draw the same task more than once.
     """
     return replace(
         spec,
-        name=f"{spec.stage}.{number:04d}.{task.id}",
+        name=f"{spec.stage}.{number:04d}",
         fixed_tasks=(task,),
         split=task.split,
         rollout=spec.rollout.model_copy(update={"shards": 1}),
@@ -155,7 +157,8 @@ def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
 def adapt(run: Run, name: str, stage: Adapt) -> None:
     """Streams of tasks that change without notice, all of them at once over the workers."""
     spec = job_spec(run.config, name)
-    weights = run.workers.put(Weights(0, _policy(run, name, stage, stage.checkpoint)))
+    policy = _policy(run, name, stage, stage.checkpoint)
+    weights = run.workers.put(policy)
     tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
     size = max(1, EVALUATION_COLUMNS // stage.episodes_per_update)
@@ -163,7 +166,7 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     calls = [(AdaptCall(spec, chunk, stage, i), weights) for i, chunk in enumerate(chunks)]
     results = dict(run.workers.map("adapt", calls))
     for i in range(len(calls)):
-        run.add_episodes(spec, 0, results[i][0])
+        run.add_episodes(spec, results[i][0])
     rewards = np.concatenate([results[i][1] for i in range(len(calls))], axis=2)
     oracle = np.concatenate([results[i][2] for i in range(len(calls))], axis=1)
     _report_regret(run, spec, rewards, oracle)
@@ -190,7 +193,8 @@ def _report_regret(run: Run, spec: JobSpec, rewards: np.ndarray, oracle: np.ndar
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:
     """Trials on held-out tasks, without learning across them."""
     spec = job_spec(run.config, name)
-    weights = run.workers.put(Weights(0, _policy(run, name, stage, stage.checkpoint)))
+    policy = _policy(run, name, stage, stage.checkpoint)
+    weights = run.workers.put(policy)
     rows = evaluate_policy(
         run,
         spec,
@@ -198,9 +202,10 @@ def evaluate(run: Run, name: str, stage: Evaluate) -> None:
         run.tasks(stage.split, stage.tasks),
         trials=stage.trials,
         greedy=stage.greedy,
+        policy_version=policy.version,
         record=stage.record,
     )
-    run.add_episodes(spec, 0, rows)
+    run.add_episodes(spec, rows)
     score = None if np.isnan(rows["score"]).any() else float(rows["score"].mean())
     run.display.update(
         name, int(rows["length"].sum()), return_=float(rows["return"].mean()), score=score
@@ -212,14 +217,14 @@ def _placed(run: Run, name: str) -> JobSpec:
     return replace(job_spec(run.config, name), run_folder=str(run.writer.folder))
 
 
-def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Arrays:
+def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Weights:
     """What a stage starts from; a checkpoint of RLlib is read once, and kept in the run."""
     assert stage.init_from is not None
     if not stage.init_from.startswith(RLLIB):
-        return run.load(f"{stage.init_from}.{checkpoint}")
+        return run.load_policy(f"{stage.init_from}.{checkpoint}")
     kept = f"{name}.start"
     if kept in run.files:
-        return run.load(kept)
+        return run.load_policy(kept)
     start = rllib_start(stage.init_from, build(job_spec(run.config, name)).policy)
     run.save(kept, start.weights)
     run.event(
@@ -231,4 +236,4 @@ def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Arrays:
         unused=start.unused,
     )
     run.display.message(f"{name} starts from {stage.init_from}:\n{start.table()}")
-    return start.weights
+    return Weights(0, start.weights)

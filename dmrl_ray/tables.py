@@ -41,13 +41,17 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "seed": _INT,
         "trial": _INT,
         "episode": _INT,
+        "change": _INT,  # tasks met before in a stream; null elsewhere
         "adaptation_step": _INT,
-        "policy_version": _INT,
+        "experience_steps": _INT,  # of the agent on this task before the episode, parallel copies
+        "experience_episodes": _INT,  # ... included
+        "policy_version": _INT,  # that acted when the episode ended
         "env_steps": _INT,
         "return": _FLOAT,
         "length": _INT,
-        "success": _BOOL,
+        "success": _BOOL,  # at any step
         "score": _FLOAT,
+        "greedy": _BOOL,  # the most probable actions, not sampled ones
         "time": _TIME,
     },
     "metrics": {
@@ -89,8 +93,11 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "next_obs": _VECTOR,  # or _IMAGE; null where it is the obs of the next row
     },
 }
-_NULLABLE = {"success", "score", "next_obs"}
-"""Not every family knows success, nor both ends of a score."""
+_NULLABLE = {
+    *("success", "score", "change", "next_obs"),
+    *("experience_steps", "experience_episodes"),
+}
+"""Not every family knows success, nor both ends of a score; nor every library experience."""
 
 _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
 """What a column may be instead, by the task family; it is the same in all rows of a run."""
@@ -204,12 +211,14 @@ class TableBuffer:
     def _column(self, field: pa.Field) -> pa.Array:
         chunks = [(rows, cells[field.name]) for rows, cells in self._chunks]
         arrays = [cell for _, cell in chunks if isinstance(cell, pa.Array)]
-        if arrays or field.type not in (_INT, _FLOAT, _TIME):
+        unknown = field.type == _INT and any(cell is None for _, cell in chunks)
+        if arrays or unknown or field.type not in (_INT, _FLOAT, _TIME):
             kind = arrays[0].type if arrays else field.type
+            many = [pa.array(cell) if isinstance(cell, np.ndarray) else cell for _, cell in chunks]
             return pa.concat_arrays(
                 [
                     cell if isinstance(cell, pa.Array) else pa.repeat(pa.scalar(cell, kind), n)
-                    for n, cell in chunks
+                    for (n, _), cell in zip(chunks, many, strict=True)
                 ]
             )
         column = np.empty(self.num_rows, np.float64 if field.type == _FLOAT else np.int64)

@@ -183,7 +183,7 @@ class TaskDistribution(ABC):
         """What a YAML file may set for this family."""
 
     family: str
-    """The name under which the family stands in tables, and its short name in configs."""
+    """The name under which the family stands in tables; part of what its tasks are called."""
 
     domain: str = "core"
     """core, game, robot, language or recommendation."""
@@ -209,7 +209,7 @@ class TaskDistribution(ABC):
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n tasks of a split; no task, and where held out no parameter, stands in two splits."""
+        """n tasks of a split; a small family may draw a task for several splits, and says so."""
 
     @abstractmethod
     def make_vec(self, num_envs: int) -> TaskVectorEnv:
@@ -235,17 +235,23 @@ def split_stream(rng: np.random.Generator, split: Split) -> np.random.Generator:
 
 
 def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> list[Task]:
-    """Tasks from arrays of parameters (n, ...); their ids are hashes of the parameters."""
+    """Tasks from arrays of parameters (n, ...), each called by its `task_id`."""
     flat = [np.ascontiguousarray(v).reshape(len(v), -1) for v in params.values()]
     rows = np.concatenate([v.view(np.uint8) for v in flat], axis=1)
-    data, size = rows.tobytes(), rows.shape[1]
+    data, size, names = rows.tobytes(), rows.shape[1], tuple(params)
     values = zip(*(v.tolist() if v.ndim == 1 else v for v in params.values()), strict=True)
     return [
         Task(
-            f"{split}-{blake2b(data[i * size : (i + 1) * size], digest_size=8).hexdigest()}",
+            task_id(family, names, data[i * size : (i + 1) * size]),
             family,
             split,
-            dict(zip(params, value, strict=True)),
+            dict(zip(names, value, strict=True)),
         )
         for i, value in enumerate(values)
     ]
+
+
+def task_id(family: str, names: tuple[str, ...] = (), values: bytes = b"") -> str:
+    """A hash of a family's name and a task's parameters: 16 digits, in every split and run."""
+    named = "\0".join((family, *names, "")).encode()
+    return blake2b(named + values, digest_size=8).hexdigest()

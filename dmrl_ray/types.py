@@ -34,9 +34,10 @@ class Task:
     """One MDP of a family.
 
     Args:
-        id: unique within the run, and stable: the same parameters have the same id.
+        id: of the family and the parameters, so that the same task has the same id everywhere,
+            whatever its split.
         family: name of the task family.
-        split: which of the disjoint parts of the family it belongs to.
+        split: what it was drawn for; families whose splits overlap draw a task for several.
         params: what the family's environment needs to become this task; numbers and arrays only.
     """
 
@@ -117,6 +118,8 @@ class Rollout:
     reward: Array  # (T, B) float32
     terminated: Array  # (T, B) bool
     truncated: Array  # (T, B) bool
+    mask: Array  # (T, B) bool, steps that count: not those after an environment's last episode
+    all_count: bool  # No step is masked, as where all episodes have one length.
     reset_state: Array  # (T, B) bool, policy state is zeroed before this step
     log_prob: Array  # (T, B), under the policy that acted
     value: Array  # (T, B), V(obs[t]) under the policy that acted
@@ -167,6 +170,35 @@ class Rollout:
         cut["final_column"] = cut["final_column"] - columns.start
         return replace(self, **cut)
 
+    def counted(self, array: Array) -> Array:
+        """(N, ...): the steps of an array (T, B, ...) that count."""
+        rows = array.reshape(-1, *array.shape[2:])
+        return rows if self.all_count else rows[self.mask.reshape(-1)]
+
+    def mean_return(self) -> float:
+        """Counted reward per episode, or per environment where episodes go on in later rollouts."""
+        total = self.reward.sum(0) if self.all_count else (self.reward * self.mask).sum(0)
+        ended = int(((self.terminated | self.truncated) & self.mask).sum())
+        return float(total.mean()) * (self.num_columns / max(ended, self.num_columns))
+
+    def padded(self, num_steps: int) -> Rollout:
+        """The same with steps that do not count behind it, up to `num_steps`."""
+        extra = num_steps - self.num_steps
+        if extra == 0:
+            return self
+        longer: dict[str, Any] = {}
+        for field in fields(Rollout):
+            value = getattr(self, field.name)
+            if field.name == "obs":
+                longer["obs"] = np.concatenate([value, np.repeat(value[-1:], extra, 0)])
+            elif field.name not in _NOT_BY_STEP:
+                longer[field.name] = np.pad(value, [(0, extra), *[(0, 0)] * (value.ndim - 1)])
+        return replace(self, **longer, all_count=False)
+
+    def uncounted(self) -> Rollout:
+        """The same with no step that counts: stands for a rollout that was not needed."""
+        return replace(self, mask=np.zeros_like(self.mask), all_count=False)
+
     def next_obs(self) -> Array:
         """(T, B, *obs_shape): the true successors, also where an episode ended."""
         following = (
@@ -186,8 +218,10 @@ class Rollout:
     def concatenate(rollouts: list[Rollout]) -> Rollout:
         """Shards side by side along B, in the order given, copied into fresh arrays.
 
-        A single one of tensors is returned as it is.
+        The shorter ones are padded. A single one of tensors is returned as it is.
         """
+        longest = max(rollout.num_steps for rollout in rollouts)
+        rollouts = [rollout.padded(longest) for rollout in rollouts]
         first = rollouts[0]
         join: Callable[..., Array] = np.concatenate
         if not isinstance(first.reward, np.ndarray):
@@ -202,6 +236,9 @@ class Rollout:
         for field in fields(Rollout):
             parts = [getattr(r, field.name) for r in rollouts]
             if field.name in ("policy_version", "adaptation_step"):
+                continue
+            if field.name == "all_count":
+                merged[field.name] = all(parts)
                 continue
             if field.name == "initial_state":
                 merged[field.name] = tuple(join(leaf) for leaf in zip(*parts, strict=True))
@@ -218,8 +255,26 @@ class Rollout:
         return replace(first, **merged)
 
 
+_NOT_BY_STEP = {
+    *("task_index", "policy_version", "adaptation_step", "all_count", "obs", "initial_state"),
+    *("final_step", "final_column", "final_obs"),
+    *("previous_action", "previous_reward", "previous_done"),
+}
+"""Fields of a rollout that are not (T, B, ...)."""
+
+
 Trial: TypeAlias = list[Rollout]
 """What a shard's columns lived through, each on one task: the rollouts in order."""
+
+
+def join_shards(trials: list[Trial]) -> Trial:
+    """The trials of all shards side by side, rollout by rollout.
+
+    Where a shard needed fewer rollouts than another, ones that do not count stand in their place.
+    """
+    most = max(map(len, trials))
+    filled = [[*trial, *[trial[-1].uncounted()] * (most - len(trial))] for trial in trials]
+    return [Rollout.concatenate(list(shards)) for shards in zip(*filled, strict=True)]
 
 
 def random_stream(seed: int, *key: int | str) -> np.random.Generator:

@@ -62,13 +62,15 @@ class RolloutWorker:
         sampler.start(
             random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
         )
-        algorithm.progress = min(1.0, call.env_steps / max(1, spec.env_steps))
+        algorithm.progress = spec.spent(iteration, call.env_steps)
         continued = spec.record and algorithm.continues_episodes
         open_before = sampler.episodes.open() if continued else None
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, program.distribution, scored=spec.split != "train")
+        episodes = episode_rows(
+            rows, program.distribution, weights.version, scored=spec.split != "train"
+        )
         every = columns * spec.rollout.shards
         episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
         episodes["trial"] = np.full(len(rows["step"]), iteration)
@@ -123,8 +125,7 @@ class RolloutWorker:
         stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         trial = algorithm.evaluate(sampler, list(call.tasks))
-        count = algorithm.evaluation_episodes
-        return evaluation_rows(sampler, episodes=count, trial=call.trial), trial
+        return evaluation_rows(sampler, trial=call.trial), trial
 
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, np.ndarray, np.ndarray]:
         """Meet streams of changing tasks.
@@ -143,7 +144,7 @@ class RolloutWorker:
         sampler.start(stream, weights.version, greedy=settings.optimizer == "none")
         rewards = live_through(algorithm, sampler, call.streams, settings)
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, program.distribution, scored=True)
+        episodes = episode_rows(rows, family, weights.version, scored=True)
         per_change = settings.episodes_per_task * family.max_episode_steps
         since = (rows["step"].astype(np.int64) - 1) % per_change
         episodes["adaptation_step"] = since // family.max_episode_steps
@@ -188,9 +189,9 @@ class RolloutWorker:
             parts.append(report.episodes)
             if report.steps is not None:
                 steps.append({**report.steps, "adaptation_step": iteration})
-            env_steps += report.env_steps
             if iteration < updates:
                 learner.update(iteration, env_steps, [trial])
+            env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
         return rows, learner.weights(), steps

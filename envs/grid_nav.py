@@ -51,7 +51,7 @@ class GridNavVectorEnv(RememberingVectorEnv):
     * Observation: (25,) the own cell, one-hot.
     * Action: 0 stay, 1 right, 2 left, 3 up, 4 down.
     * Reward: 1 on the goal after the move, else -0.1. The goal does not end the episode.
-    * End: truncated after 15 steps; ``success`` is being on the goal then.
+    * End: truncated after 15 steps; ``success`` is being on the goal.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ("cell", "goal", "next_goal", "t")

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream, task_id
 from dmrl_ray.types import Array, Arrays, Reference, Split, Task
 
 from .gym_check import check_behaviour, check_vary, find_max_episode_steps, first_make
@@ -181,6 +181,7 @@ class GymEnv(TaskDistribution):
 
     def __init__(self, config: Config):
         self.config = config
+        self.family = f"gym:{config.id}"
         self.episodes_per_trial = config.episodes
         ends = (v.choices[0] if isinstance(v, Choices) else v[0] for v in config.vary.values())
         first = dict(zip(config.vary, ends, strict=True))
@@ -206,7 +207,7 @@ class GymEnv(TaskDistribution):
         """n tasks of a split; all the same one if nothing varies."""
         stream = split_stream(rng, split)
         if not self.config.vary:
-            return [Task(f"{split}-{self.config.id}", self.family, split, {})] * n
+            return [Task(task_id(self.family), self.family, split, {})] * n
         params = {
             name: (
                 stream.choice(np.array(over.choices, np.float64), n)

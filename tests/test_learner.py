@@ -1,5 +1,7 @@
 """An update is a function of weights, optimiser state, version and trials."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -214,14 +216,24 @@ def test_first_weights_depend_on_the_seed_and_the_job_alone():
     assert_same(one, Learner(make_spec()).weights())
 
 
-def test_an_annealed_step_size_ends_at_zero():
-    learner = Learner(make_spec(anneal_lr=True))
-    trial, before = collect(learner), learner.weights()
-    learner.update(0, 1000, [trial])  # the whole budget of 1000 steps
-    names = {n for n, _ in learner.policy.named_parameters()}
-    assert not changed(before, learner.weights()) & names
-    learner.update(0, 500, [trial])
-    assert learner.algorithm.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3)
+def rates(spec, updates, steps):
+    """Step sizes of so many updates, of so many environment steps each."""
+    learner, found = Learner(spec), []
+    trial = collect(learner)
+    for version in range(updates):
+        learner.update(version, version * steps, [trial])
+        found.append(learner.algorithm.optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_an_annealed_step_size_falls_from_all_of_it_to_the_last_part_of_the_budget(updates):
+    # Of n updates, number i has lr * (1 - i / n); the only update of a budget has all of it.
+    expected = [1e-3 * (1 - i / updates) for i in range(updates)]
+    spec = make_spec(anneal_lr=True)
+    assert rates(spec, updates, 1000 // updates) == pytest.approx(expected)
+    counted = dataclasses.replace(spec, env_steps=0, updates=updates)
+    assert rates(counted, updates, 0) == pytest.approx(expected)
 
 
 def test_a_long_gradient_is_shortened():

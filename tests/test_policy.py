@@ -113,6 +113,28 @@ def test_a_constant_input_becomes_zero(value):
     assert (norm.normalize(torch.full((3, 2), value)) == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_do_not_enter_a_norm(shape, bad):
+    norm, expected = RunningNorm(shape), RunningNorm(shape)
+    batch = torch.randn(20, *shape) * 3 + 5
+    poisoned = torch.cat([batch, batch[:1]])
+    poisoned[-1:].flatten()[:1] = bad
+    norm.update(torch.full_like(batch, bad))
+    norm.update(poisoned)
+    expected.update(batch)
+    for found, wanted in zip(norm.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_largest_numbers_leave_a_norm_finite():
+    norm = RunningNorm(())
+    for _ in range(3):
+        norm.update(torch.tensor([-3e38, 3e38]))
+    assert torch.isfinite(norm.std)
+    assert torch.isfinite(norm.normalize(torch.tensor([0.0, 3e38]))).all()
+
+
 def test_a_norm_that_saw_nothing_changes_nothing():
     x = torch.randn(5, 2)
     torch.testing.assert_close(RunningNorm((2,)).normalize(x), x)
@@ -126,9 +148,22 @@ def test_normalised_values_make_the_round_trip():
     torch.testing.assert_close(back, value, rtol=1e-4, atol=1e-2)
 
 
-def test_far_outliers_are_cut():
-    norm = RunningNorm(())
-    assert norm.normalize(torch.tensor([-1e9, 1e9])).tolist() == [-10, 10]
+def test_far_observations_are_clipped():
+    policy = make_policy()
+    obs = torch.tensor([-1e9, 0.5, 1e9])
+    assert policy.scale(obs).tolist() == [-10, 0.5, 10]
+
+
+def test_a_rare_value_target_is_not_clipped():
+    # One of 2,000 steps is worth 1: mean 0.0005, deviation sqrt(0.0005 * 0.9995) = 0.02235, so
+    # that it lies 44.7 deviations away. Clipped at 10 it would be 0.224.
+    policy = make_policy()
+    target = torch.zeros(2000)
+    target[7] = 1
+    policy.value_norm.update(target)
+    scaled = policy.normalize_value(target)
+    assert scaled[7].item() == pytest.approx(44.7, abs=0.05)
+    assert policy.denormalize_value(scaled)[7].item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dmrl_ray.resident import ResidentSampler
 from dmrl_ray.results import load
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.spec import JobSpec, Weights, build
-from dmrl_ray.types import EnvironmentFault, Rollout, storable
+from dmrl_ray.types import EnvironmentFault, Rollout, join_shards, storable
 from dmrl_ray.worker import RolloutWorker
 from dmrl_ray.yaml_config import parse_config
 
@@ -325,7 +325,7 @@ def test_the_learner_takes_a_trial_as_it_is():
     _, (rollout,), _ = RolloutWorker().collect(
         CollectCall(spec, 0, 0, 0), Weights(0, learner.weights()), {}
     )
-    taken = learner._join_shards([rollout])
+    taken = join_shards([[rollout]])[0].map(learner._to_device)
     for name in ("obs", "action", "reward", "log_prob", "value", "advantage", "value_target"):
         assert getattr(taken, name).data_ptr() == getattr(rollout, name).data_ptr()
 

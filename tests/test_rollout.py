@@ -10,7 +10,7 @@ from gymnasium.spaces import Box, Discrete
 from dmrl_ray.policy import ActorCritic, previous_inputs
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
-from dmrl_ray.types import EnvironmentFault, Task
+from dmrl_ray.types import EnvironmentFault, Task, join_shards
 
 NEVER = 99
 
@@ -442,3 +442,89 @@ def test_a_rollout_of_some_tasks_is_what_was_put_side_by_side():
     both = one.concatenate([one, other])
     assert_same_rollout(both.of_tasks(0, 4), one)
     assert_same_rollout(both.of_tasks(4, 8), other)
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_every_environment_plays_its_episodes_and_no_step_more_counts(spans):
+    # Walk's four tasks have episodes of 3, 4, 2 and no fixed end within these steps.
+    tasks = [task("a", terminal=3), task("b", limit=4), task("c", terminal=2), task("d", limit=3)]
+    policy = make_policy(Walk(), encoder="gru" if spans else "mlp")
+    sampler = Sampler(Walk(), 4, memory_spans_trial=spans)
+    sampler.start(rng(0), 0)
+    sampler.begin_trial(tasks, policy, 2)
+    rollout = sampler.rollout(policy)
+    assert not sampler.playing
+    np.testing.assert_array_equal(rollout.mask.sum(0), [6, 8, 4, 6])
+    assert rollout.num_steps == 8
+    assert not rollout.all_count
+    rows = sampler.take_episodes()
+    assert sorted(zip(rows["column"].tolist(), rows["episode"].tolist(), strict=True)) == [
+        (column, episode) for column in range(4) for episode in range(2)
+    ]
+    assert rows["length"].sum() == rollout.mask.sum()
+
+
+def test_memory_and_previous_step_of_an_environment_that_waits_stay_as_they_were():
+    tasks = [task("short", limit=2), task("long", limit=4)]
+    policy = make_policy(Walk(), encoder="gru", sees_previous=True)
+    sampler = Sampler(Walk(), 2, memory_spans_trial=True)
+    sampler.start(rng(0), 0)
+    sampler.begin_trial(tasks, policy, 1)
+    rollout = sampler.rollout(policy)
+    alone = Sampler(Walk(), 2, memory_spans_trial=True)
+    alone.start(rng(0), 0)
+    alone.begin_trial(tasks, policy, 1)
+    alone.rollout(policy, 2)
+    torch.testing.assert_close(sampler.memory[0][0], alone.memory[0][0], rtol=0, atol=0)
+    assert not torch.equal(sampler.memory[0][1], alone.memory[0][1])
+    sampler.begin_episodes(1, forget=False)
+    following = sampler.rollout(policy, 1)
+    np.testing.assert_array_equal(following.previous_reward[0], rollout.reward[1, 0])
+    np.testing.assert_array_equal(following.previous_reward[1], rollout.reward[3, 1])
+    assert following.previous_done.all()
+
+
+def test_experience_counts_all_environments_of_a_task():
+    # Two tasks with two environments each; episodes of 2 and 3 steps.
+    tasks = [task("a", limit=2), task("b", limit=3)]
+    policy = make_policy(Walk())
+    sampler = Sampler(Walk(), 4, memory_spans_trial=False)
+    sampler.start(rng(0), 0)
+    sampler.begin_trial(tasks, policy, 2)
+    sampler.rollout(policy)
+    rows = sampler.take_episodes()
+    seen = sorted(
+        zip(
+            *(rows[n].tolist() for n in ("column", "experience_steps", "experience_episodes")),
+            strict=True,
+        )
+    )
+    assert seen == [
+        (0, 0, 0),
+        (0, 4, 2),
+        (1, 0, 0),
+        (1, 4, 2),
+        (2, 0, 0),
+        (2, 6, 2),
+        (3, 0, 0),
+        (3, 6, 2),
+    ]
+    sampler.begin_trial(tasks, policy, 1)
+    sampler.rollout(policy)
+    assert set(sampler.take_episodes()["experience_steps"]) == {0}
+
+
+def test_shards_of_other_lengths_are_filled_up_with_steps_that_do_not_count():
+    def collected(limit):
+        sampler = Sampler(Walk(), 2, memory_spans_trial=False)
+        policy = make_policy(Walk())
+        sampler.start(rng(limit), 0)
+        sampler.begin_trial([task("t", limit=limit)] * 2, policy, 1)
+        return sampler.rollout(policy)
+
+    short, long = collected(2), collected(3)
+    whole = join_shards([[short], [long, long]])
+    assert [r.mask.sum(0).tolist() for r in whole] == [[2, 2, 3, 3], [0, 0, 3, 3]]
+    np.testing.assert_array_equal(whole[0].reward[:2, :2], short.reward)
+    np.testing.assert_array_equal(whole[0].next_obs()[:2, :2], short.next_obs())
+    assert np.isfinite(whole[0].obs).all()

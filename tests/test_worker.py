@@ -226,6 +226,24 @@ def test_a_small_job_whole_is_the_same_job_step_by_step():
     assert set(rows["task_id"]) == {task.id}
 
 
+def test_schedules_of_a_small_job_run_over_its_updates():
+    algorithm = {"type": "ppo", "num_steps": 20}
+    plain, annealed = (
+        make_spec(VARIED, algorithm | {"anneal_lr": on}, fixed_tasks=tasks_of(CartPole, 1)[1])
+        for on in (False, True)
+    )
+    start = Learner(plain).weights()
+
+    def trained(spec, updates):
+        return RolloutWorker().train(replace(spec, updates=updates), start, updates)[1]
+
+    def moved(one, other):
+        return any(not np.array_equal(one[n], other[n]) for n in one if n.startswith("encoder"))
+
+    assert not moved(trained(plain, 1), trained(annealed, 1))  # The first has all of it.
+    assert moved(trained(plain, 2), trained(annealed, 2))
+
+
 def test_a_small_job_is_the_same_on_a_worker_that_did_it_before():
     _, (task,) = tasks_of(PointGoal, 1, horizon=5)
     spec = make_spec({"type": "point_goal", "horizon": 5}, fixed_tasks=(task,), split="test")

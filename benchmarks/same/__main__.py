@@ -111,7 +111,7 @@ def run_both(roots: list[Path], folders: list[Path], cases: Plan) -> None:
 def begin(root: Path, plan_file: Path, folder: Path) -> subprocess.Popen[str]:
     """Start the runs of one side, which are not to hear of Ctrl+C: they would commit and go on."""
     return subprocess.Popen(
-        [sys.executable, "-P", SIDE, plan_file, folder],
+        [sys.executable, SIDE, plan_file, folder],
         cwd=root,
         env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(root)},
         start_new_session=True,

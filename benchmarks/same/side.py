@@ -1,6 +1,6 @@
 """What each side runs: this one file, of the newer checkout, so that the older needs none like it.
 
-    python -P side.py PLAN FOLDER          with a checkout as working directory and PYTHONPATH
+    python side.py PLAN FOLDER          with a checkout as working directory and PYTHONPATH
 
 PLAN is a JSON file ``{case: {config, stops}}``. FOLDER gets ``CASE.npz``, the arrays of the run by
 name, and ``CASE.json``, which stages were refused and how it failed. Names of arrays:
@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import safetensors.numpy
-import yaml
 
 import dmrl_ray
 from dmrl_ray import controller
@@ -135,12 +134,12 @@ def understood(config: Settings) -> RunConfig:
         rename(older)
         if fewest and (found := _problems(older)) < fewest:
             best, fewest = older, found
-    return parse_config(yaml.safe_dump(best, sort_keys=False), "case")
+    return parse_config(json.dumps(best, indent=1), "case")
 
 
 def _problems(config: Settings) -> int:
     try:
-        parse_config(yaml.safe_dump(config, sort_keys=False), "case")
+        parse_config(json.dumps(config, indent=1), "case")
     except ConfigError as error:
         return len(str(error).splitlines())
     return 0

@@ -69,11 +69,6 @@ class Algorithm(Descent, ABC):
         """Environment columns that play one task side by side."""
         return 1
 
-    @property
-    def evaluation_episodes(self) -> int:
-        """Episodes of a column that count in an evaluation, after each `begin_episodes`."""
-        return self.distribution.episodes_per_trial
-
     @abstractmethod
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         """The inner loop: let the policy live through, and adapt to, these tasks."""
@@ -84,7 +79,7 @@ class Algorithm(Descent, ABC):
 
     def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         """Live through one trial on each task, as `collect` does but without learning from it."""
-        sampler.begin_trial(tasks, self.policy)
+        sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         return self.play(sampler, self.distribution.trial_steps)
 
     def play(self, sampler: Sampler, num_steps: int) -> Trial:

@@ -28,7 +28,9 @@ class Descent:
     """What every algorithm's update ends in.
 
     Attributes:
-        progress: share of the budget that is spent; schedules read it.
+        progress: share of the job's budget that was spent before this iteration, in a collection
+            and in the update that learns from it: 0 in the first, below 1 in the last, so that
+            what a schedule lowers to zero over the budget is above zero in every update.
         precision: of the layers below the heads, in steps on minibatches.
         gradients: how `descend` differentiates.
         rank, world_size: of this learner, among how many.
@@ -46,7 +48,8 @@ class Descent:
         """Step size."""
 
         anneal_lr: bool = False
-        """Lower the step size linearly to zero over the budget."""
+        """Lower the step size linearly over the budget: of n updates the first has all of it, the
+        last 1/n."""
 
         weight_decay: float = Field(default=0.0, ge=0)
         """Decoupled with adamw, else an L2 penalty."""
@@ -144,7 +147,7 @@ class Descent:
         gradient *= (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if self.config.anneal_lr:
             for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * max(0.0, 1.0 - self.progress)
+                group["lr"] = group["base_lr"] * (1.0 - self.progress)
         pieces = torch.split(gradient, [g.numel() for _, g in reached])
         for (parameter, g), piece in zip(reached, pieces, strict=True):
             parameter.grad = piece.view_as(g)

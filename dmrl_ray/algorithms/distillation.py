@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.ppo import ClipConfig
 from dmrl_ray.algorithms.rl2 import RL2
+from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.types import Task, Trial
 
@@ -44,21 +45,21 @@ class Distillation(RL2):
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.env.remembers = True
-        sampler.begin_trial(tasks, self.policy)
+        sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         share = self.config.teacher * max(0.0, 1 - self.progress / self.config.teacher_until)
-        steps = self.distribution.trial_steps
-        return [self.with_advantage(sampler.rollout(self.policy, steps, teacher=share))]
+        return [self.with_advantage(sampler.rollout(self.policy, teacher=share))]
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative log-likelihood of what the oracle would do."""
         pi, value_loss = self._forward(batch)
         head, action = self.policy.policy_head, batch["oracle_action"]
         log_prob, entropies = head.log_prob_and_entropy(pi, action)
-        imitation_loss = -log_prob.mean()
+        mask = batch.get("mask")
+        imitation_loss = -counted_mean(log_prob, mask)
         report = {
             "imitation_loss": imitation_loss,
             "value_loss": value_loss,
-            "entropy": entropies.mean(),
+            "entropy": counted_mean(entropies, mask),
         }
         loss = imitation_loss + self.config.value_coef * value_loss
         return loss, report

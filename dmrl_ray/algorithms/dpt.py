@@ -92,7 +92,7 @@ class DPT(Offline):
             best.append(answer_of(self.distribution, sampler.env.best_action))
             return pi, pi, memory
 
-        sampler.begin_trial(tasks, self.policy)
+        sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         played = sampler.rollout(self.policy, self.num_steps, actor=actor, with_value=False)
         played.oracle_action = np.stack(best)
         return [played]

@@ -94,38 +94,36 @@ class GradientAdaptation(Algorithm):
     def columns_per_task(self) -> int:
         return self.config.episodes_per_task
 
-    @property
-    def evaluation_episodes(self) -> int:
-        within = self.config.steps_per_adaptation is not None
-        return self.distribution.episodes_per_trial if within else 1
-
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         return self.live(sampler, tasks, self.config.inner_steps + 1)
 
     def evaluate(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         return self.live(sampler, tasks, self.config.evaluation_steps + 1)
 
-    def live(self, sampler: Sampler, tasks: list[Task], steps: int) -> Trial:
-        """Rollout, inner step, rollout, ...: `steps` rollouts with a step between any two."""
+    def live(self, sampler: Sampler, tasks: list[Task], rounds: int) -> Trial:
+        """Rollout, inner step, rollout, ...: `rounds` rollouts with a step between any two.
+
+        With `steps_per_adaptation` there are as many as the trial's episodes take.
+        """
         config = self.config
-        within = config.steps_per_adaptation is not None
+        part = config.steps_per_adaptation
+        within = part is not None
         params = per_task(self.policy, len(tasks))
-        sampler.begin_trial(tasks, self.policy)
         trial: Trial = []
-        for adaptation_step, num_steps in enumerate(self._lengths(steps)):
-            if adaptation_step > 0:
+        sampler.begin_trial(
+            tasks, self.policy, self.distribution.episodes_per_trial if within else 1
+        )
+        while sampler.playing if within else len(trial) < rounds:
+            if trial:
                 moved = self.inner_step(params, trial[-1].map(torch.as_tensor), create_graph=False)
                 params = {name: p.detach().requires_grad_() for name, p in moved.items()}
                 if not within:
-                    sampler.begin_episodes()
-            past = sum(r.num_steps for r in trial)
+                    sampler.begin_episodes(1)
             rollout = sampler.rollout(
                 self.policy,
-                num_steps,
+                part,
                 actor=task_actor(self.policy, params, self._recordings),
-                adaptation_step=past // self.distribution.max_episode_steps
-                if within
-                else adaptation_step,
+                adaptation_step=len(trial),
                 with_value=False,
                 greedy=False,
             )
@@ -169,11 +167,3 @@ class GradientAdaptation(Algorithm):
             start, stop = 0, 1
         mine = [rollout.of_tasks(start, stop) for rollout in trial]
         return Share(mine, trial[0].columns_of(start, stop), weight)
-
-    def _lengths(self, steps: int) -> list[int]:
-        """Environment steps of each rollout of a trial."""
-        part = self.config.steps_per_adaptation
-        if part is None:
-            return [self.distribution.max_episode_steps] * steps
-        total = self.distribution.trial_steps
-        return [min(part, total - start) for start in range(0, total, part)]

@@ -23,15 +23,17 @@ from dmrl_ray.algorithms.task_params import (
     Parameters,
     by_task,
     task_log_prob,
+    task_mask,
     task_pi,
     trial_advantages,
 )
 from dmrl_ray.algorithms.trust_region import trust_region_step
+from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
 from dmrl_ray.types import Rollout, Trial
 
 READ = ("obs", "action", "log_prob", "advantage")
-"""What the losses of policies without memory read of a rollout."""
+"""What the losses of policies without memory read of a rollout, beside what counts of it."""
 
 
 class MAML(GradientAdaptation):
@@ -70,8 +72,8 @@ class MAML(GradientAdaptation):
         metrics = step(trial)
         if self.skipped_batches == skipped:
             seen = trial[-1:] if self.config.steps_per_adaptation is None else trial
-            self.policy.update_obs_norm(torch.cat([r.obs[:-1].flatten(0, 1) for r in seen]))
-        before, after = (float(r.reward.sum(0).mean()) for r in (trial[0], trial[-1]))
+            self.policy.update_obs_norm(torch.cat([r.counted(r.obs[:-1]) for r in seen]))
+        before, after = (r.mean_return() for r in (trial[0], trial[-1]))
         return metrics | {"return/before": before, "return/after": after}
 
     def path(self, trial: Trial) -> list[Parameters]:
@@ -97,9 +99,13 @@ class MAML(GradientAdaptation):
     def _surrogate(self, params: Parameters, rollout: Rollout, advantage: Tensor) -> Tensor:
         log_prob = task_log_prob(self.policy, params, rollout)
         acted, advantage = by_task(rollout.log_prob, params), by_task(advantage, params)
+        mask = task_mask(rollout, params)
+        # Tasks count alike, also where their episodes have other lengths.
+        dim = None if mask is None else (0, 2)
         if self.config.outer == "clip":
-            return ppo_clip_loss(log_prob, acted, advantage, clip=self.config.clip)
-        return likelihood_ratio_loss(log_prob, acted, advantage)
+            clip = self.config.clip
+            return ppo_clip_loss(log_prob, acted, advantage, clip=clip, mask=mask, dim=dim).mean()
+        return likelihood_ratio_loss(log_prob, acted, advantage, mask=mask, dim=dim).mean()
 
     def pis(self, path: list[Parameters], trial: Trial) -> list[Tensor]:
         """(T, N, E, P) distributions of the actions of each rollout."""
@@ -112,8 +118,9 @@ class MAML(GradientAdaptation):
         """
         own = self.own_tasks(trial)
         mine = own.trial
+        read = READ if all(rollout.all_count for rollout in mine) else (*READ, "mask")
         batch = {
-            f"{i}.{name}": getattr(rollout, name) for i, rollout in enumerate(mine) for name in READ
+            f"{i}.{name}": getattr(rollout, name) for i, rollout in enumerate(mine) for name in read
         }
         counted = [advantage[:, own.columns] for advantage in self.advantages(trial)]
         batch |= {f"counted.{i}": advantage for i, advantage in enumerate(counted)}
@@ -121,12 +128,12 @@ class MAML(GradientAdaptation):
         task_index = mine[0].task_index.cpu().numpy()
 
         def loss(batch: Batch) -> tuple[Tensor, Report]:
-            read: list[dict[str, Any]] = [
-                {name: batch[f"{i}.{name}"] for name in READ} for i in range(len(mine))
+            arrays: list[dict[str, Any]] = [
+                {name: batch[f"{i}.{name}"] for name in read} for i in range(len(mine))
             ]
             parts = [
-                replace(rollout, task_index=task_index, **arrays)
-                for rollout, arrays in zip(mine, read, strict=True)
+                replace(rollout, task_index=task_index, **given)
+                for rollout, given in zip(mine, arrays, strict=True)
             ]
             advantages = [batch[f"counted.{i}"] for i in range(len(counted))]
             value = self.outer_loss(self.path(parts), parts, advantages)
@@ -152,7 +159,10 @@ class MAML(GradientAdaptation):
             pis = self.pis(path, trial)
             if not acted:
                 acted.extend(pi.detach() for pi in pis)
-            kls = [head.kl(old, pi).mean() for old, pi in zip(acted, pis, strict=True)]
+            kls = [
+                counted_mean(head.kl(old, pi), task_mask(rollout, path[0]))
+                for old, pi, rollout in zip(acted, pis, trial, strict=True)
+            ]
             counted = kls[-1:] if self.config.steps_per_adaptation is None else kls
             return self.outer_loss(path, trial), torch.stack(counted).mean()
 

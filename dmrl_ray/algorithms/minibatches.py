@@ -49,14 +49,22 @@ def step_through(
             mine = order[start + rank : stop : world_size]
             minibatch = {k: x.index_select(1, mine) if x.dim() else x for k, x in batch.items()}
             share = len(mine) / (stop - start)
+            if "mask" in batch and world_size > 1:
+                whole = batch["mask"].index_select(1, order[start:stop]).sum()
+                share = float(minibatch["mask"].sum() / whole.clamp_min(1))
             report = algorithm.descend(in_precision, minibatch, share * world_size)
             steps.append(torch.stack(list(report.values())))
     return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
 
 
 def shown(policy: ActorCritic, rollout: Rollout) -> Batch:
-    """What the policy was shown at each step, and where its memory was reset within."""
+    """What the policy was shown at each step, where its memory was reset, and what counts.
+
+    Without a ``mask`` all steps count.
+    """
     batch: Batch = {"obs": rollout.obs[:-1]}
+    if not rollout.all_count:
+        batch["mask"] = rollout.mask
     if policy.sees_previous:
         batch |= dict(zip(PREVIOUS, previous_inputs(rollout), strict=True))
     if policy.recurrent and rollout.reset_state[1:].any():
@@ -66,9 +74,16 @@ def shown(policy: ActorCritic, rollout: Rollout) -> Batch:
 
 def in_columns(policy: ActorCritic, batch: Batch) -> Batch:
     """The batch, with every step a column of its own if the policy has no memory."""
-    if policy.recurrent:
-        return batch
-    return {name: x.flatten(0, 1).unsqueeze(0) for name, x in batch.items()}
+    return batch if policy.recurrent else single_steps(batch)
+
+
+def single_steps(batch: Batch) -> Batch:
+    """(1, N, ...) of the N steps that count; numbers () stay as they are."""
+    rows = {name: x.flatten(0, 1) for name, x in batch.items() if x.dim()}
+    mask = rows.pop("mask", None)
+    if mask is not None:
+        rows = {name: x[mask] for name, x in rows.items()}
+    return {k: rows[k].unsqueeze(0) if k in rows else x for k, x in batch.items() if k != "mask"}
 
 
 def previous_in(batch: Batch) -> Previous | None:

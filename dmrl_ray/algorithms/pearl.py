@@ -27,6 +27,7 @@ from dmrl_ray.heads import CategoricalHead
 from dmrl_ray.losses.latent import gaussian_kl, gaussian_sample, product_of_gaussians
 from dmrl_ray.networks.base import Memory, linear, stack
 from dmrl_ray.policy import ActorCritic, Previous
+from dmrl_ray.replay import draw_below
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
@@ -81,10 +82,6 @@ class PEARL(SAC):
     def policy_options(cls, config: Any) -> dict[str, Any]:
         return super().policy_options(config) | {"latent": config.latent}
 
-    @property
-    def evaluation_episodes(self) -> int:
-        return 1
-
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.begin_trial(tasks, self.policy)
         return self._play(sampler, self.distribution.trial_steps, self.config.kept_noise)
@@ -95,27 +92,26 @@ class PEARL(SAC):
     def _play(self, sampler: Sampler, num_steps: int, kept: float = 0.0) -> Trial:
         """Whole episodes, each with a latent drawn from what earlier ones have shown."""
         horizon = self.distribution.max_episode_steps
-        span = self.config.belief_steps or horizon
         shape = (sampler.num_envs, self.config.latent)
         actions = self.policy.policy_head.num_actions
         belief: Memory = sampler.memory or (torch.zeros(shape), torch.zeros(shape))
-        trial = []
-        for adaptation_step in range(num_steps // horizon):
-            sampler.begin_episodes()
+        trial: Trial = []
+        for _ in range(num_steps // horizon):
+            sampler.begin_episodes(1)
             noise = torch.from_numpy(sampler.rng.standard_normal(shape, dtype=np.float32))
             drift = torch.zeros(sampler.num_envs, actions)
             if kept:
                 drift = torch.from_numpy(
                     sampler.rng.standard_normal(tuple(drift.shape), dtype=np.float32)
                 )
-            for start in range(0, horizon, span):
+            while sampler.playing:
                 mean, log_var = product_of_gaussians(*(x.unsqueeze(1) for x in belief))
                 latent = gaussian_sample(mean, log_var, noise).unsqueeze(0)
                 rollout = sampler.rollout(
                     self.policy,
-                    min(span, horizon - start),
+                    self.config.belief_steps,
                     actor=partial(self._act, latent, kept, drift),
-                    adaptation_step=adaptation_step,
+                    adaptation_step=len(trial),
                     with_value=False,
                 )
                 belief = self._extend(belief, rollout)
@@ -127,7 +123,10 @@ class PEARL(SAC):
     def _extend(self, belief: Memory, rollout: Rollout) -> Memory:
         """A belief is the sums of its factors, (B, L) each."""
         seen = (rollout.obs[:-1], rollout.action, rollout.reward)
-        factors = self.factors(*(torch.from_numpy(x) for x in seen))
+        factors: tuple[Tensor, ...] = self.factors(*(torch.from_numpy(x) for x in seen))
+        if not rollout.all_count:
+            mask = torch.from_numpy(rollout.mask).unsqueeze(-1)
+            factors = tuple(factor * mask for factor in factors)
         return tuple(x + factor.sum(0) for x, factor in zip(belief, factors, strict=True))
 
     def factors(self, obs: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,11 +144,11 @@ class PEARL(SAC):
         That number is drawn for each transition of a batch, not for each trial: as many beliefs to
         learn from as transitions, for the same number of factors.
         """
-        length = self.config.context_episodes * self.distribution.max_episode_steps
+        lengths = self.replay.lengths(slots, self.config.context_episodes)
         shape = (len(slots), self.config.batch_steps)
-        known = self.rng.integers(length + 1, size=shape)[mine]
+        known = draw_below(self.rng, lengths + 1, shape[1])[mine]
         noise = self.rng.standard_normal((*shape, self.config.latent), dtype=np.float32)[mine]
-        context = self.replay.take(slots[mine], slice(length))
+        context = self.replay.take(slots[mine], slice(int(lengths.max())))
         factors = self.factors(context.obs, context.action, context.reward)
         row = np.arange(len(known))[:, None]
         beliefs = [pad(x.cumsum(1), (0, 0, 1, 0))[row, known] for x in factors]  # (N, K, L)

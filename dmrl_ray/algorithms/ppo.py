@@ -14,6 +14,7 @@ from torch import Tensor
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.minibatches import in_columns, previous_in, shown, step_through
 from dmrl_ray.arrays import as_kind_of
+from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.losses.returns import generalized_advantage
 from dmrl_ray.networks.base import Memory
@@ -39,7 +40,7 @@ class BatchConfig(Algorithm.Config):
     """Weight of the entropy bonus."""
 
     anneal_entropy: bool = False
-    """Lower that weight linearly to zero over the budget."""
+    """Lower that weight linearly over the budget, as `anneal_lr` does the step size."""
 
     value_coef: float = Field(default=0.5, ge=0)
     """Weight of the value loss, in units of normalised returns."""
@@ -112,22 +113,24 @@ class PPO(Algorithm):
 
     def update(self, trial: Trial) -> dict[str, float]:
         (rollout,) = trial
+        target = rollout.value_target
+        first = self.policy.begin_value_norm(target)
         batch = self._batch(rollout)
         skipped = self.skipped_batches
         metrics = step_through(
             self, batch, self._loss, epochs=self.epochs, minibatches=self.config.minibatches
         )
         if self.skipped_batches == skipped:  # else the targets may not be finite either
-            self.policy.update_norms(rollout, rollout.value_target)
+            self.policy.update_norms(rollout, None if first else target)
         return metrics
 
     def _batch(self, rollout: Rollout) -> dict[str, Tensor]:
         """Everything the loss reads, (T, B, ...); without memory every step is its own column."""
-        advantage = rollout.advantage
+        advantage, counted = rollout.advantage, rollout.counted(rollout.advantage)
         batch = {
             **shown(self.policy, rollout),
             **{name: getattr(rollout, name) for name in self.labels},
-            "advantage": (advantage - advantage.mean()) / (advantage.std() + 1e-8),
+            "advantage": (advantage - counted.mean()) / (counted.std() + 1e-8),
             "target": self.policy.normalize_value(rollout.value_target),
         }
         if self.policy.recurrent:
@@ -140,24 +143,25 @@ class PPO(Algorithm):
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and what to report of it."""
         assert isinstance(self.config, ClipConfig)
+        mask = batch.get("mask")
         pi, value_loss = self._forward(batch)
         log_prob, entropies = self.policy.policy_head.log_prob_and_entropy(pi, batch["action"])
         policy_loss = ppo_clip_loss(
-            log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip
+            log_prob, batch["log_prob"], batch["advantage"], clip=self.config.clip, mask=mask
         )
-        entropy = entropies.mean()
+        entropy = counted_mean(entropies, mask)
         loss = policy_loss + self.config.value_coef * value_loss - batch["entropy_weight"] * entropy
         with torch.no_grad():
             log_ratio = log_prob - batch["log_prob"]
             off_one = log_ratio.expm1()  # the ratio, less 1
-            approx_kl = (off_one - log_ratio).mean()
+            approx_kl = counted_mean(off_one - log_ratio, mask)
             clipped = off_one.abs() > self.config.clip
         report = {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "entropy": entropy,
             "approx_kl": approx_kl,
-            "clip_fraction": clipped.float().mean(),
+            "clip_fraction": counted_mean(clipped.float(), mask),
         }
         return loss, report
 
@@ -169,4 +173,7 @@ class PPO(Algorithm):
         pi, features, _ = self.policy(batch["obs"], previous, memory, reset)
         shared = self.policy.value_encoder is None
         value = self.policy.value(features if shared else None, batch["obs"], previous, reset)
-        return pi, 0.5 * (value - batch["target"]).square().mean()
+        return pi, self._value_loss(value, batch)
+
+    def _value_loss(self, value: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return 0.5 * counted_mean((value - batch["target"]).square(), batch.get("mask"))

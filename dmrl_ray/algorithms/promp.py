@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.algorithms.task_params import Parameters
+from dmrl_ray.algorithms.task_params import Parameters, task_mask
+from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.types import Trial
 
 
@@ -46,5 +47,8 @@ class ProMP(MAML):
         pis = self.pis(path[:-1], trial[:-1])
         if not self._acted:  # The first outer step starts from the parameters that acted.
             self._acted = [pi.detach() for pi in pis]
-        kls = [head.kl(old, pi).mean() for old, pi in zip(self._acted, pis, strict=True)]
+        kls = [
+            counted_mean(head.kl(old, pi), task_mask(rollout, path[0]))
+            for old, pi, rollout in zip(self._acted, pis, trial[:-1], strict=True)
+        ]
         return torch.stack(kls).mean()

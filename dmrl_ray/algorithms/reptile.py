@@ -40,6 +40,6 @@ class Reptile(GradientAdaptation):
         loss = torch.stack([(now[n] * g).sum() for n, g in gradient.items()]).sum()
         norm = self.step_optimizer(loss)
         if self.skipped_batches == skipped:
-            self.policy.update_obs_norm(torch.cat([r.obs[:-1].flatten(0, 1) for r in trial]))
-        first, last = (float(r.reward.sum(0).mean()) for r in (trial[0], trial[-1]))
+            self.policy.update_obs_norm(torch.cat([r.counted(r.obs[:-1]) for r in trial]))
+        first, last = (r.mean_return() for r in (trial[0], trial[-1]))
         return {"grad_norm": float(norm), "return/before": first, "return/last": last}

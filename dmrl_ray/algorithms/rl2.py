@@ -35,8 +35,8 @@ class RL2(PPO):
     continues_episodes = False
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        sampler.begin_trial(tasks, self.policy)
-        return [self.with_advantage(sampler.rollout(self.policy, self.distribution.trial_steps))]
+        sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
+        return [self.with_advantage(sampler.rollout(self.policy))]
 
     def with_advantage(self, rollout: Rollout) -> Rollout:
         """The rollout of a whole trial, with its advantages and value targets."""
@@ -45,6 +45,7 @@ class RL2(PPO):
             torch.as_tensor(rollout.value),
             gamma=self.config.gamma,
             gae_lambda=self.config.gae_lambda,
+            mask=None if rollout.all_count else torch.as_tensor(rollout.mask),
         )
         rollout.advantage = as_kind_of(rollout.value, advantage)
         rollout.value_target = rollout.advantage + rollout.value

@@ -132,7 +132,7 @@ class SAC(Algorithm):
         skipped = self.skipped_batches
         reports = [self._improve() for _ in range(self.config.gradient_steps)]
         if self.skipped_batches == skipped:
-            self.policy.update_obs_norm(torch.cat([r.obs[:-1].flatten(0, 1) for r in trial]))
+            self.policy.update_obs_norm(torch.cat([r.counted(r.obs[:-1]) for r in trial]))
         means = torch.stack([torch.stack(list(report.values())) for report in reports]).mean(0)
         return dict(zip(reports[0], means.tolist(), strict=True))
 
@@ -147,7 +147,7 @@ class SAC(Algorithm):
         """A gradient step of the critics, one of the policy, and the targets follow."""
         slots = self.replay.draw(self.rng, self.config.batch_trials)
         shape = (len(slots), self.config.batch_steps)
-        at = self.rng.integers(self.replay.num_steps, size=shape)
+        at = self.replay.draw_steps(self.rng, slots, shape[1])
         noise = [self.policy.policy_head.noise(self.rng, *shape) for _ in range(2)]
         mine = slice(self.rank, None, self.world_size)
         share = len(slots[mine]) * self.world_size / len(slots)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from dmrl_ray.arrays import as_kind_of
+from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss
 from dmrl_ray.losses.returns import (
     generalized_advantage,
     linear_baseline,
@@ -112,9 +113,10 @@ def task_gradients(
     right under parameters other than those that acted.
     """
     log_prob = task_log_prob(policy, params, rollout)
-    ratio = (log_prob - by_task(rollout.log_prob, params)).exp()
+    acted, advantage = (by_task(x, params) for x in (rollout.log_prob, rollout.advantage))
+    mask = task_mask(rollout, params)
     # Tasks do not share these parameters, so the gradient of the sum holds every task's own.
-    loss = -(ratio * by_task(rollout.advantage, params)).mean((0, 2)).sum()
+    loss = likelihood_ratio_loss(log_prob, acted, advantage, mask=mask, dim=(0, 2)).sum()
     gradients = torch.autograd.grad(
         loss, [params[name] for name in moving], create_graph=create_graph
     )
@@ -131,17 +133,19 @@ def fitted_advantage(
     do. Images are no features for it; there it sees the time alone.
     """
     shape = (-1, num_tasks, rollouts[0].num_columns // num_tasks)
-    obs, reward, done = (
+    obs, reward, done, mask = (
         torch.cat([torch.as_tensor(part) for part in parts])
         for parts in zip(
-            *((r.obs[:-1], r.reward, r.terminated | r.truncated) for r in rollouts), strict=True
+            *((r.obs[:-1], r.reward, r.terminated | r.truncated, r.mask) for r in rollouts),
+            strict=True,
         )
     )
     reward, done = reward.reshape(shape), done.reshape(shape)
+    counted = None if all(r.all_count for r in rollouts) else mask.reshape(shape)
     features = obs.reshape(*reward.shape, -1)
     if obs.dtype == torch.uint8:
         features = torch.zeros_like(reward).unsqueeze(-1)
-    value = linear_baseline(features, reward, done, gamma=gamma)
+    value = linear_baseline(features, reward, done, gamma=gamma, mask=counted)
     advantage = generalized_advantage(
         reward,
         value,
@@ -151,9 +155,7 @@ def fitted_advantage(
         gamma=gamma,
         gae_lambda=gae_lambda,
     )
-    mean = advantage.mean((0, 2), keepdim=True)
-    std = advantage.std((0, 2), keepdim=True)
-    standard = (advantage - mean) / (std + 1e-8)
+    standard = standardized(advantage, counted, dim=(0, 2))
     last = standard[-rollouts[-1].num_steps :].flatten(1)
     return as_kind_of(rollouts[-1].reward, last)
 
@@ -164,17 +166,42 @@ def trial_advantages(rollouts: list[Rollout], *, gamma: float, gae_lambda: float
     The baseline is fitted to all tasks together. It sees the time and what a trial has paid so
     far, also for each step that is left: most of what returns differ by is how good a task is.
     """
-    reward = torch.cat([rollout.reward for rollout in rollouts])
+    reward, mask = (torch.cat(x) for x in zip(*((r.reward, r.mask) for r in rollouts), strict=True))
+    counted = None if all(r.all_count for r in rollouts) else mask
+    if counted is not None:
+        reward = reward * mask
     steps = torch.arange(len(reward), device=reward.device).unsqueeze(-1)
     paid = (reward.cumsum(0) - reward) / steps.clamp_min(1)
     features = torch.stack([paid, paid * (1 - steps / len(reward))], -1)
     open_end = torch.zeros_like(reward, dtype=torch.bool)
     value = linear_baseline(
-        features.unsqueeze(1), reward.unsqueeze(1), open_end.unsqueeze(1), gamma=gamma
-    )
-    advantage = trial_advantage(reward, value.squeeze(1), gamma=gamma, gae_lambda=gae_lambda)
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        features.unsqueeze(1),
+        reward.unsqueeze(1),
+        open_end.unsqueeze(1),
+        gamma=gamma,
+        mask=None if counted is None else counted.unsqueeze(1),
+    ).squeeze(1)
+    advantage = trial_advantage(reward, value, gamma=gamma, gae_lambda=gae_lambda, mask=counted)
+    advantage = standardized(advantage, counted)
     return list(torch.split(advantage, [rollout.num_steps for rollout in rollouts]))
+
+
+def standardized(x: Tensor, mask: Tensor | None, dim: tuple[int, ...] | None = None) -> Tensor:
+    """With mean 0 and standard deviation 1 over the entries that count, along `dim`."""
+    if mask is None:
+        if dim is None:
+            return (x - x.mean()) / (x.std() + 1e-8)
+        return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-8)
+    every = dim or tuple(range(x.dim()))
+    count = mask.sum(every, keepdim=True)
+    off = (x - (x * mask).sum(every, keepdim=True) / count.clamp_min(1)) * mask
+    std = (off.square().sum(every, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    return off / (std + 1e-8)
+
+
+def task_mask(rollout: Rollout, params: Parameters) -> Tensor | None:
+    """(T, N, E) steps that count; None is all."""
+    return None if rollout.all_count else by_task(rollout.mask, params)
 
 
 def by_task(x: Tensor, params: Parameters) -> Tensor:

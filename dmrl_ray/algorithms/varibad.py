@@ -18,8 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dmrl_ray.algorithms.minibatches import single_steps
 from dmrl_ray.algorithms.rl2 import RL2
 from dmrl_ray.heads import exactly
+from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.latent import chained_kl, gaussian_sample
 from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import TrialDecoder
@@ -118,7 +120,7 @@ class VariBAD(RL2):
             mean, log_var = self._beliefs(batch["obs"], previous_inputs(rollout))
         kept = {k: x for k, x in batch.items() if not k.startswith(("previous_", "memory."))}
         kept |= {"mean": mean, "log_var": log_var}
-        return {k: x.flatten(0, 1).unsqueeze(0) if x.dim() else x for k, x in kept.items()}
+        return single_steps(kept)
 
     def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if "mean" not in batch:
@@ -127,7 +129,7 @@ class VariBAD(RL2):
         features = self.encoder.features(policy.actor_input(obs), batch["mean"], batch["log_var"])
         value = policy.value(features, obs)
         pi = exactly(policy.policy_head, features)
-        return pi, 0.5 * (value - batch["target"]).square().mean()
+        return pi, self._value_loss(value, batch)
 
     def _beliefs(self, obs: Tensor, previous: Previous) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (T, B, L) of the beliefs of whole trials."""
@@ -163,15 +165,23 @@ class VariBAD(RL2):
         """
         named = {f.name: getattr(trials, f.name).transpose(0, 1) for f in fields(trials)}
         mean, log_var = self._beliefs(named["obs"], previous_of(named))
-        kl = chained_kl(mean, log_var).mean()
+        mask = None if named["mask"].all() else named["mask"]
+        kl = counted_mean(chained_kl(mean, log_var), mask)
         device = mean.device
         steps = torch.from_numpy(at).to(device)
         latent = gaussian_sample(mean[steps], log_var[steps], torch.from_numpy(noise).to(device))
         action = self.policy.policy_head.encode(named["action"])
         obs, next_obs = (self.policy.actor_input(named[n]).flatten(2) for n in ("obs", "next_obs"))
-        parts = self.policy.auxiliary["decoder"](latent, obs, action, next_obs, named["reward"])
+        decoder = self.policy.auxiliary["decoder"]
+        weight = None if mask is None else forecasts_that_count(mask, steps)
+        parts = decoder(latent, obs, action, next_obs, named["reward"], weight)
         loss = torch.stack(list(parts.values())).sum() + self.config.kl_weight * kl
         return loss, {name: x.detach() for name, x in parts.items()} | {"belief_kl": kl.detach()}
+
+
+def forecasts_that_count(mask: Tensor, at: Tensor) -> Tensor:
+    """(S, T, N) forecasts of steps that there are, from beliefs (S,) at steps that there are."""
+    return mask[at].unsqueeze(1) & mask
 
 
 def previous_of(trials: dict[str, Tensor]) -> Previous:

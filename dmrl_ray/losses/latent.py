@@ -72,7 +72,9 @@ def chained_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return gaussian_kl(mean, log_var, prior_mean, prior_log_var)
 
 
-def forecast_loss(foretold: Tensor, target: Tensor, *, binary: bool) -> Tensor:
+def forecast_loss(
+    foretold: Tensor, target: Tensor, *, binary: bool, mask: Tensor | None = None
+) -> Tensor:
     """How badly samples of beliefs foretell whole trials.
 
     Source: Zintgraf et al., "VariBAD", 2020, eq. 8 (arXiv:1910.08348).
@@ -82,9 +84,10 @@ def forecast_loss(foretold: Tensor, target: Tensor, *, binary: bool) -> Tensor:
         target: (T, B, D), what came.
         binary: False takes squared errors; True reads `foretold` as logits of the chance that
             `target` is positive, and takes minus the log-likelihood.
+        mask: (S, T, B) bool, forecasts that count; None is all.
 
     Returns:
-        Scalar, sum over T and D, mean over S and B.
+        Scalar, sum over T and D, mean over the S and B of which any counts.
 
     Raises:
         ValueError: the tensors do not fit together.
@@ -96,7 +99,9 @@ def forecast_loss(foretold: Tensor, target: Tensor, *, binary: bool) -> Tensor:
         error = functional.binary_cross_entropy_with_logits(foretold, positive, reduction="none")
     else:
         error = (foretold - target).square()
-    return error.sum((1, 3)).mean()
+    if mask is None:
+        return error.sum((1, 3)).mean()
+    return (error.sum(3) * mask).sum() / mask.any(1).sum().clamp_min(1)
 
 
 def product_of_gaussians(precision: Tensor, weighted_mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.shapes import check_shapes
 
 
 def ppo_clip_loss(
-    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor, *, clip: float
+    log_prob: Tensor,
+    behaviour_log_prob: Tensor,
+    advantage: Tensor,
+    *,
+    clip: float,
+    mask: Tensor | None = None,
+    dim: tuple[int, ...] | None = None,
 ) -> Tensor:
     """PPO's clipped surrogate, negated so that it is minimised.
 
@@ -21,9 +28,11 @@ def ppo_clip_loss(
         behaviour_log_prob: (T, B), under the policy that acted.
         advantage: (T, B).
         clip: half-width of the trust interval around ratio 1; 0.2 in the paper.
+        mask: (T, B) bool, steps that count; None is all.
+        dim: axes that the mean is over; None is all.
 
     Returns:
-        Scalar, mean over T and B.
+        Mean over `dim` of the steps that count.
 
     Raises:
         ValueError: the tensors do not have one shape.
@@ -31,11 +40,16 @@ def ppo_clip_loss(
     check_shapes(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
     ratio = (log_prob - behaviour_log_prob).exp()
     clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
-    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+    return -counted_mean(torch.minimum(ratio * advantage, clipped * advantage), mask, dim)
 
 
 def likelihood_ratio_loss(
-    log_prob: Tensor, behaviour_log_prob: Tensor, advantage: Tensor
+    log_prob: Tensor,
+    behaviour_log_prob: Tensor,
+    advantage: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dim: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Policy gradient as an importance-weighted surrogate, negated.
 
@@ -50,12 +64,14 @@ def likelihood_ratio_loss(
         log_prob: (T, B), carries the gradient.
         behaviour_log_prob: (T, B), under the policy that acted.
         advantage: (T, B).
+        mask: (T, B) bool, steps that count; None is all.
+        dim: axes that the mean is over; None is all.
 
     Returns:
-        Scalar, mean over T and B.
+        Mean over `dim` of the steps that count.
 
     Raises:
         ValueError: the tensors do not have one shape.
     """
     check_shapes(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
-    return -((log_prob - behaviour_log_prob).exp() * advantage).mean()
+    return -counted_mean((log_prob - behaviour_log_prob).exp() * advantage, mask, dim)

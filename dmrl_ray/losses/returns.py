@@ -141,7 +141,14 @@ def vtrace(
         return value + above, rho * (delta + gae_lambda * going_on * later)
 
 
-def trial_advantage(reward: Tensor, value: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
+def trial_advantage(
+    reward: Tensor,
+    value: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Generalised advantages of whole trials: returns run across the episode ends inside.
 
     What an agent learns in one episode pays in the next, so an episode's end cuts nothing; only
@@ -156,12 +163,16 @@ def trial_advantage(reward: Tensor, value: Tensor, *, gamma: float, gae_lambda: 
         value: (T, B) float.
         gamma: discount per environment step, in [0, 1].
         gae_lambda: as in `generalized_advantage`.
+        mask: (T, B) bool, steps that count, none of which follows one that does not; a trial ends
+            with the last of them. None is all.
 
     Returns:
         (T, B) advantages, not normalised and without gradient.
     """
     end = torch.zeros_like(value, dtype=torch.bool)
     end[-1] = True
+    if mask is not None:
+        end[:-1] = mask[:-1] & ~mask[1:]
     next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])
     return generalized_advantage(
         reward,
@@ -175,7 +186,13 @@ def trial_advantage(reward: Tensor, value: Tensor, *, gamma: float, gae_lambda: 
 
 
 def linear_baseline(
-    obs: Tensor, reward: Tensor, done: Tensor, *, gamma: float, ridge: float = 1e-5
+    obs: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    *,
+    gamma: float,
+    mask: Tensor | None = None,
+    ridge: float = 1e-5,
 ) -> Tensor:
     """Values of a time-dependent linear regression on discounted returns, fitted per task.
 
@@ -190,6 +207,7 @@ def linear_baseline(
         reward: (T, N, E).
         done: (T, N, E) bool; the returns after a rollout's last step count as 0.
         gamma: discount per environment step.
+        mask: (T, N, E) bool, steps to fit; None is all.
         ridge: weight of the squared coefficients.
 
     Returns:
@@ -213,7 +231,10 @@ def linear_baseline(
         x = torch.cat([scaled, scaled**2, clock, clock**2, clock**3, ones], -1)  # (T, N, E, F)
         x = x.transpose(0, 1).reshape(tasks, steps * columns, -1).double()
         y = returns.transpose(0, 1).reshape(tasks, steps * columns, 1).double()
-        gram = x.mT @ x + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        weights = torch.linalg.solve(gram, x.mT @ y)
+        fitted = x
+        if mask is not None:
+            fitted = x * mask.transpose(0, 1).reshape(tasks, steps * columns, 1)
+        gram = fitted.mT @ x + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        weights = torch.linalg.solve(gram, fitted.mT @ y)
         value = (x @ weights).reshape(tasks, steps, columns).transpose(0, 1)
         return value.to(reward.dtype)

@@ -59,7 +59,13 @@ class TrialDecoder(nn.Module):
             self.obs = StepDecoder(latent, width + actions, width, config.sizes)
 
     def forward(
-        self, latent: Tensor, obs: Tensor, action: Tensor, next_obs: Tensor, reward: Tensor
+        self,
+        latent: Tensor,
+        obs: Tensor,
+        action: Tensor,
+        next_obs: Tensor,
+        reward: Tensor,
+        mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of each kind of forecast, by samples of beliefs about the same B trials.
 
@@ -69,6 +75,7 @@ class TrialDecoder(nn.Module):
             action: (T, B, A), encoded.
             next_obs: (T, B, D), true successors.
             reward: (T, B).
+            mask: (S, T, B) bool, forecasts that count; None is all.
         """
         config = self.config
         if config.heads is None:
@@ -76,10 +83,11 @@ class TrialDecoder(nn.Module):
         else:
             step = action if config.heads == "action" else next_obs
         target, binary = reward.unsqueeze(-1), config.rewards == "binary"
-        losses = {"reward_loss": forecast_loss(self.reward(latent, step), target, binary=binary)}
+        guess = self.reward(latent, step)
+        losses = {"reward_loss": forecast_loss(guess, target, binary=binary, mask=mask)}
         if self.obs is not None:
             foretold = self.obs(latent, torch.cat([obs, action], -1))
-            losses["obs_loss"] = forecast_loss(foretold, next_obs, binary=False)
+            losses["obs_loss"] = forecast_loss(foretold, next_obs, binary=False, mask=mask)
         return losses
 
 

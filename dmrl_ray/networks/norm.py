@@ -30,20 +30,26 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in a batch (N, *shape)."""
-        self.batches += 1
-        weight = float(max(1.0 / self.batches.item(), 0.01))
+        """Update with a batch (N, *shape); rows that are not finite are left out."""
         x = x.double()
         mean, variance = x.mean(0), x.var(0, correction=0)
+        if not torch.isfinite(mean).all():
+            x = x[torch.isfinite(x).flatten(1).all(1)] if x.dim() > 1 else x[torch.isfinite(x)]
+            if len(x) == 0:
+                return
+            mean, variance = x.mean(0), x.var(0, correction=0)
+        self.batches += 1
+        weight = float(max(1.0 / self.batches.item(), 0.01))
         # Of the mixture of both; a running mean of squares would lose what is small beside it.
         variance += (1 - weight) * (mean - self.mean) ** 2
+        variance.clamp_(max=torch.finfo(self.variance.dtype).max)
         self.variance.lerp_(variance.to(self.variance.dtype), weight)
         self.mean.lerp_(mean.to(self.mean.dtype), weight)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """To about unit scale, cut at 10 standard deviations."""
-        return ((x - self.mean) / self.std).clamp(-10.0, 10.0)
+        """In standard deviations from the mean."""
+        return (x - self.mean) / self.std
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """Inverse of `normalize` within its bounds."""
+        """Inverse of `normalize`."""
         return x * self.std + self.mean

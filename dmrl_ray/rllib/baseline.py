@@ -132,7 +132,7 @@ class Baseline(ForeignAlgorithm):
         seed = int(random_stream(self.spec.seed, *key, "torch").integers(2**63))
         shown = Shown(family, "flat" if self.settings.previous else "none")
         play(module, shown, sampler, list(call.tasks), greedy=call.greedy, seed=seed)
-        return evaluation_rows(sampler, episodes=family.episodes_per_trial, trial=call.trial)
+        return evaluation_rows(sampler, trial=call.trial)
 
     def weights(self) -> Arrays:
         """Of the module, target networks included."""
@@ -232,7 +232,9 @@ class Baseline(ForeignAlgorithm):
         columns = columns_of(rows)
         columns["adaptation_step"] = columns["episode"] * self.memory_spans_trial
         scored = self.spec.split != "train"
-        episodes = episode_rows(columns, self._env_settings().family(), scored=scored)
+        family = self._env_settings().family()
+        columns["greedy"] = np.zeros(len(rows), np.bool_)
+        episodes = episode_rows(columns, family, iteration, scored=scored)
         episodes["env_steps"] = env_steps + columns["step"].astype(np.int64)
         episodes["trial"] = np.full(len(rows), iteration)
         return episodes

@@ -116,9 +116,9 @@ class PackedLearner(TorchLearner):  # type: ignore[misc]
 
     def update_packed(self, trials: list[Trial], steps: int) -> dict[str, float]:
         """One update from the trials of all shards, in their order."""
-        self.env_steps += steps
         metrics = self._packed.update(self.version, self.env_steps, trials)
         self.version += 1
+        self.env_steps += steps
         return metrics
 
     def published(self) -> tuple[Weights, int]:

@@ -122,8 +122,8 @@ def play(
 ) -> None:
     """One trial on each task; the rows are in the sampler afterwards."""
     policy = cast(ActorCritic, ModulePolicy(module, shown, greedy=greedy))
-    steps = sampler.distribution.trial_steps
+    episodes = sampler.distribution.episodes_per_trial
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sampler.begin_trial(tasks, policy)
-        sampler.rollout(policy, steps, with_value=False)
+        sampler.begin_trial(tasks, policy, episodes)
+        sampler.rollout(policy, with_value=False)

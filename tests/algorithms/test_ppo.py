@@ -69,10 +69,11 @@ def test_the_first_minibatch_has_ratio_one(case):
 
 @pytest.mark.parametrize("case", ["mlp", "mlp_shared", "lstm"])
 def test_the_first_value_loss_is_the_error_of_the_values_when_acting(case):
-    # In units of normalised returns; before the first update those are returns.
+    # In units of the targets, which an untrained critic is taken to have spoken in.
     learner, trial = collected(make_spec(**CASES[case], epochs=1, minibatches=1))
     metrics = learner.update(0, 0, [trial])
-    error = np.clip(trial[0].value_target, -10, 10) - trial[0].value
+    target = trial[0].value_target
+    error = (target - target.mean()) / target.std() - trial[0].value
     assert metrics["value_loss"] == pytest.approx(0.5 * np.square(error).mean(), rel=1e-4)
 
 
@@ -191,6 +192,19 @@ def test_norms_move_after_the_gradient_steps():
     torch.testing.assert_close(learner.policy.obs_norm.mean, rows.mean(0))
     target = torch.from_numpy(trial[0].value_target)
     torch.testing.assert_close(learner.policy.value_norm.mean, target.mean())
+
+
+def test_the_critic_learns_the_first_targets_in_units_of_their_own():
+    # All but one of 180 are -500: that one is sqrt(179) = 13.4 deviations above their mean.
+    learner, trial = collected(make_spec(epochs=1, minibatches=1))
+    trial[0].value_target = np.full_like(trial[0].value, -500)
+    trial[0].value_target[3, 2] = 100
+    seen, loss = [], learner.algorithm._loss
+    learner.algorithm._loss = lambda batch: seen.append(batch["target"]) or loss(batch)
+    learner.update(0, 0, [trial])
+    torch.testing.assert_close(seen[0].mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    assert seen[0].max().item() == pytest.approx(np.sqrt(179), rel=1e-3)
+    assert learner.policy.value_norm.batches == 1
 
 
 def test_a_value_memory_beside_the_actors_is_refused():

@@ -171,11 +171,16 @@ def test_an_environment_that_never_ends_is_truncated():
     assert not any(terminated[0] for terminated, _ in ends)
 
 
-def test_splits_of_an_environment_that_does_not_vary_are_one_task_each():
-    toy = family("Toy-v0")
-    train, test = (toy.sample(np.random.default_rng(0), 3, split) for split in ("train", "test"))
-    assert len({task.id for task in train}) == 1
-    assert train[0].id != test[0].id
+def test_an_environment_that_does_not_vary_is_one_task():
+    tasks = [
+        (task.id, task.split)
+        for env_id in ("Toy-v0", "Endless-v0")
+        for split in ("train", "test")
+        for task in family(env_id, max_episode_steps=9).sample(np.random.default_rng(0), 3, split)
+    ]
+    (toy, _), (endless, _) = tasks[0], tasks[-1]
+    assert set(tasks) == {(i, split) for i in (toy, endless) for split in ("train", "test")}
+    assert toy != endless
 
 
 def test_scores_come_from_the_config():
