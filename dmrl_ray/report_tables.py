@@ -40,7 +40,7 @@ def adaptation(episodes: pd.DataFrame) -> list[RenderableType]:
 def _adaptation_table(episodes: pd.DataFrame) -> Table:
     """A row for each point of experience of each method, all on one axis."""
     by = ("stage", "split")
-    frame = results.over_experience(_with_experience(episodes), by=by)
+    frame = results.over_experience(episodes, by=by)
     measures = [measure for measure in results.MEASURES if (frame["measure"] == measure).any()]
     rows: list[tuple[str, ...]] = []
     keys = [*by, "algorithm", "greedy"]
@@ -91,19 +91,3 @@ def _spread(values: Sequence[int]) -> list[int]:
         return list(values)
     index = np.linspace(0, len(values) - 1, MAX_COLUMNS).round().astype(int)
     return [values[i] for i in index]
-
-
-def _with_experience(episodes: pd.DataFrame) -> pd.DataFrame:
-    """Experience by counting the episodes of a trial, where rows do not say it."""
-    if "experience_episodes" in episodes:
-        return episodes
-    keys = [k for k in ("run_id", "stage", "job", "task_id", "trial") if k in episodes]
-    continued = episodes["trial"] == episodes["adaptation_step"]  # by an update a trial
-    episodes = episodes.assign(trial=episodes["trial"].where(~continued, 0))
-    at = [*keys, "adaptation_step"]
-    played = episodes.groupby(at, observed=True)["length"].agg(["size", "sum"])
-    before = played.groupby(level=keys, observed=True).cumsum() - played
-    names = {"size": "experience_episodes", "sum": "experience_steps"}
-    rows = episodes.merge(before.rename(columns=names).reset_index(), on=at)
-    played = pd.array([pd.NA] * len(rows), dtype="boolean")
-    return rows.assign(greedy=played, stage=rows["stage"].astype(episodes["stage"].dtype))

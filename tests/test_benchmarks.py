@@ -10,7 +10,6 @@ import pytest
 from benchmarks.learning.figures import cost, returns, sources, write_episodes
 from benchmarks.learning.table import COLUMNS, RESULTS, interval, number, table
 from dmrl_ray.statistics import t_interval
-from dmrl_ray.tables import SCHEMAS
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import parse_config
 
@@ -130,10 +129,8 @@ stages:
   trained: {type: pretrain, env_steps: 10}
   held_out: {type: evaluate, init_from: trained}
 """
-    where = {"job": "0", "algorithm": "ppo", "split": "test", "length": 10}
-    zeros = ["trial", "episode", "policy_version", "env_steps", "change"]
-    zeros += ["experience_steps", "experience_episodes", "greedy"]
-    where |= {name: 0 for name in zeros if name in SCHEMAS["episodes"].names}
+    where = {"job": "0", "algorithm": "ppo", "split": "test", "length": 10, "greedy": True}
+    where |= dict.fromkeys(["trial", "episode", "policy_version", "env_steps"], 0)
     folders = [tmp_path / str(seed) for seed in (0, 1)]
     for seed, folder in enumerate(folders):
         with RunWriter.create(folder, text, {}) as writer:

@@ -30,7 +30,8 @@ def episode(stage: str, split: str, task: int, step: int, score: float, **more) 
     row = {"stage": stage, "job": "0", "algorithm": "rl2", "task_id": f"{split}-{task}"}
     counts = {"seed": 7, "trial": 0, "episode": step, "adaptation_step": step, "policy_version": 3}
     figures = {"return": 10.0 * (step + 1), "length": 5, "score": score, "success": None}
-    return row | counts | figures | {"env_steps": 0, "split": split, "time": START} | more
+    figures |= {"env_steps": 0, "split": split, "time": START}
+    return row | counts | figures | experience(step) | more
 
 
 def experience(episodes: float, *, greedy: bool | None = True) -> dict:

@@ -29,6 +29,7 @@ EPISODE = {
     ),
     "return": 1.5,
     "length": 10,
+    "greedy": False,
 }
 
 
@@ -145,7 +146,8 @@ def test_page_checksums_are_written_for_readers_that_know_no_names(tmp_path):
     (tmp_path / "run" / "commits" / "00000001.json").unlink()
     data = path.read_bytes()
     unnamed = path.rename(path.with_name("part-x.parquet"))
-    column = pq.ParquetFile(unnamed).metadata.row_group(0).column(12)
+    returns = SCHEMAS["episodes"].names.index("return")
+    column = pq.ParquetFile(unnamed).metadata.row_group(0).column(returns)
     end = column.dictionary_page_offset + column.total_compressed_size
     for bit in range(8 * (end - 16), 8 * end):
         flipped = bytearray(data)
