@@ -40,10 +40,11 @@ def adaptation(episodes: pd.DataFrame) -> list[RenderableType]:
 def _adaptation_table(episodes: pd.DataFrame) -> Table:
     """A row for each point of experience of each method, all on one axis."""
     by = ("stage", "split")
-    frame = results.over_experience(_with_experience(episodes), by=by)
+    frame = results.over_experience(episodes, by=by)
     measures = [measure for measure in results.MEASURES if (frame["measure"] == measure).any()]
     rows: list[tuple[str, ...]] = []
-    for _, group in frame.groupby([*by, "algorithm", "greedy"], sort=False, observed=True):
+    keys = [*by, "algorithm", "greedy"]
+    for _, group in frame.groupby(keys, sort=False, observed=True, dropna=False):
         points = [point for _, point in group.groupby("experience_episodes", dropna=False)]
         lines = [_point(points[i], measures) for i in _spread(range(len(points)))]
         labels = _labels(group)
@@ -57,9 +58,9 @@ def _adaptation_table(episodes: pd.DataFrame) -> Table:
 def _labels(group: pd.DataFrame) -> list[str]:
     """Whose figures these are, and over how many tasks and training seeds."""
     first = group.iloc[0]
-    played = "greedy" if first["greedy"] else "sampled"
+    played = "" if pd.isna(first["greedy"]) else ", greedy" if first["greedy"] else ", sampled"
     seeds = int(group["seeds"].max())
-    labels = [str(first["stage"]), f"{first['algorithm']}, {played}"]
+    labels = [str(first["stage"]), f"{first['algorithm']}{played}"]
     labels.append(f"{group['tasks'].max()} {first['split']} tasks")
     return labels + [f"({seeds} seeds)" if seeds < FEW_SEEDS else f"{seeds} seeds"] * (seeds > 1)
 
@@ -90,18 +91,3 @@ def _spread(values: Sequence[int]) -> list[int]:
         return list(values)
     index = np.linspace(0, len(values) - 1, MAX_COLUMNS).round().astype(int)
     return [values[i] for i in index]
-
-
-def _with_experience(episodes: pd.DataFrame) -> pd.DataFrame:
-    """Experience by counting the episodes of a trial, where rows do not say it."""
-    if "experience_episodes" in episodes:
-        return episodes
-    keys = [k for k in ("run_id", "stage", "job", "task_id", "trial") if k in episodes]
-    at = [*keys, "adaptation_step"]
-    played = episodes.groupby(at, observed=True)["length"].agg(["size", "sum"])
-    before = played.groupby(level=keys, observed=True).cumsum() - played
-    names = {"size": "experience_episodes", "sum": "experience_steps"}
-    rows = episodes.merge(before.rename(columns=names).reset_index(), on=at)
-    return rows.assign(
-        greedy=rows["algorithm"] != "ppo", stage=rows["stage"].astype(episodes["stage"].dtype)
-    )

@@ -1,58 +1,65 @@
 """The figures that benchmarks report, by hand."""
 
+import json
+import re
+
+import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.learning.figures import cost, returns, sources
-from benchmarks.learning.table import COLUMNS, number, table
+from benchmarks.learning.figures import cost, returns, sources, write_episodes
+from benchmarks.learning.table import COLUMNS, RESULTS, interval, number, table
+from dmrl_ray.statistics import t_interval
+from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import parse_config
 
 
 def episodes(*rows):
-    names = ["run_id", "job", "task_id", "trial", "adaptation_step", "return"]
+    names = ["seed", "job", "task_id", "trial", "adaptation_step", "return"]
     return pd.DataFrame([dict(zip(names, row, strict=True)) for row in rows]).assign(score=0.5)
 
 
-def test_a_trial_is_worth_the_sum_of_its_shots():
-    # Task a: 1 + 3, task b: 2 + 6; the mean is 6, errors are 2, so 1.96 * 2 / sqrt(2).
-    rows = episodes(*(("r", "s", *x) for x in [("a", 0, 0, 1), ("a", 0, 1, 3)]))
-    rows = pd.concat([rows, episodes(("r", "s", "b", 0, 0, 2), ("r", "s", "b", 0, 1, 6))])
-    figures = returns(rows, 1, whole=True)
+def test_a_trial_is_worth_the_sum_of_its_steps():
+    # Task a: 1 + 3, task b: 2 + 6.
+    rows = [(0, "s", "a", 0, 0, 1), (0, "s", "a", 0, 1, 3)]
+    rows += [(0, "s", "b", 0, 0, 2), (0, "s", "b", 0, 1, 6)]
+    figures = returns(episodes(*rows), 1, whole=True)
     assert (figures["mean"], figures["tasks"]) == (6, 2)
-    assert figures["interval"] == pytest.approx(1.96 * 2**0.5, abs=1e-4)
-    assert figures["per_shot"] == {0: 1.5, 1: 4.5}
+    assert figures["per_step"] == {0: 1.5, 1: 4.5}
 
 
-def test_else_the_last_shot_alone_counts():
-    rows = episodes(("r", "s", "a", 0, 0, 1), ("r", "s", "a", 0, 1, 3), ("r", "s", "a", 0, 2, 7))
-    assert returns(rows, 1, whole=False)["mean"] == 7
+def test_else_the_last_step_alone_counts():
+    rows = [(0, "s", "a", 0, step, value) for step, value in enumerate((1, 3, 7))]
+    assert returns(episodes(*rows), 1, whole=False)["mean"] == 7
 
 
 def test_a_task_drawn_twice_counts_twice():
     # Two columns a draw: a was drawn once, b twice, so (1 + 4 + 4) / 3.
-    rows = [("r", "s", "a", 0, 0, value) for value in (0, 2)]
-    rows += [("r", "s", "b", 0, 0, value) for value in (3, 5, 4, 4)]
+    rows = [(0, "s", "a", 0, 0, value) for value in (0, 2)]
+    rows += [(0, "s", "b", 0, 0, value) for value in (3, 5, 4, 4)]
     figures = returns(episodes(*rows), 2, whole=False)
     assert (figures["mean"], figures["tasks"]) == (3, 3)
 
 
-def test_draws_of_one_task_differ_by_chance_too():
-    # One task of two draws that earned 1 and 5: errors are 2.
-    figures = returns(episodes(*[("r", "s", "a", 0, 0, value) for value in (1, 5)]), 1, whole=True)
-    assert figures["interval"] == pytest.approx(1.96 * 2**0.5, abs=1e-4)
-
-
 def test_a_job_of_fine_tuning_counts_once_whatever_its_episodes():
-    rows = [("r", "j0", "a", 0, 1, 2)] + [("r", "j1", "b", 0, 1, 6)] * 5
+    rows = [(0, "j0", "a", 0, 1, 2)] + [(0, "j1", "b", 0, 1, 6)] * 5
     figures = returns(episodes(*rows), None, whole=False)
     assert (figures["mean"], figures["tasks"]) == (4, 2)
 
 
 def test_every_seed_counts_the_same():
-    rows = episodes(("r0", "s", "a", 0, 0, 1), ("r1", "s", "a", 0, 0, 4), ("r1", "s", "b", 0, 0, 6))
+    rows = episodes((0, "s", "a", 0, 0, 1), (1, "s", "b", 0, 0, 4), (1, "s", "c", 0, 0, 6))
     figures = returns(rows, 1, whole=False)
     assert figures["per_seed"] == [1, 5]
     assert figures["mean"] == 3
+
+
+def test_seeds_on_many_tasks_are_as_uncertain_as_their_means():
+    # Means 1, 2, 4 on tasks of their own: 7 / 3 +- 4.303 * 1.528 / sqrt(3).
+    rows = [(s, "s", f"{s}-{t}", 0, 0, m) for s, m in enumerate((1, 2, 4)) for t in range(50)]
+    figures = returns(episodes(*rows), 1, whole=False)
+    assert figures["low"] == pytest.approx(7 / 3 - 3.795, abs=1e-3)
+    assert figures["high"] == pytest.approx(7 / 3 + 3.795, abs=1e-3)
 
 
 def test_training_costs_what_all_stages_before_it_cost():
@@ -80,21 +87,63 @@ stages:
 
 def test_a_saved_result_is_a_line_of_the_table():
     stage = {"method": "rl2", "measure": "return of a trial", "tasks": 2000, "mean": 6.6041}
-    stage |= {"interval": 0.018, "per_seed": [6.635, 6.5732], "random": 5.0}
+    stage |= {"low": 6.2, "high": 7.0, "per_seed": [6.635, 6.5732], "random": 5.0}
     stage |= {"env_steps": 10_000_000, "seconds": [231, 182]}
-    stage |= {"score_per_shot": {"0": 0.254, "1": float("nan")}}
+    stage |= {"score_per_step": {"0": 0.254, "1": float("nan")}}
     result = {"config": "bandit", "problem": "bandit", "seeds": [0, 1], "stages": {"held": stage}}
     result |= {"cpu": "Z80", "cores": 4, "workers": 0, "threads": 1, "commit": "a" * 40 + "+"}
     line = table([result]).splitlines()[-1]
     assert line.count(" | ") == len(COLUMNS) - 1
     for part in (
-        "**6.604** ± 0.01800",
+        "**6.604** [6.200, 7.000], n = 2",
         "6.635, 6.573",
         "| 5.000 | - | 0.25, - |",
         "182 to 231",
         "aaaaaaaaa+",
     ):
         assert part in line
+
+
+def test_a_result_of_means_alone_has_students_t_on_them():
+    # Mean 9, standard deviation 1: 9 +- 4.303 / sqrt(3).
+    assert interval({"per_seed": [8.0, 9.0, 10.0]}) == "[6.516, 11.48], n = 3"
+    assert interval({"per_seed": [8.0]}) == "n = 1"
+
+
+def test_the_readme_gives_the_intervals_of_the_results():
+    text = (RESULTS.parent.parent / "README.md").read_text()
+    lines = re.findall(r"^\| `(\w+)`.*?\[([\d.]+), ([\d.]+)\] (?=[^[]*$)", text, re.M)
+    given = {name: (low, high) for name, low, high in lines if (RESULTS / f"{name}.json").is_file()}
+    assert len(given) > 10
+    for name in given.keys() - {"sparse_point_varibad"}:  # Its third episode, not its trial.
+        stages = json.loads((RESULTS / f"{name}.json").read_text())["stages"]
+        expected = t_interval(np.array(next(iter(stages.values()))["per_seed"]))
+        digits = len(given[name][0].partition(".")[2])
+        assert given[name] == tuple(f"{end:.{digits}f}" for end in expected), name
+
+
+def test_the_return_of_every_episode_is_kept(tmp_path):
+    text = """
+tasks: bandit
+stages:
+  trained: {type: pretrain, env_steps: 10}
+  held_out: {type: evaluate, init_from: trained}
+"""
+    where = {"job": "0", "algorithm": "ppo", "split": "test", "length": 10, "greedy": True}
+    where |= dict.fromkeys(["trial", "episode", "policy_version", "env_steps"], 0)
+    folders = [tmp_path / str(seed) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        with RunWriter.create(folder, text, {}) as writer:
+            for stage in ("trained", "held_out"):
+                cells = {"task_id": ["a", "b"], "adaptation_step": [0, 1], "return": [0.5, 1.5]}
+                writer.add("episodes", where | cells | {"stage": stage, "seed": seed})
+            writer.commit({}, {})
+    write_episodes(folders, tmp_path / "kept.parquet")
+    kept = pd.read_parquet(tmp_path / "kept.parquet")
+    assert kept["stage"].unique().tolist() == ["held_out"]
+    assert kept["seed"].tolist() == [0, 0, 1, 1]
+    assert kept["task_id"].tolist() == ["a", "b"] * 2
+    assert kept["return"].tolist() == [0.5, 1.5] * 2
 
 
 def test_numbers_have_four_digits_that_count():

@@ -30,10 +30,11 @@ def episode(stage: str, split: str, task: int, step: int, score: float, **more) 
     row = {"stage": stage, "job": "0", "algorithm": "rl2", "task_id": f"{split}-{task}"}
     counts = {"seed": 7, "trial": 0, "episode": step, "adaptation_step": step, "policy_version": 3}
     figures = {"return": 10.0 * (step + 1), "length": 5, "score": score, "success": None}
-    return row | counts | figures | {"env_steps": 0, "split": split, "time": START} | more
+    figures |= {"env_steps": 0, "split": split, "time": START}
+    return row | counts | figures | experience(step) | more
 
 
-def experience(episodes: float, *, greedy: bool = True) -> dict:
+def experience(episodes: float, *, greedy: bool | None = True) -> dict:
     """What an episode of 5 steps has behind it after so many of the same length."""
     counts = {"experience_episodes": episodes, "experience_steps": 5 * episodes}
     return counts | {"greedy": greedy}
@@ -126,6 +127,14 @@ def test_methods_that_ask_for_other_experience_do_not_share_a_row():
     report = evaluation_report(pd.DataFrame(rows))
     assert cells(report, "rl2, greedy")[1:3] == ["1", "5"]
     assert cells(report, "maml, sampled")[1:3] == ["20", "100"]
+
+
+def test_how_actions_were_chosen_is_not_guessed():
+    row = episode("final", "test", 0, 0, 0.5) | experience(0, greedy=None)
+    report = evaluation_report(pd.DataFrame([row]).astype({"greedy": "boolean"}))
+    assert cells(report, "rl2")[0] == "rl2"
+    assert "greedy" not in report
+    assert "sampled" not in report
 
 
 def test_unknown_experience_is_a_question_mark():

@@ -1,6 +1,8 @@
 """Reading results: every committed row of every run once, damage named, figures by hand."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import dmrl_ray
-from dmrl_ray.results import adaptation, load, over_experience, paired
+from dmrl_ray.results import SUMMARY, adaptation, load, over_experience, paired
 from dmrl_ray.statistics import policy_interval, t_interval
 from dmrl_ray.tables import SCHEMAS
 from dmrl_ray.writer import RunWriter
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "results.md").read_text()
 
 EPISODE = {
     "stage": "test",
@@ -25,6 +29,7 @@ EPISODE = {
     ),
     "return": 1.5,
     "length": 10,
+    "greedy": False,
 }
 
 
@@ -141,7 +146,8 @@ def test_page_checksums_are_written_for_readers_that_know_no_names(tmp_path):
     (tmp_path / "run" / "commits" / "00000001.json").unlink()
     data = path.read_bytes()
     unnamed = path.rename(path.with_name("part-x.parquet"))
-    column = pq.ParquetFile(unnamed).metadata.row_group(0).column(12)
+    returns = SCHEMAS["episodes"].names.index("return")
+    column = pq.ParquetFile(unnamed).metadata.row_group(0).column(returns)
     end = column.dictionary_page_offset + column.total_compressed_size
     for bit in range(8 * (end - 16), 8 * end):
         flipped = bytearray(data)
@@ -314,3 +320,21 @@ def test_what_cannot_be_paired_is_said():
     other = frame.assign(task_id=frame["algorithm"] + frame["task_id"])
     with pytest.raises(ValueError, match="'rl2' and 'maml' share no task_id"):
         paired(other, "rl2", "maml")
+
+
+def test_the_page_on_results_runs(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "runs" / "a", {})
+    monkeypatch.chdir(tmp_path)
+    first, *blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    names = {}
+    exec(first, names)
+    assert len(names["episodes"]) == 1
+    frame = two_methods().assign(experience_episodes=2, experience_steps=20, greedy=True)
+    for block in blocks:
+        exec(block, {"episodes": frame.assign(split="test")})
+    assert "experience_episodes" in capsys.readouterr().out
+
+
+def test_the_page_on_results_explains_every_column():
+    explained = set(re.findall(r"`(\w+)`", PAGE))
+    assert explained >= {*SCHEMAS["episodes"].names, *SUMMARY, "measure"}

@@ -3,7 +3,8 @@
     python -m benchmarks.learning configs/bandit_n10_rl2.yaml --seeds 0 1 2 --out results
 
 Trains each seed into ``OUT/NAME-seedN`` (a folder that is there already is resumed, or taken as it
-is when done) and prints one JSON line, which ``--save`` keeps for the table of all results.
+is when done) and prints one JSON line, which ``--save`` keeps for the table of all results, with
+the return of every episode beside it as Parquet.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.learning.figures import figures
+from benchmarks.learning.figures import figures, write_episodes
 from benchmarks.learning.table import RESULTS, write_table
 
 
@@ -66,6 +67,7 @@ def main() -> None:
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(line + "\n")
+        write_episodes(folders, RESULTS / f"{name}.parquet")
         write_table()
 
 

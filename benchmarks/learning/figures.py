@@ -13,7 +13,11 @@ from dmrl_ray.config import Evaluate, Finetune, Pretrain, RunConfig
 from dmrl_ray.results import load
 from dmrl_ray.spec import load_family
 from dmrl_ray.stages import job_spec
+from dmrl_ray.statistics import method_interval
 from dmrl_ray.yaml_config import load_config
+
+KEPT = ["stage", "seed", "task_id", "trial", "adaptation_step", "episode", "return"]
+"""Columns of the Parquet file beside a result."""
 
 SAMPLED = 500
 """Held-out tasks over which reference points are averaged."""
@@ -38,7 +42,7 @@ def figures(folders: Sequence[Path]) -> dict[str, object]:
         columns = getattr(spec.algorithm.settings, "episodes_per_task", 1)
         stages[name] = {
             "method": spec.algorithm_name,
-            "measure": "return of a trial" if whole else "return at the last shot",
+            "measure": "return of a trial" if whole else "return at the last step",
             **returns(rows, None if isinstance(stage, Finetune) else columns, whole=whole),
             **reference_points(config, whole=whole),
             **cost(events, sources(config, name)),
@@ -46,36 +50,43 @@ def figures(folders: Sequence[Path]) -> dict[str, object]:
     return {"problem": load_family(config.tasks).family, "stages": stages, **machine(folders[0])}
 
 
+def write_episodes(folders: Sequence[Path], path: Path) -> None:
+    """Keep the return of every seed, task and episode that a figure is made of."""
+    stages = load_config(folders[0] / "config.yaml").stages
+    reported = [name for name, stage in stages.items() if isinstance(stage, (Evaluate, Finetune))]
+    episodes = pd.concat([load(folder) for folder in folders])
+    rows = episodes.loc[episodes["stage"].isin(reported), KEPT]
+    rows.astype({"return": "float32"}).to_parquet(path, compression="zstd", index=False)
+
+
 def returns(rows: pd.DataFrame, columns: int | None, *, whole: bool) -> dict[str, object]:
-    """Mean return with its 95 % interval over all tasks of all seeds, and of each seed and shot.
+    """Mean return with its 95 % interval over training seeds, and of each seed and step.
 
     Args:
         columns: environments that played one drawn task side by side; None if each task has a job
             of its own, which counts once.
-        whole: sum the shots of a trial; else the last shot alone counts.
+        whole: sum the adaptation steps of a trial; else the last alone counts.
     """
-    keys = ["run_id", "job", "task_id", "trial"]
+    keys = ["seed", "job", "task_id", "trial"]
     by_step = rows.groupby("adaptation_step")[["return", "score"]].mean().round(4)
     counted = rows if whole else rows[rows["adaptation_step"] == rows["adaptation_step"].max()]
     draw = pd.Series(0, counted.index)
     if columns is not None:  # Small families draw a task more than once; every draw counts.
         draw = counted.groupby([*keys, "adaptation_step"]).cumcount() // columns
     counted = counted.assign(draw=draw)
-    trials = (
-        counted.groupby([*keys, "draw", "adaptation_step"])["return"]
-        .mean()
-        .groupby([*keys, "draw"])
-        .sum()
-    )
-    seeds = trials.groupby("run_id").mean()
-    error = np.sqrt(((trials - seeds.mean()) ** 2).mean() / len(trials))
+    steps = counted.groupby([*keys, "draw", "adaptation_step"])["return"].mean()
+    trials = steps.groupby(["seed", "task_id", "trial", "draw"]).sum()
+    table = trials.unstack(["task_id", "trial", "draw"])
+    seeds = table.mean(axis=1)
+    low, high = method_interval(table.to_numpy(float))
     return {
         "mean": round(float(seeds.mean()), 4),
-        "interval": round(1.96 * float(error), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
         "per_seed": [round(float(x), 4) for x in seeds],
-        "per_shot": by_step["return"].to_dict(),
-        "score_per_shot": by_step["score"].to_dict(),
-        "tasks": round(len(trials) / rows["run_id"].nunique()),
+        "per_step": by_step["return"].to_dict(),
+        "score_per_step": by_step["score"].to_dict(),
+        "tasks": round(len(trials) / len(table)),
     }
 
 
