@@ -297,8 +297,9 @@ class RunConfig(Settings):
     """Fixes every random number of the run but the choice of evaluation tasks."""
 
     evaluation_seed: int = Field(default=0, ge=0)
-    """Fixes which tasks are validated, fine-tuned, adapted to and evaluated on. Runs of one study
-    leave it as it is and differ in `seed`, so that they are compared on the same tasks."""
+    """Fixes which tasks are validated, fine-tuned, adapted to and evaluated on, and the chances
+    that evaluations and streams meet there. Runs of one study leave it as it is and differ in
+    `seed`, so that they are compared on the same tasks."""
 
     tasks: Component
     """The task family."""

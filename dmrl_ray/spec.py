@@ -32,6 +32,7 @@ class JobSpec:
     network: Component
     algorithm: Component
     rollout: RolloutSettings
+    evaluation_seed: int = 0  # the same for all runs of a study
     env_steps: int = 0  # the budget, for schedules ...
     updates: int = 0  # ... which is in updates where this is not 0
     split: Split = "train"

@@ -64,6 +64,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         stage=name,
         name=name,
         seed=config.seed,
+        evaluation_seed=config.evaluation_seed,
         tasks=config.tasks,
         network=network or config.network,
         algorithm=algorithm or config.algorithm,

@@ -136,7 +136,8 @@ class RolloutWorker:
         program = self._program(spec, weights)
         adaptation = program.adaptation(call.by)
         sampler = program.sampler(len(call.tasks) * adaptation.columns_per_task)
-        stream = random_stream(spec.seed, *spec.key, "evaluate", call.trial, call.chunk)
+        # The same in every stage and run: what is compared meets the same chances.
+        stream = random_stream(spec.evaluation_seed, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         episodes = call.episodes or program.algorithm.evaluation_episodes
         agent = adaptation.begin(sampler, list(call.tasks))
@@ -154,7 +155,7 @@ class RolloutWorker:
         family, adaptation = program.distribution, program.adaptation(settings.by)
         copies, per_task = adaptation.columns_per_task, settings.episodes_per_task
         sampler = program.sampler(len(call.streams) * copies)
-        stream = random_stream(spec.seed, *spec.key, "adapt", call.chunk)
+        stream = random_stream(spec.evaluation_seed, "streams", call.chunk)
         sampler.start(stream, weights.version, greedy=settings.greedy)
         since = [
             since_change(trial, [tasks[k] for tasks in call.streams], family)
