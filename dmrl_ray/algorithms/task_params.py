@@ -130,7 +130,9 @@ def fitted_advantage(
 
     Baseline and scale are fitted per task to all the rollouts given, which must follow upon one
     another. A fitted baseline knows nothing beyond a time limit, so returns end where episodes
-    do. Images are no features for it; there it sees the time alone.
+    do. An episode that the last rollout cuts has no return yet: the baseline is fitted without it,
+    and stands for what comes after the cut; before any episode of a task has ended, returns end
+    at the cut. Images are no features for it; there it sees the time alone.
     """
     shape = (-1, num_tasks, rollouts[0].num_columns // num_tasks)
     obs, reward, done, mask = (
@@ -142,14 +144,27 @@ def fitted_advantage(
     )
     reward, done = reward.reshape(shape), done.reshape(shape)
     counted = None if all(r.all_count for r in rollouts) else mask.reshape(shape)
+    cut = ~done[-1] if counted is None else ~done[-1] & counted[-1]  # (N, E)
+    fitted, bootstrapped = counted, cut & done.any(0).any(-1, keepdim=True)
+    if bootstrapped.any():
+        complete = done.flip(0).cummax(0).values.flip(0) | ~bootstrapped
+        fitted = complete if counted is None else complete & counted
+        # A row of what follows the cut, whose value counts and which is not fitted.
+        obs = torch.cat([obs, torch.as_tensor(rollouts[-1].obs[-1:])])
+        extra = torch.zeros_like(done[:1])
+        reward, done, fitted = (torch.cat([x, extra.to(x.dtype)]) for x in (reward, done, fitted))
     features = obs.reshape(*reward.shape, -1)
     if obs.dtype == torch.uint8:
         features = torch.zeros_like(reward).unsqueeze(-1)
-    value = linear_baseline(features, reward, done, gamma=gamma, mask=counted)
+    value = linear_baseline(features, reward, done, gamma=gamma, mask=fitted)
+    last_value = torch.zeros_like(value[:1])
+    if bootstrapped.any():
+        last_value = value[-1:] * bootstrapped
+        value, reward, done = value[:-1], reward[:-1], done[:-1]
     advantage = generalized_advantage(
         reward,
         value,
-        torch.cat([value[1:], torch.zeros_like(value[:1])]),
+        torch.cat([value[1:], last_value]),
         done,
         torch.zeros_like(done),
         gamma=gamma,
