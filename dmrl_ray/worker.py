@@ -25,6 +25,7 @@ from dmrl_ray.recording import (
     episode_rows,
     evaluation_rows,
     take_episodes,
+    task_rows,
     transition_rows,
 )
 from dmrl_ray.rollout import Sampler
@@ -68,7 +69,7 @@ class RolloutWorker:
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
-        episodes = episode_rows(rows, program.distribution, scored=spec.split != "train")
+        episodes = episode_rows(rows, program.distribution, scored=bool(spec.fixed_tasks))
         every = columns * spec.rollout.shards
         episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
         episodes["trial"] = np.full(len(rows["step"]), iteration)
@@ -89,6 +90,7 @@ class RolloutWorker:
             time.monotonic() - start,
             sampler.env_s,
             sampler.inference_s,
+            task_rows([*rows["task"], *(tasks if spec.record else ())]),
             recorded,
         )
         return report, trial, after
