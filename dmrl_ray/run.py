@@ -20,12 +20,12 @@ from dmrl_ray.commits import committed_parts
 from dmrl_ray.config import RunConfig
 from dmrl_ray.display import Display
 from dmrl_ray.errors import Interrupted
-from dmrl_ray.faults import sample
+from dmrl_ray.held_out import evaluation_tasks
 from dmrl_ray.learner import LocalLearners
 from dmrl_ray.recording import Steps, task_rows
 from dmrl_ray.spec import JobSpec, load_family
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
+from dmrl_ray.types import Arrays, Columns, Split, Task
 from dmrl_ray.worker import LocalWorkers
 from dmrl_ray.writer import RunWriter
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from dmrl_ray.cluster import RayWorkers
 
 logger = logging.getLogger(__name__)
-
-TASK_BLOCK = 64
-"""Tasks are drawn in blocks of this size, so that the first n are the same for every n."""
 
 
 class Run:
@@ -108,16 +105,13 @@ class Run:
             self._workers = None
 
     def tasks(self, split: Split, n: int) -> list[Task]:
-        """The first n evaluation tasks of a split: the same in every stage, and for every seed.
+        """The first n evaluation tasks of a split, which are rows of the tasks table from here on.
 
         A task that is drawn twice is there twice.
         """
-        tasks: list[Task] = []
-        for block in range((n + TASK_BLOCK - 1) // TASK_BLOCK):
-            stream = random_stream(self.config.evaluation_seed, "evaluation tasks", split, block)
-            tasks += sample(self.distribution, stream, TASK_BLOCK, split)
-        self.add_tasks(task_rows(tasks[:n]))
-        return tasks[:n]
+        tasks = evaluation_tasks(self.distribution, self.config.evaluation_seed, split, n)
+        self.add_tasks(task_rows(tasks))
+        return tasks
 
     def add_tasks(self, rows: dict[str, pa.Array]) -> None:
         """Rows of the tasks table, as `task_rows` makes them, where they are not in it yet."""
