@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from dmrl_ray.config import Adapt, By
 from dmrl_ray.recording import Steps
 from dmrl_ray.spec import JobSpec
@@ -55,4 +57,5 @@ class CollectReport:
     seconds: float
     env_s: float  # of them, in the environments
     inference_s: float  # of them, in the policy
+    tasks: dict[str, pa.Array]  # rows of those that the episodes name
     steps: Steps | None = None  # where the job is recorded

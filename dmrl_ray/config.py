@@ -134,6 +134,9 @@ class Training(Starting):
     record: bool = False
     """Keep every step of training in the transitions table, in the order of learning."""
 
+    allow_seen: bool = False
+    """Learn from recordings of tasks that it is selected by or reported on; the report marks it."""
+
 
 class Pretrain(Training):
     """Train one policy on the training tasks; keep the best on the validation tasks."""
@@ -159,7 +162,7 @@ class Pretrain(Training):
 
 
 class Finetune(Training):
-    """Specialise a pretrained policy to held-out tasks, one job for each, side by side."""
+    """Specialise a pretrained policy to single tasks, one job for each, side by side."""
 
     type: Literal["finetune"] = "finetune"
 
@@ -169,7 +172,7 @@ class Finetune(Training):
     checkpoint: Literal["best", "last"] = "best"
     """Which of that stage's checkpoints."""
 
-    split: Literal["validation", "test"] = "test"
+    split: Literal["train", "validation", "test"] = "test"
     """Tasks to specialise to."""
 
     tasks: Count = Field(default=16, ge=1)

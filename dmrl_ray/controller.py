@@ -17,6 +17,7 @@ from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
 from dmrl_ray.foreign import check_foreign
+from dmrl_ray.held_out import check_seen
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.placement import check_gpu, place
 from dmrl_ray.places import JOB_VARIABLE
@@ -168,10 +169,12 @@ def _check_data(config: RunConfig, name: str, program: Program) -> None:
     recorded = isinstance(stage, (Pretrain, Finetune)) and stage.record
     if recorded and not algorithm.recordable:
         raise ValueError("record: this algorithm does not play by the environment's rewards alone")
-    for field in type(algorithm.config).model_fields:
-        data = getattr(algorithm.config, field)
-        if not isinstance(data, DataSettings):
-            continue
+    learns_from = {
+        field: data
+        for field in type(algorithm.config).model_fields
+        if isinstance(data := getattr(algorithm.config, field), DataSettings)
+    }
+    for field, data in learns_from.items():
         if data.stage is None or data.runs:
             open_dataset(algorithm, data)
         elif data.stage not in stages[: stages.index(name)]:
@@ -184,6 +187,7 @@ def _check_data(config: RunConfig, name: str, program: Program) -> None:
                 f"algorithm.{field}.stage: stage {data.stage!r} is not recorded; give it "
                 "record: true"
             )
+    check_seen(config, name, learns_from, algorithm.distribution)
 
 
 def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:

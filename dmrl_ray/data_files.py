@@ -196,7 +196,7 @@ class Recorded(ParquetSource):
                 "record: true"
             )
         self._stage = stage
-        known = ("task_id", *HISTORY, *IN_HISTORY, *CONTENT)
+        known = ("task_id", "split", *HISTORY, *IN_HISTORY, *CONTENT)
         super().__init__(paths, {name: name for name in known})
 
     def pieces(self, block: int) -> np.ndarray:
@@ -221,6 +221,17 @@ class Recorded(ParquetSource):
         )
         rest = np.stack([at["trial"], at["episode"], t[row], row, length], 1)[mine]
         return np.column_stack([numbers[0], rest[:, :3], numbers[1], rest[:, 3:]])
+
+    def drawn(self) -> set[tuple[str, str]]:
+        """Id and split of every task that was recorded."""
+        names = ["task_id", "split", "stage"]
+        found: set[tuple[str, str]] = set()
+        for block in range(self.num_blocks):
+            rows = self.table(block, names).group_by(names).aggregate([]).select(names)
+            for task_id, split, stage in zip(*rows.to_pydict().values(), strict=True):
+                if self._stage in (None, stage):
+                    found.add((task_id, split))
+        return found
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
         super()._check(path, schema)

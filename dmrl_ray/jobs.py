@@ -283,6 +283,7 @@ def _record(
     elapsed: float,
 ) -> None:
     for report in reports:
+        run.add_tasks(report.tasks)
         run.add_episodes(spec, report.episodes)
         if report.steps is not None:
             run.add_steps(spec, report.steps)

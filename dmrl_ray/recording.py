@@ -1,22 +1,86 @@
-"""What was played, as rows of the tables: of every episode and, where asked for, of every step."""
+"""What was played, as rows of the tables: of tasks, of episodes and, where asked for, of steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dmrl_ray.episodes import Open
 from dmrl_ray.faults import check_lengths, reference
 from dmrl_ray.rollout import Sampler
-from dmrl_ray.tables import Cells
+from dmrl_ray.tables import PARAM, Cells
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Columns, Task, Trial
 
 Steps: TypeAlias = dict[str, Cells]
 """Rows of the transitions table, without the columns that name the run, the stage and the job."""
+
+
+_Number = (int, float, np.number, np.bool_)
+
+
+def task_rows(tasks: Iterable[Task]) -> dict[str, pa.Array]:
+    """Rows of the tasks table, one for each task in each split.
+
+    Parameters that are single numbers have columns of their own.
+    """
+    tasks = list({(task.id, task.split): task for task in tasks}.values())
+    names = dict.fromkeys(name for task in tasks for name in task.params)
+    values = {name: [task.params.get(name) for task in tasks] for name in names}
+    numbers = {name: _stacked(column) for name, column in values.items()}
+    singles: dict[str, pa.Array] = {}
+    for name, array in numbers.items():
+        if array is None or array.ndim == 1:
+            alone = [value if isinstance(value, _Number) else None for value in values[name]]
+            if any(value is not None for value in alone):
+                cells = np.array(alone, np.float64)  # None becomes NaN
+                singles[PARAM + name] = pa.array(cells, from_pandas=True)
+    return {
+        "task_id": pa.array([task.id for task in tasks], pa.string()),
+        "family": pa.array([task.family for task in tasks], pa.string()),
+        "split": pa.array([task.split for task in tasks], pa.string()),
+        "params": _params_json(tasks, numbers),
+        **singles,
+    }
+
+
+def _params_json(tasks: list[Task], numbers: dict[str, np.ndarray | None]) -> pa.Array:
+    """Texts of the tasks' parameters; `numbers` are those of all of them by name, if they are."""
+    arrays = {name: array for name, array in numbers.items() if array is not None}
+    if not arrays or len(arrays) < len(numbers):
+        encode = json.JSONEncoder(default=lambda value: value.tolist()).encode
+        return pa.array([encode(task.params) for task in tasks], pa.string())
+    members = [
+        pc.binary_join_element_wise(json.dumps(name), _json_of(array), ": ")
+        for name, array in arrays.items()
+    ]
+    return pc.binary_join_element_wise("{", pc.binary_join_element_wise(*members, ", "), "}", "")
+
+
+def _stacked(values: list[Any]) -> np.ndarray | None:
+    """Values (n, ...), if all are finite numbers or arrays of one shape."""
+    kinds = set(map(type, values))
+    if all(issubclass(kind, _Number) for kind in kinds):
+        array = np.array(values)
+    elif kinds == {np.ndarray} and len({value.shape for value in values}) == 1 and values[0].ndim:
+        array = np.concatenate(values).reshape(len(values), *values[0].shape)
+    else:
+        return None
+    return array if array.dtype.kind in "fiub" and np.isfinite(array).all() else None
+
+
+def _json_of(x: np.ndarray) -> pa.Array:
+    """(n,) texts of numbers or arrays (n, ...); ten times as fast as the json module."""
+    if x.ndim == 1:
+        return pc.cast(pa.array(x), pa.string())
+    inside = _json_of(x.reshape(-1, *x.shape[2:]))
+    rows = pa.ListArray.from_arrays(np.arange(0, len(inside) + 1, x.shape[1]), inside)
+    return pc.binary_join_element_wise("[", pc.binary_join(rows, ", "), "]", "")
 
 
 def take_episodes(sampler: Sampler) -> Columns:

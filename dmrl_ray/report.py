@@ -23,22 +23,11 @@ from dmrl_ray import results
 from dmrl_ray.display import short
 from dmrl_ray.report_tables import adaptation, table
 from dmrl_ray.settings import SHORT_NAMES, import_class
-from dmrl_ray.yaml_text import parse
 
 ADAPTATION = "Adaptation on held-out tasks, by episodes and steps of the task before"
 REGRET_WINDOWS = 3
 TRAINING = ("pretrain", "finetune")
-WORTH_KNOWING = (
-    "lost",
-    "replace",
-    "skip",
-    "recover",
-    "retr",
-    "fail",
-    "error",
-    "drift",
-    "interrupt",
-)
+WORTH_KNOWING = "lost|replace|skip|recover|retr|fail|error|drift|interrupt"
 """Parts of the names of events that a reader of results should know of."""
 
 
@@ -50,12 +39,13 @@ def text_report(run_folder: Path | str) -> str:
     """
     folder = Path(run_folder)
     tables = {name: results.load(folder, table=name) for name in ("episodes", "metrics", "events")}
-    config = _config(folder)
+    config = results.run_config(folder)
     stages: dict[str, dict[str, Any]] = config.get("stages", {})
     parts: list[RenderableType] = [_facts(folder, config, tables.values())]
     held_out = _held_out(tables["episodes"], stages)
     if len(held_out):
         parts += [ADAPTATION, *adaptation(held_out)]
+    parts += _seen(folder)
     regret = tables["metrics"][tables["metrics"]["name"].str.startswith("regret_")]
     if len(regret):
         title = "Regret per step, by steps since the task was met [95 % interval over streams]"
@@ -96,12 +86,6 @@ def next_steps(run_folder: Path) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(["Next:", *(f"  {code:<{width}}  # {why}" for code, why in rows.items())])
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    data = parse(str(path), path.read_text()).data if path.is_file() else None
-    return data if isinstance(data, dict) else {}
 
 
 def _facts(folder: Path, config: dict[str, Any], tables: Iterable[pd.DataFrame]) -> Table:
@@ -159,6 +143,16 @@ def _held_out(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.D
     rows = episodes[episodes["split"] == episodes["stage"].map(wanted)]
     order = pd.CategoricalDtype([name for name in stages if name in wanted], ordered=True)
     return rows.assign(stage=rows["stage"].astype(order))
+
+
+def _seen(folder: Path) -> list[RenderableType]:
+    lines = []
+    for row in results.seen_in_training(folder).to_dict("records"):
+        share = f"{row['seen']} of {row['tasks']} ({row['stage']}: {row['starts']} starts"
+        share = share if row["complete"] else f"at least {share}, learned from data of others too"
+        marked = f", allow_seen in {row['allowed_by']}" if row["allowed_by"] else ""
+        lines.append(f"{row['split']} tasks seen in training: {share}{marked})")
+    return ["\n".join(lines)] if lines else []
 
 
 def _regret_table(regret: pd.DataFrame) -> Table:
@@ -222,7 +216,7 @@ def _best_validation(metrics: pd.DataFrame) -> str:
 
 
 def _events(events: pd.DataFrame) -> list[RenderableType]:
-    known = events["event"].str.lower().str.contains("|".join(WORTH_KNOWING), regex=True)
+    known = events["event"].str.lower().str.contains(WORTH_KNOWING, regex=True)
     worth = events[known.fillna(False).astype(bool)]
     if not len(worth):
         return []

@@ -6,24 +6,26 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmrl_ray.checkpoint import FileRecord
+from dmrl_ray.commits import committed_parts
 from dmrl_ray.config import RunConfig
 from dmrl_ray.display import Display
 from dmrl_ray.errors import Interrupted
-from dmrl_ray.faults import sample
+from dmrl_ray.held_out import evaluation_tasks
 from dmrl_ray.learner import LocalLearners
-from dmrl_ray.recording import Steps
+from dmrl_ray.recording import Steps, task_rows
 from dmrl_ray.spec import JobSpec, Weights, load_family
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Arrays, Columns, Split, Task, random_stream
+from dmrl_ray.types import Arrays, Columns, Split, Task
 from dmrl_ray.worker import LocalWorkers
 from dmrl_ray.writer import RunWriter
 
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from dmrl_ray.cluster import RayWorkers
 
 logger = logging.getLogger(__name__)
-
-TASK_BLOCK = 64
-"""Tasks are drawn in blocks of this size, so that the first n are the same for every n."""
 
 
 class Run:
@@ -106,34 +105,22 @@ class Run:
             self._workers = None
 
     def tasks(self, split: Split, n: int) -> list[Task]:
-        """The first n evaluation tasks of a split: the same in every stage, and for every seed.
+        """The first n evaluation tasks of a split, which are rows of the tasks table from here on.
 
         A task that is drawn twice is there twice.
         """
-        tasks: list[Task] = []
-        for block in range((n + TASK_BLOCK - 1) // TASK_BLOCK):
-            stream = random_stream(self.config.evaluation_seed, "evaluation tasks", split, block)
-            tasks += sample(self.distribution, stream, TASK_BLOCK, split)
-        self.add_tasks(tasks[:n])
-        return tasks[:n]
+        tasks = evaluation_tasks(self.distribution, self.config.evaluation_seed, split, n)
+        self.add_tasks(task_rows(tasks))
+        return tasks
 
-    def add_tasks(self, tasks: Iterable[Task]) -> None:
-        """Rows of the tasks table, for those not in it yet."""
-        named = {(task.id, task.split): task for task in tasks}
-        fresh = {name: task for name, task in named.items() if name not in self._known_tasks}
-        if not fresh:
-            return
-        self._known_tasks |= fresh.keys()
-        records = [task.to_json() for task in fresh.values()]
-        self.writer.add(
-            "tasks",
-            {
-                "task_id": [r["id"] for r in records],
-                "family": [r["family"] for r in records],
-                "split": [r["split"] for r in records],
-                "params": [json.dumps(r["params"]) for r in records],
-            },
-        )
+    def add_tasks(self, rows: dict[str, pa.Array]) -> None:
+        """Rows of the tasks table, as `task_rows` makes them, where they are not in it yet."""
+        named = zip(rows["task_id"].to_pylist(), rows["split"].to_pylist(), strict=True)
+        names = list(map(hash, named))
+        fresh = [i for i, name in enumerate(names) if name not in self._known_tasks]
+        if fresh:
+            self._known_tasks.update(names)
+            self.writer.add("tasks", {key: cells.take(fresh) for key, cells in rows.items()})
 
     def add_episodes(self, spec: JobSpec, rows: Columns) -> None:
         """Rows of the episodes table."""
@@ -218,11 +205,12 @@ class Run:
         if committed is not None:
             self.state = json.loads(json.dumps(committed))
         self.files = dict(self.writer.files)
-        self._known_tasks: set[tuple[str, str]] = {
-            (row["task_id"], row["split"])
-            for part in sorted((self.writer.folder / "tasks").glob("part-*.parquet"))
-            for row in pq.read_table(part, columns=["task_id", "split"]).to_pylist()
-        }
+        # As hashes: a long run draws millions of tasks.
+        self._known_tasks: set[int] = set()
+        for part in committed_parts(self.writer.folder, "tasks"):
+            rows = pq.read_table(part, columns=["task_id", "split"]).to_pydict()
+            named = zip(rows["task_id"], rows["split"], strict=True)
+            self._known_tasks.update(map(hash, named))
 
     def tick(self, snapshot: Callable[[], None]) -> None:
         """Called after every update: commit if it is time, stop if it was asked for.

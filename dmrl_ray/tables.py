@@ -29,7 +29,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "task_id": _TEXT,
         "family": _TEXT,
         "split": _TEXT,
-        "params": _TEXT,  # JSON
+        "params": _TEXT,  # JSON; single numbers stand in columns of their own too, see PARAM
     },
     "episodes": {
         "run_id": _TEXT,
@@ -93,6 +93,9 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "next_obs": _VECTOR,  # or _IMAGE; null where it is the obs of the next row
     },
 }
+PARAM = "param."
+"""Begins the names of further columns of tasks: numbers, null where a family has no such one."""
+
 _NULLABLE = {
     *("success", "score", "change", "next_obs"),
     *("experience_steps", "experience_episodes"),
@@ -145,6 +148,7 @@ class TableBuffer:
         self.schema = schema_of(table)
         self._types = _COLUMNS[table]
         self._optional = self._types.keys() & _NULLABLE
+        self._further: dict[str, None] = {}  # names of the `PARAM` columns of these rows
         self._chunks: list[tuple[int, dict[str, object]]] = []
         self.num_rows = 0
         self.size_bytes = 0  # of the columns that came as Arrow arrays
@@ -159,11 +163,13 @@ class TableBuffer:
         rows: int | None = None
         for name, value in columns.items():
             if name not in self._types:
-                raise ValueError(f"{self._name}: {name!r} is not a column of this table")
+                if self._name != "tasks" or not name.startswith(PARAM):
+                    raise ValueError(f"{self._name}: {name!r} is not a column of this table")
+                self._further[name] = None
             if isinstance(value, pa.Array) and not fits(self._name, name, value.type):
                 raise ValueError(f"{self._name}.{name}: {value.type} is not a type of this column")
             try:
-                cell = cells[name] = _cells(value, self._types[name])
+                cell = cells[name] = _cells(value, self._types.get(name, _FLOAT))
             except (TypeError, ValueError, pa.ArrowException) as error:
                 raise ValueError(f"{self._name}.{name}: {error}") from error
             if not isinstance(cell, (np.ndarray, pa.Array)):
@@ -173,9 +179,8 @@ class TableBuffer:
             if rows is not None and len(cell) != rows:
                 raise ValueError(f"{self._name}.{name}: has {len(cell)} rows instead of {rows}")
             rows = len(cell)
-        if len(cells) < len(self._types):
-            missing = ", ".join(self._types.keys() - cells.keys())
-            raise ValueError(f"{self._name}: lacks the columns {missing}")
+        if missing := self._types.keys() - cells.keys():
+            raise ValueError(f"{self._name}: lacks the columns {', '.join(missing)}")
         rows = 1 if rows is None else rows
         self._chunks.append((rows, cells))
         self.num_rows += rows
@@ -188,14 +193,15 @@ class TableBuffer:
     def clear(self) -> None:
         """Forget the rows."""
         self._chunks.clear()
+        self._further.clear()
         self.num_rows = self.size_bytes = 0
 
     def to_parquet(self, metadata: Mapping[str, str]) -> pa.Buffer:
         """The rows as a Parquet file."""
-        columns = [self._column(field) for field in self.schema]
-        fields = zip(self.schema, columns, strict=True)
+        fields = [*self.schema, *(pa.field(name, _FLOAT) for name in self._further)]
+        columns = [self._column(field) for field in fields]
         schema = pa.schema(
-            [field.with_type(column.type) for field, column in fields],
+            [f.with_type(column.type) for f, column in zip(fields, columns, strict=True)],
             {**self.schema.metadata, **metadata},
         )
         table = pa.Table.from_arrays(columns, schema=schema)
@@ -209,7 +215,7 @@ class TableBuffer:
         return out.getvalue()
 
     def _column(self, field: pa.Field) -> pa.Array:
-        chunks = [(rows, cells[field.name]) for rows, cells in self._chunks]
+        chunks = [(rows, cells.get(field.name)) for rows, cells in self._chunks]
         arrays = [cell for _, cell in chunks if isinstance(cell, pa.Array)]
         unknown = field.type == _INT and any(cell is None for _, cell in chunks)
         if arrays or unknown or field.type not in (_INT, _FLOAT, _TIME):

@@ -237,6 +237,25 @@ def split_stream(rng: np.random.Generator, split: Split) -> np.random.Generator:
     return np.random.default_rng([*words, SPLITS.index(split)])
 
 
+def drawn_from(size: int, held_out: int, split: Split) -> np.ndarray:
+    """Which of a finite family's `size` tasks a split draws from, in order; the same in every run.
+
+    Args:
+        size: of the family.
+        held_out: tasks kept for validation, and as many others for test; with 0 every split draws
+            from all of them.
+        split: that draws.
+    """
+    if held_out == 0:
+        return np.arange(size)
+    start, stop = {
+        "validation": (0, held_out),
+        "test": (held_out, 2 * held_out),
+        "train": (2 * held_out, size),
+    }[split]
+    return np.sort(np.random.default_rng(0).permutation(size)[start:stop])
+
+
 def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> list[Task]:
     """Tasks from arrays of parameters (n, ...), each called by its `task_id`."""
     flat = [np.ascontiguousarray(v).reshape(len(v), -1) for v in params.values()]

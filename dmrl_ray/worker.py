@@ -26,6 +26,7 @@ from dmrl_ray.recording import (
     evaluation_rows,
     since_change,
     take_episodes,
+    task_rows,
     transition_rows,
 )
 from dmrl_ray.rollout import Sampler
@@ -72,7 +73,7 @@ class RolloutWorker:
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
         episodes = episode_rows(
-            rows, program.distribution, weights.version, scored=spec.split != "train"
+            rows, program.distribution, weights.version, scored=bool(spec.fixed_tasks)
         )
         every = columns * spec.rollout.shards
         episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
@@ -94,6 +95,7 @@ class RolloutWorker:
             time.monotonic() - start,
             sampler.env_s,
             sampler.inference_s,
+            task_rows([*rows["task"], *(tasks if spec.record else ())]),
             recorded,
         )
         return report, trial, after

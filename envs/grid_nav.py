@@ -13,7 +13,7 @@ from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
 from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.tasks import TaskDistribution, drawn_from, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
 from .memory import RememberingVectorEnv
@@ -173,16 +173,7 @@ class GridNav(TaskDistribution):
 
     def goals(self, split: Split) -> np.ndarray:
         """Goal cells of a split; which are held out is the same in every run."""
-        held_out = self.config.held_out
-        if held_out == 0:
-            return GOALS
-        shuffled = np.random.default_rng(0).permutation(GOALS)
-        start, stop = {
-            "validation": (0, held_out),
-            "test": (held_out, 2 * held_out),
-            "train": (2 * held_out, len(GOALS)),
-        }[split]
-        return np.sort(shuffled[start:stop])
+        return np.asarray(GOALS[drawn_from(len(GOALS), self.config.held_out, split)])
 
     def reference(self, task: Task) -> Reference:
         """Both ends averaged over all goals, since the oracle is optimal on average only."""

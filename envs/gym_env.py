@@ -8,20 +8,31 @@ tasks:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream, task_id
+from dmrl_ray.tasks import (
+    TaskDistribution,
+    TaskVectorEnv,
+    drawn_from,
+    make_tasks,
+    split_stream,
+    task_id,
+)
 from dmrl_ray.types import Array, Arrays, Reference, Split, Task
 
 from .gym_check import check_behaviour, check_vary, find_max_episode_steps, first_make
 from .gym_column import Apply, GymColumn, Values, close, obs_digest
 from .gym_spaces import action_space, observation_space
+
+MAX_COMBINATIONS = 1_000_000
+"""Of choices, where some are held out."""
 
 
 class GymVectorEnv(TaskVectorEnv):
@@ -145,8 +156,8 @@ class Ends(Settings):
 class GymEnv(TaskDistribution):
     """Tasks of an ordinary environment; every split has its own draws of what varies.
 
-    Splits of finite sets of values can share them: `choices` says which values there are, and
-    nothing is held out.
+    Where all that varies has `choices`, every split draws from the same tasks, unless `held_out`
+    keeps some of them for the other splits.
     """
 
     class Config(Settings):
@@ -160,6 +171,10 @@ class GymEnv(TaskDistribution):
 
         vary: dict[str, tuple[float, float] | Choices] = Field(default_factory=dict)
         """What tasks differ in: ``name: [low, high]`` or ``name: {choices: [...]}``."""
+
+        held_out: int = Field(default=0, ge=0)
+        """Where all that varies has choices: combinations of them kept for the validation split,
+        and as many others for the test split; 0 lets every split draw from all."""
 
         apply: Apply = "attributes"
         """How a task is made: attributes sets them on the unwrapped environment (dotted names
@@ -175,6 +190,27 @@ class GymEnv(TaskDistribution):
 
         reference: Ends | None = None
         """Random and oracle return, for scores."""
+
+        @model_validator(mode="after")
+        def _can_be_split(self) -> GymEnv.Config:
+            choices = [v.choices for v in self.vary.values() if isinstance(v, Choices)]
+            if not self.held_out:
+                return self
+            if len(choices) < len(self.vary) or not choices:
+                raise ValueError(
+                    "held_out: counts combinations of choices, but something varies over a range, "
+                    "whose splits share no task, or nothing varies; leave it out"
+                )
+            if any(len(set(values)) < len(values) for values in choices):
+                raise ValueError("held_out: some choices are there twice; name each once")
+            size = math.prod(map(len, choices))
+            if not 2 * self.held_out < size <= MAX_COMBINATIONS:
+                raise ValueError(
+                    f"held_out: of {size} combinations of choices, {self.held_out} for each of two "
+                    "splits leave none for training, or they are more than "
+                    f"{MAX_COMBINATIONS:,}; hold fewer out, or name other choices"
+                )
+            return self
 
     family = "gym"
     fixed_length = False
@@ -209,6 +245,8 @@ class GymEnv(TaskDistribution):
         stream = split_stream(rng, split)
         if not self.config.vary:
             return [Task(task_id(self.family), self.family, split, {})] * n
+        if self.config.held_out:
+            return make_tasks(self.family, split, self._combinations(stream, n, split))
         params = {
             name: (
                 stream.choice(np.array(over.choices, np.float64), n)
@@ -218,6 +256,19 @@ class GymEnv(TaskDistribution):
             for name, over in self.config.vary.items()
         }
         return make_tasks(self.family, split, params)
+
+    def _combinations(
+        self, stream: np.random.Generator, n: int, split: Split
+    ) -> dict[str, np.ndarray]:
+        """Parameters of n combinations of choices that belong to a split."""
+        choices = {k: v.choices for k, v in self.config.vary.items() if isinstance(v, Choices)}
+        sizes = tuple(map(len, choices.values()))
+        mine = drawn_from(math.prod(sizes), self.config.held_out, split)
+        picked = np.unravel_index(stream.choice(mine, n), sizes)
+        return {
+            name: np.array(values, np.float64)[index]
+            for (name, values), index in zip(choices.items(), picked, strict=True)
+        }
 
     def reference(self, task: Task) -> Reference | None:
         """What the config says."""

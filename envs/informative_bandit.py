@@ -15,7 +15,7 @@ from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
 from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.tasks import TaskDistribution, drawn_from, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
 from .memory import RememberingVectorEnv
@@ -102,13 +102,21 @@ class InformativeBanditVectorEnv(RememberingVectorEnv):
 
 
 class InformativeBandit(TaskDistribution):
-    """Targets, uniform over ten arms, in every split: what is learned is to ask first."""
+    """Targets, uniform over ten arms: what is learned is to ask first.
+
+    By default every split draws from all of them, as in the paper, and the oracle is optimal on
+    their average. `held_out` keeps targets for the other splits.
+    """
 
     class Config(Settings):
-        """Length of the trials."""
+        """Length of the trials and what is held out."""
 
         pulls: int = Field(default=5, ge=1)
         """Pulls in a trial; one episode."""
+
+        held_out: int = Field(default=0, ge=0, le=4)
+        """Targets kept for the validation split, and as many others for the test split; 0 lets
+        every split draw from all ten."""
 
     family = "informative_bandit"
 
@@ -127,8 +135,9 @@ class InformativeBandit(TaskDistribution):
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
         """n targets of a split."""
-        target = split_stream(rng, split).integers(CANDIDATES, size=n).astype(np.float64)
-        return make_tasks(self.family, split, {"target": target})
+        targets = drawn_from(CANDIDATES, self.config.held_out, split)
+        target = targets[split_stream(rng, split).integers(len(targets), size=n)]
+        return make_tasks(self.family, split, {"target": target.astype(np.float64)})
 
     def reference(self, task: Task) -> Reference:
         """Both ends averaged over the targets, since the oracle is optimal on average only."""

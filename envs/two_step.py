@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dmrl_ray.config import Settings
 from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
-from dmrl_ray.types import Array, Reference, Split, Task
+from dmrl_ray.types import SPLITS, Array, Reference, Split, Task
 
 from .memory import RememberingVectorEnv
 
@@ -126,16 +126,24 @@ class TwoStepVectorEnv(RememberingVectorEnv):
 
 
 class TwoStep(TaskDistribution):
-    """Which place is better, round by round; every split has its own draws."""
+    """Which place is better, round by round; every split has its own draws.
+
+    Where reversals are rare the same sequences are drawn in several splits: there are two without
+    any. By default nothing is held out, and the oracle is optimal on the average of all sequences.
+    """
 
     class Config(Settings):
-        """Length of the trials and how often the places change roles."""
+        """Length of the trials, how often the places change roles and what is held out."""
 
         rounds: int = Field(default=100, ge=1)
         """Choices in a trial, each of two steps; one episode."""
 
         reversal: float = Field(default=0.025, ge=0, le=0.5)
         """Chance that the places change roles after a round; 0 as in Wang et al. 2016."""
+
+        held_out: float = Field(default=0.0, ge=0, le=0.4)
+        """Share of the sequences kept for the validation split, and as many others for the test
+        split, told apart by their ids; 0 lets every split draw from all of them."""
 
     family = "two_step"
 
@@ -144,6 +152,14 @@ class TwoStep(TaskDistribution):
         self.observation_space = Box(0.0, 1.0, (3,), np.float32)
         self.action_space = Discrete(2)
         self.max_episode_steps = 2 * config.rounds
+        if config.held_out:
+            drawn = self._draw(np.random.default_rng(0), 1000, "train")
+            parts = [self._part(task) for task in drawn]
+            if any(parts.count(split) < 10 for split in SPLITS):
+                raise ValueError(
+                    f"tasks.held_out: {config.rounds} rounds with reversal {config.reversal:g} are "
+                    "nearly always one of too few sequences to be split; use 0, or more reversals"
+                )
 
     def make_vec(self, num_envs: int) -> TwoStepVectorEnv:
         """A vector environment whose columns play two-step tasks."""
@@ -152,10 +168,25 @@ class TwoStep(TaskDistribution):
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
         """n sequences of the better place of a split."""
         stream = split_stream(rng, split)
+        tasks = self._draw(stream, n, split)
+        if not self.config.held_out:
+            return tasks
+        mine: list[Task] = []
+        while len(mine) < n:
+            mine += [task for task in tasks if self._part(task) == split]
+            tasks = self._draw(stream, n, split)
+        return mine[:n]
+
+    def _draw(self, stream: np.random.Generator, n: int, split: Split) -> list[Task]:
         changes = stream.random((n, self.config.rounds)) < self.config.reversal
         changes[:, 0] = stream.random(n) < 0.5
         better = (np.cumsum(changes, axis=1) % 2).astype(np.float64)
         return make_tasks(self.family, split, {"better": better})
+
+    def _part(self, task: Task) -> Split:
+        """The split that a sequence is kept for: its id is as good as a random number."""
+        at, held_out = int(task.id, 16) / 2**64, self.config.held_out
+        return "validation" if at < held_out else "test" if at < 2 * held_out else "train"
 
     def reference(self, task: Task) -> Reference:
         """Both ends averaged over the family; the oracle knows the chances, not the places."""

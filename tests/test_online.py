@@ -44,8 +44,13 @@ stages:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("fixed", "rl2"), ("fixed", "maml"), ("varying", "rl2"), ("varying", "maml")]
-    + [("one task", "maml")],  # Its trials are of one episode.
+    [
+        ("fixed", "rl2"),
+        ("fixed", "maml"),
+        ("varying", "rl2"),
+        ("varying", "maml"),
+        ("one task", "maml"),  # Its trials are of one episode.
+    ],
 )
 def test_told_of_changes_is_an_evaluation_of_the_same_tasks(tmp_path, family, method):
     stages = {

@@ -43,7 +43,7 @@ RECORDED = f"""
 {CONFIG.partition("stages:")[0]}
 stages:
   train: {{type: pretrain, env_steps: 1024, validation_tasks: 4, record: true}}
-  again: {{type: finetune, init_from: train, tasks: 2, updates: 2, record: true}}
+  again: {{type: finetune, init_from: train, split: train, tasks: 2, updates: 2, record: true}}
   seen: {{type: evaluate, init_from: train, tasks: 3, trials: 2, record: true}}
   cloned:
     type: pretrain

@@ -1,16 +1,25 @@
 """Tasks of a run: what they are called, which are drawn, and what is told of them."""
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from dmrl_ray import controller
 from dmrl_ray.display import Display
 from dmrl_ray.envs.grid_nav import GridNav
-from dmrl_ray.results import load
+from dmrl_ray.errors import ConfigError
+from dmrl_ray.recording import task_rows
+from dmrl_ray.report import text_report
+from dmrl_ray.results import load, seen_in_training
 from dmrl_ray.tasks import make_tasks
+from dmrl_ray.types import Task
 from dmrl_ray.yaml_config import parse_config
+from tests.small_run import create
 
 CONFIG = """
 name: tasks
@@ -68,3 +77,167 @@ def test_every_seed_of_a_study_is_validated_and_evaluated_on_the_same_tasks(tmp_
     assert ids[0].to_dict() == ids[1].to_dict()
     assert not set(drawn[1]["task_id"]) & set(drawn[2]["task_id"])
     assert len(drawn[0]) == 2 + 3
+
+
+def test_the_tasks_table_holds_every_task_that_an_episode_names_once_in_each_split(tmp_path):
+    # 21 goals, and collections of 4: all are met in training, some again and again.
+    end = "stages.end={type: evaluate, init_from: train, tasks: 40}"
+    folder = play(tmp_path / "run", "stages.train.env_steps=6000", end)
+    tasks, episodes = load(folder, "tasks"), load(folder)
+    name = ["run_id", "task_id", "split"]
+    assert not tasks.duplicated(name).any()
+    assert set(episodes[name].itertuples(index=False)) == set(tasks[name].itertuples(index=False))
+    assert tasks["split"].value_counts()["train"] == 21
+
+
+def test_single_numbers_among_the_parameters_have_columns_of_their_own(tmp_path):
+    here = load(play(tmp_path / "runs" / "a"), "tasks")
+    assert here["param.goal"].tolist() == [json.loads(text)["goal"] for text in here["params"]]
+    play(tmp_path / "runs" / "b", "tasks={type: bandit}", "algorithm.num_steps=10")
+    both = load(tmp_path / "runs", "tasks")
+    assert both.groupby("run_id")["param.goal"].count().to_dict() == {"a": len(here), "b": 0}
+    assert len(json.loads(both["params"].iloc[-1])["chance"]) == 5
+
+
+KINDS = {
+    "numbers": [{"mass": 1.0, "sign": -1}, {"mass": 1e-9, "sign": 3}],
+    "arrays": [{"at": np.array([0.1, 2.0])}, {"at": np.array([1e30, -1 / 3])}],
+    "tables": [{"p": np.arange(12.0).reshape(2, 3, 2), "on": True}] * 2,
+    "none": [{}, {}],
+    "text": [{"map": 'a"}, {', "n": 1}, {"map": "№", "n": 2}],
+    "lists": [{"ids": [1, 2]}, {"ids": []}],
+    "not finite": [{"mass": np.inf}, {"mass": 1.0}],
+    "of several kinds": [{"mass": 1, "on": np.True_}, {"mass": np.arange(2)}, {}, {"name": "x"}],
+}
+
+
+@pytest.mark.parametrize("params", KINDS.values(), ids=KINDS)
+def test_parameters_of_any_kind_are_kept(params, tmp_path):
+    with create(tmp_path / "run") as writer:
+        writer.add("tasks", task_rows([Task(str(i), "f", "test", p) for i, p in enumerate(params)]))
+        writer.commit({}, {})
+    table = load(tmp_path / "run", "tasks")
+    assert [json.loads(text) for text in table["params"]] == [
+        {name: np.asarray(value).tolist() for name, value in task.items()} for task in params
+    ]
+    for name in {name for task in params for name in task}:
+        single = [np.nan if np.ndim(task.get(name, [])) else task[name] for task in params]
+        numbers = [np.nan if isinstance(value, str) else float(value) for value in single]
+        column = table.get(f"param.{name}", pd.Series(np.nan, table.index))
+        np.testing.assert_array_equal(column, numbers)
+
+
+RECORDED = """
+  played: {type: evaluate, init_from: train, split: SPLIT, tasks: 4, record: true}
+  cloned: {type: pretrain, env_steps: 60, validation_tasks: 6, MORE algorithm: ALGORITHM}
+  final: {type: evaluate, init_from: cloned, tasks: 30}
+"""
+
+
+def recorded(split="train", more="", data="stage: played", tasks="{type: bandit}"):
+    """A config whose second policy is cloned from what the first one played."""
+    stages = RECORDED.replace("SPLIT", split).replace("MORE", more)
+    stages = stages.replace("ALGORITHM", f"{{type: cloning, data: {{{data}}}}}")
+    config = CONFIG.rstrip() + stages.replace("num_steps: 15, ", "")
+    return parse_config(config, "c.yaml", [f"tasks={tasks}"])
+
+
+@pytest.mark.parametrize(
+    ("split", "tasks", "sentence"),
+    [
+        ("validation", "bandit", "4 of the 6 tasks that stage 'cloned' selects on"),
+        ("test", "bandit", "4 of the 30 tasks that stage 'final' reports on"),
+        ("test", "{type: grid_nav, held_out: 5}", "of the 5 tasks that stage 'final' reports on"),
+        ("test", "cartpole", "1 of the 1 tasks that stage 'cloned' selects on"),
+    ],
+)
+def test_a_policy_is_not_judged_on_held_out_tasks_that_it_learned_from(split, tasks, sentence):
+    with pytest.raises(ConfigError, match=rf"stages.cloned: algorithm.data: .*{sentence}"):
+        controller.check(recorded(split, tasks=tasks))
+    controller.check(recorded(split, "allow_seen: true,", tasks=tasks))
+
+
+@pytest.mark.parametrize("tasks", ["bandit", "grid_nav", "cartpole"])
+def test_recordings_of_training_tasks_may_be_learned_from(tasks):
+    controller.check(recorded(tasks=tasks))
+
+
+def test_recordings_of_other_runs_are_looked_at_too(tmp_path):
+    config = recorded("test", "allow_seen: true,")
+    folder = tmp_path / "run"
+    controller.run(config, folder, display=Display(quiet=True))
+    data = f"runs: {folder}, stage: played"
+    with pytest.raises(ConfigError, match="4 of the 30 tasks that stage 'final' reports on"):
+        controller.check(recorded(data=data))
+    other = recorded(data=data).model_copy(update={"evaluation_seed": 1})
+    controller.check(other)
+
+
+def test_to_allow_what_cannot_happen_is_refused():
+    with pytest.raises(ConfigError, match="allow_seen: this stage learns from no recordings"):
+        controller.check(parse_config(CONFIG, "c.yaml", ["stages.train.allow_seen=true"]))
+
+
+def seen(folder):
+    frame = seen_in_training(folder).set_index("stage")
+    return {name: tuple(row) for name, row in frame[["tasks", "starts", "seen"]].iterrows()}
+
+
+def test_tasks_that_were_trained_on_are_counted_stage_by_stage(tmp_path):
+    # 6000 steps are 400 trials, of all 21 goals unless some are held out.
+    more = [
+        "stages.train.env_steps=6000",
+        "stages.tuned={type: finetune, init_from: train, tasks: 2, updates: 1}",
+        "stages.end={type: evaluate, init_from: train, tasks: 400}",
+        "stages.again={type: evaluate, init_from: train, split: train, tasks: 3}",
+    ]
+    folder = play(tmp_path / "shared", *more)
+    assert seen(folder) == {"tuned": (2, 2, 2), "end": (21, 400, 21)}
+    assert "test tasks seen in training: 21 of 21 (end: 400 starts)" in text_report(folder)
+    assert seen(play(tmp_path / "kept", *more, "tasks.held_out=5"))["end"] == (5, 400, 0)
+
+
+def test_tasks_of_recordings_count_as_trained_on_and_are_marked(tmp_path):
+    folder = tmp_path / "run"
+    controller.run(recorded("test", "allow_seen: true,"), folder, display=Display(quiet=True))
+    assert seen(folder) == {"played": (4, 4, 0), "final": (30, 30, 4)}
+    report = text_report(folder)
+    assert "seen in training: 0 of 4 (played: 4 starts)" in report
+    assert "seen in training: 4 of 30 (final: 30 starts, allow_seen in cloned)" in report
+    for part in (folder / "transitions").iterdir():
+        part.unlink()
+    at_least = "at least 0 of 30 (final: 30 starts, learned from data of others too, allow_seen"
+    assert at_least in text_report(folder)
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+
+
+def block(language):
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
+    return text
+
+
+def test_the_pages_lines_join_every_episode_with_its_parameters(tmp_path, monkeypatch):
+    play(tmp_path / "runs" / "smoke")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block("python"), names)
+    assert names["both"]["param.goal"].notna().all()
+    assert len(names["both"]) == len(names["episodes"])
+
+
+def test_the_pages_stage_can_be_learned_from():
+    text = CONFIG.replace("  train:", "  experts:") + "  " + block("yaml")
+    cloned = "stages.cloned={type: pretrain, env_steps: 60, algorithm: {type: cloning, DATA}}"
+    controller.check(
+        parse_config(text, "c.yaml", [cloned.replace("DATA", "data: {stage: played}")])
+    )
+
+
+def test_the_page_says_what_the_report_says(tmp_path):
+    stages = [
+        "stages.train.env_steps=6000",
+        "stages.held_out={type: evaluate, init_from: train, tasks: 256}",
+    ]
+    assert block("text").strip() in text_report(play(tmp_path / "run", *stages))

@@ -27,7 +27,7 @@ from ray.tune.registry import register_env
 from dmrl_ray.calls import CollectReport, EvaluateCall
 from dmrl_ray.connection import cause_of, first_sentence
 from dmrl_ray.foreign import ForeignAlgorithm
-from dmrl_ray.recording import episode_rows, evaluation_rows
+from dmrl_ray.recording import episode_rows, evaluation_rows, task_rows
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
 from dmrl_ray.rllib.player import play
 from dmrl_ray.rllib.previous import Shown
@@ -116,6 +116,7 @@ class Baseline(ForeignAlgorithm):
             time.monotonic() - start,
             env_s=self._sampling_s(result, "env_step_timer", steps),
             inference_s=self._sampling_s(result, "rlmodule_inference_timer", steps),
+            tasks=task_rows(row["task"] for row in rows),
         )
         return report, metrics_of(result)
 
@@ -231,7 +232,7 @@ class Baseline(ForeignAlgorithm):
     def _episodes(self, rows: list[Row], env_steps: int, iteration: int) -> Columns:
         columns = columns_of(rows)
         columns["adaptation_step"] = columns["episode"] * self.memory_spans_trial
-        scored = self.spec.split != "train"
+        scored = bool(self.spec.fixed_tasks)
         family = self._env_settings().family()
         columns["greedy"] = np.zeros(len(rows), np.bool_)
         episodes = episode_rows(columns, family, iteration, scored=scored)

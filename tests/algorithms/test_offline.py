@@ -35,8 +35,8 @@ learners: {threads: 1}
 algorithm: {type: rl2}
 stages:
   taught: {type: pretrain, env_steps: 240, validation_tasks: 2}
-  histories: {type: finetune, init_from: taught, tasks: 3, updates: 4, record: true}
-  seen: {type: evaluate, init_from: taught, tasks: 5, greedy: false, record: true}
+  histories: {type: finetune, init_from: taught, split: train, tasks: 3, updates: 4, record: true}
+  seen: {type: evaluate, init_from: taught, split: train, tasks: 5, greedy: false, record: true}
 """
 STAGE = "  learned: {type: pretrain, env_steps: 960, validate_every: 4, validation_tasks: 2, "
 FLAT = "network: {type: actor_critic, encoder: {type: mlp, sizes: [8]}}, "

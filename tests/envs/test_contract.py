@@ -44,12 +44,27 @@ CASES = {
     ),
     "gym_box": (GymEnv, {"id": "Pendulum-v1", "vary": {"g": [5, 15]}, "max_episode_steps": 9}),
 }
-FEW_TASKS = {"bandit_hard", "informative_bandit"}
-"""Families of so few tasks that the splits share their parameters."""
+FEW_TASKS = {"bandit_hard", "informative_bandit", "gym_choices", "two_step_steady"}
+"""Families of so few tasks that all splits draw the same."""
+
+CHOICES = {"gravity": {"choices": [5, 10, 15]}, "length": {"choices": [0.25, 0.5]}}
+FINITE = {
+    "grid_nav": (GridNav, {}, 21),
+    "informative_bandit": (InformativeBandit, {}, 10),
+    "gym_choices": (GymEnv, {"id": "CartPole-v1", "vary": CHOICES}, 6),
+    "two_step_short": (TwoStep, {"rounds": 4, "reversal": 0.5}, 16),
+}
+"""Finite families and how many tasks they have, of which `HELD_OUT` can be held out."""
+HELD_OUT = {"grid_nav": 5, "informative_bandit": 3, "gym_choices": 2, "two_step_short": 0.25}
+SPLIT = CASES | {
+    "gym_choices": FINITE["gym_choices"][:2],
+    "two_step_steady": (TwoStep, {"reversal": 0}),
+    "two_step_held_out": (TwoStep, {"rounds": 20, "held_out": 0.3}),
+}
 
 
 def made(name):
-    kind, settings = CASES[name]
+    kind, settings = SPLIT[name]
     return kind(kind.Config.model_validate(settings))
 
 
@@ -144,7 +159,7 @@ def test_a_task_takes_effect_at_reset_and_not_before(family):
     assert not all(np.array_equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SPLIT)
 def test_splits_share_no_task_even_from_streams_in_the_same_state(name):
     family = made(name)
     ids = [{task.id for task in family.sample(stream(), 50, split)} for split in SPLITS]
@@ -154,6 +169,22 @@ def test_splits_share_no_task_even_from_streams_in_the_same_state(name):
     assert not ids[0] & ids[1]
     assert not ids[0] & ids[2]
     assert not ids[1] & ids[2]
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_held_out_tasks_are_kept_from_a_finite_family_whose_tasks_stay_the_same(name):
+    kind, settings, size = FINITE[name]
+    shared, kept = (
+        [
+            {task.id for task in family.sample(stream(), 1000, split)}
+            for family in [kind(kind.Config.model_validate(settings | changes))]
+            for split in SPLITS
+        ]
+        for changes in ({}, {"held_out": HELD_OUT[name]})
+    )
+    assert shared[0] == shared[1] == shared[2] == kept[0] | kept[1] | kept[2]
+    assert sum(map(len, kept)) == len(shared[0]) == size
+    assert min(map(len, kept)) > 0
 
 
 def test_sampling_is_a_function_of_the_stream_and_ids_name_parameters(family):

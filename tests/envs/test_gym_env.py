@@ -183,6 +183,20 @@ def test_an_environment_that_does_not_vary_is_one_task():
     assert toy != endless
 
 
+@pytest.mark.parametrize(
+    ("vary", "sentence"),
+    [
+        ({"size": [1, 2]}, "something varies over a range"),
+        ({}, "nothing varies; leave it out"),
+        ({"size": {"choices": [1, 2, 1.0]}}, "name each once"),
+        ({"size": {"choices": [1, 2]}}, "of 2 combinations of choices, 1 for each of two splits"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(vary, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        family("Toy-v0", vary=vary, held_out=1)
+
+
 def test_scores_come_from_the_config():
     toy = family("Toy-v0", reference={"random": 5, "oracle": 25}, episodes=2)
     reference = toy.reference(toy.sample(np.random.default_rng(0), 1, "test")[0])

@@ -93,3 +93,9 @@ def test_places_change_roles_as_often_as_said():
     better = np.array([task.params["better"] for task in tasks])
     assert np.abs(np.diff(better, axis=1)).mean() == pytest.approx(0.025, abs=0.002)
     assert better[:, 0].mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("settings", [{"reversal": 0}, {"rounds": 2}, {"reversal": 1e-5}])
+def test_too_few_sequences_are_not_split(settings):
+    with pytest.raises(ValueError, match=r"held_out: .* too few sequences to be split"):
+        TwoStep(TwoStep.Config.model_validate({"held_out": 0.2, **settings}))
