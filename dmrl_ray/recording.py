@@ -133,6 +133,13 @@ def evaluation_rows(sampler: Sampler, *, trial: int) -> Columns:
     }
 
 
+def steps_played(trial: Trial, family: TaskDistribution) -> int:
+    """What a trial cost: also steps that do not count, where environments cannot but make them."""
+    if family.vectorized:
+        return sum(rollout.num_steps * rollout.num_columns for rollout in trial)
+    return sum(int(rollout.mask.sum()) for rollout in trial)
+
+
 def since_change(
     trial: Trial, tasks: Sequence[Task], family: TaskDistribution
 ) -> tuple[np.ndarray, np.ndarray]:

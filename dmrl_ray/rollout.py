@@ -254,6 +254,7 @@ class Sampler:
             reset = torch.from_numpy(buffers.reset[t : t + 1]) if buffers.reset[t].any() else None
             if not episodes.all_playing:
                 buffers.mask[t] = episodes.playing
+                self.env.idle = ~episodes.playing
             began = perf_counter()
             pi, feature, after = actor(
                 buffers.obs_tensor[t : t + 1], previous, memory, reset if policy.recurrent else None
@@ -283,7 +284,7 @@ class Sampler:
             if not episodes.any_playing:
                 buffers.cut(t + 1)
                 break
-        self.memory = memory
+        self.memory, self.env.idle = memory, None
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
 

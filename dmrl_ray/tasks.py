@@ -52,6 +52,10 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     """Keep what the present tasks have shown, for `belief` and `oracle_action`. Set before the
     first reset; a column forgets at the first reset after each `set_tasks`."""
 
+    idle: Array | None = None
+    """(B,) bool, environments that have played their episodes while others still play. Nobody reads
+    what they return, so that a family that steps one after the other may leave them as they are."""
+
     def __init__(
         self, num_envs: int, observation_space: gym.Space[Any], action_space: gym.Space[Any]
     ):

@@ -25,6 +25,7 @@ from dmrl_ray.recording import (
     episode_rows,
     evaluation_rows,
     since_change,
+    steps_played,
     take_episodes,
     task_rows,
     transition_rows,
@@ -75,8 +76,9 @@ class RolloutWorker:
         episodes = episode_rows(
             rows, program.distribution, weights.version, scored=bool(spec.fixed_tasks)
         )
-        every = columns * spec.rollout.shards
-        episodes["env_steps"] = call.env_steps + rows["step"].astype(np.int64) * every
+        played = steps_played(trial, program.distribution)
+        so_far = np.minimum(rows["step"].astype(np.int64) * columns, played)
+        episodes["env_steps"] = call.env_steps + so_far * spec.rollout.shards
         episodes["trial"] = np.full(len(rows["step"]), iteration)
         after = sampler.get_state() if algorithm.continues_episodes else {}
         recorded = None
@@ -91,7 +93,7 @@ class RolloutWorker:
             )
         report = CollectReport(
             episodes,
-            sum(rollout.num_steps * rollout.num_columns for rollout in trial),
+            played,
             time.monotonic() - start,
             sampler.env_s,
             sampler.inference_s,

@@ -79,6 +79,8 @@ class GymVectorEnv(TaskVectorEnv):
         terminated, truncated, success = np.zeros((3, self.num_envs), np.bool_)
         knows_success = False
         for b, column in enumerate(self.columns):
+            if self.idle is not None and self.idle[b]:
+                continue
             self.obs[b], reward[b], terminated[b], truncated[b], info = column.step(actions[b])
             for key in ("success", "is_success"):
                 if key in info:
