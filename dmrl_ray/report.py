@@ -21,11 +21,12 @@ from rich.table import Table
 
 from dmrl_ray import results
 from dmrl_ray.display import short
-from dmrl_ray.report_tables import MAX_COLUMNS, adaptation, table
+from dmrl_ray.report_tables import adaptation, table
 from dmrl_ray.settings import SHORT_NAMES, import_class
 from dmrl_ray.yaml_text import parse
 
 ADAPTATION = "Adaptation on held-out tasks, by episodes and steps of the task before"
+REGRET_WINDOWS = 3
 TRAINING = ("pretrain", "finetune")
 WORTH_KNOWING = (
     "lost",
@@ -55,9 +56,10 @@ def text_report(run_folder: Path | str) -> str:
     held_out = _held_out(tables["episodes"], stages)
     if len(held_out):
         parts += [ADAPTATION, *adaptation(held_out)]
-    regret = tables["metrics"][tables["metrics"]["name"] == "regret"]
+    regret = tables["metrics"][tables["metrics"]["name"].str.startswith("regret_")]
     if len(regret):
-        parts += ["Regret per step, by steps since the change of task", _regret_table(regret)]
+        title = "Regret per step, by steps since the task was met [95 % interval over streams]"
+        parts += [title, _regret_table(regret)]
     rows = [table["stage"] for table in (tables["episodes"], tables["metrics"])]
     begun = {stage for column in rows for stage in column.unique()}
     trained = [n for n, s in stages.items() if n in begun and s.get("type") in TRAINING]
@@ -160,15 +162,30 @@ def _held_out(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.D
 
 
 def _regret_table(regret: pd.DataFrame) -> Table:
-    """Means over windows of steps."""
+    """Means over windows of steps: of streams' first tasks, and of those met by a change.
+
+    An interval is the mean of its steps' intervals.
+    """
     steps = np.sort(regret["env_steps"].unique())
-    windows = np.array_split(steps, min(MAX_COLUMNS, len(steps)))
+    windows = np.array_split(steps, min(REGRET_WINDOWS, len(steps)))
     titles = [f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in windows]
     rows = []
-    for stage, group in regret.groupby("stage", sort=False):
-        parts = (group.loc[group["env_steps"].isin(window), "value"] for window in windows)
-        rows.append((stage, *(f"{part.mean():.4g}" if len(part) else "" for part in parts)))
-    return table(("stage", *titles), rows)
+    for (stage, job), group in regret.groupby(["stage", "job"], sort=False):
+        agent = str(job).removeprefix(str(stage)).removeprefix(".") or "as it goes"
+        for name, tasks in (("regret_first", "first"), ("regret_since_change", "later")):
+            cells = [_regret_cell(group[group["env_steps"].isin(w)], name) for w in windows]
+            if any(cells):
+                rows.append((stage, agent, tasks, *cells))
+    return table(("stage", "agent", "tasks", *titles), rows)
+
+
+def _regret_cell(rows: pd.DataFrame, name: str) -> str:
+    mean, low, high = (
+        rows.loc[rows["name"] == name + end, "value"].mean() for end in ("", "_low", "_high")
+    )
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.3g}" + ("" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]")
 
 
 def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table:

@@ -55,7 +55,8 @@ def test_smoke_has_all_four_stages():
 def test_every_stage_of_smoke_leaves_its_episodes(smoke):
     # 20 steps an episode: 80k steps are 4000 episodes, and 16 tasks are validated on every 5
     # updates; 8 jobs have 4 rounds of 10 episodes; 8 streams x 2 tasks x 4 episodes x 10
-    # environments, by an agent that goes on, one that is restarted and one that never adapts; 32 tasks x 10 columns x 3 steps.
+    # environments, by an agent that goes on, one that is restarted and one that never adapts;
+    # 32 tasks x 10 columns x 3 steps.
     episodes = dmrl_ray.load(smoke[0])
     counts = episodes.groupby(["stage", "split"]).size().to_dict()
     expected = {("specialise", "test"): 8 * 4 * 10, ("stream", "test"): 3 * 8 * 2 * 4 * 10}

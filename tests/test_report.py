@@ -163,13 +163,28 @@ def test_many_points_keep_the_first_and_the_last():
     assert points == ["episodes", "0", "2", "4", "7", "9", "11"]
 
 
-def test_regret_is_averaged_over_streams_and_windows_of_steps(tmp_path):
-    # 12 steps in 6 windows of two; regret of step u is 13 - u, twice with +-1.
-    steps = range(1, 13)
-    rows = [metric("stream", "regret", 13 - u + e, u, 0, 0) for u in steps for e in (-1, 1)]
+def test_regret_is_averaged_over_windows_of_steps_for_each_agent(tmp_path):
+    # 12 steps in 3 windows of four; regret of step u is 13 - u, and one less in the first task.
+    rows = [
+        metric("stream", name + end, 13 - u - first + off, u, 0, 0) | {"job": job}
+        for job in ("stream", "stream.restarted")
+        for name, first in (("regret_first", 1), ("regret_since_change", 0))
+        for end, off in (("", 0), ("_low", -0.5), ("_high", 0.5))
+        for u in range(1, 13)
+    ]
     report = text_report(run_of(tmp_path, metrics=rows))
-    assert "| 1-2  | 3-4 " in report
-    assert cells(report, "stream") == ["stream", "11.5", "9.5", "7.5", "5.5", "3.5", "1.5"]
+    lines = [
+        [c.strip() for c in x.split("|")[1:-1]] for x in report.splitlines() if "| stream" in x
+    ]
+    later = ["10.5 [10, 11]", "6.5 [6, 7]", "2.5 [2, 3]"]
+    first = ["9.5 [9, 10]", "5.5 [5, 6]", "1.5 [1, 2]"]
+    assert "| 1-4 " in report
+    assert lines == [
+        ["stream", "as it goes", "first", *first],
+        ["stream", "as it goes", "later", *later],
+        ["stream", "restarted", "first", *first],
+        ["stream", "restarted", "later", *later],
+    ]
 
 
 def test_training_counts_steps_updates_speed_and_the_best_validation(tmp_path):

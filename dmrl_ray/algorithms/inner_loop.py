@@ -109,7 +109,8 @@ class GradientAdaptation(Algorithm):
 
     def act(self, sampler: Sampler, agent: Agent) -> Rollout:
         config = self.config
-        agent.state = leaves(agent.state)
+        if agent.adaptation_step:  # Acting needs no graph of the steps so far.
+            agent.state = leaves(agent.state)
         return act_per_task(
             self.policy,
             sampler,
