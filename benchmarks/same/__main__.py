@@ -136,20 +136,18 @@ def failures(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def checkout(given: str) -> Iterator[Path]:
-    """The folder of a checkout; a revision is checked out into a temporary one."""
+    """The folder of a checkout; a revision is written into a temporary one."""
     if (Path(given) / "dmrl_ray").is_dir():
         yield Path(given).resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="same-") as temporary:
-        folder = Path(temporary).resolve() / "checkout"
-        git = ["git", "-C", str(SIDE.parent), "worktree"]
-        add = [*git, "add", "--detach", "--quiet", str(folder), given]
-        if (done := subprocess.run(add, capture_output=True, text=True)).returncode:
-            raise SystemExit(f"{given}: is no checkout and no revision: {done.stderr.strip()}")
-        try:
-            yield folder
-        finally:
-            subprocess.run([*git, "remove", "--force", str(folder)], check=True)
+    git = ["git", "-C", str(SIDE.parents[2]), "archive", "--format=tar", given]
+    archive = subprocess.run(git, capture_output=True)
+    if archive.returncode:
+        why = archive.stderr.decode().strip()
+        raise SystemExit(f"{given}: is no folder of a checkout and no revision: {why}")
+    with tempfile.TemporaryDirectory(prefix="same-") as folder:
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield Path(folder).resolve()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def config(
     trained = {"env_steps": 3 * updates_of, "validate_every": 2, "validation_tasks": 3}
     return {
         "seed": 7,
+        "evaluation_seed": 7,
         "tasks": tasks,
         "network": policy,
         "algorithm": algorithm,
@@ -97,9 +98,13 @@ def unrecorded(given: Config) -> Config:
     return with_stage(given, "trained", record=False)
 
 
-def of_data(tasks: Config, policy: Config, algorithm: Config, updates_of: int) -> Config:
+def of_data(
+    tasks: Config, policy: Config, algorithm: Config, updates_of: int, online: Config = OWN
+) -> Config:
     """A run that learns from what a stage before it recorded."""
-    learned = unrecorded(config(tasks, policy, {"type": "ppo", "num_steps": 10}, updates_of))
+    learned = unrecorded(
+        config(tasks, policy, {"type": "ppo", "num_steps": 10}, updates_of, online)
+    )
     data = {"stage": "played"}
     stages = {
         "first": {"type": "pretrain", "env_steps": 160, "validation_tasks": 2},
@@ -179,12 +184,12 @@ CASES: dict[str, Config] = {
     "distillation": config(BANDIT, SYMMETRIC, {"type": "distillation"}, 40),
     "dpt": unrecorded(config(BANDIT, SYMMETRIC, {"type": "dpt"}, 40)),
     "dpt_of_data": of_data(GRID, GRU, {"type": "dpt"}, 240),
-    "cloning": of_data(POINT, MLP, {"type": "cloning"}, 60),
+    "cloning": of_data(POINT, MLP, {"type": "cloning"}, 60, SGD),
     "trial_cloning": of_data(GRID, GRU, {"type": "trial_cloning"}, 240),
     "algorithm_distillation": of_data(GRID, GRU, {"type": "algorithm_distillation"}, 240),
     "gail": of_data(BANDIT, MLP, {"type": "gail", "num_steps": 6, "discriminator": [8]}, 48),
-    "autoencoder": of_data(GRID, MLP, {"type": "autoencoder", "decoder": [8]}, 240),
-    "vae": of_data(GRID, MLP, {"type": "vae", "decoder": [8], "latent": 2}, 240),
+    "autoencoder": of_data(GRID, MLP, {"type": "autoencoder", "decoder": [8]}, 240, SGD),
+    "vae": of_data(GRID, MLP, {"type": "vae", "decoder": [8], "latent": 2}, 240, SGD),
 }
 """By name; every one without Ray."""
 

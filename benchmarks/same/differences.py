@@ -10,7 +10,7 @@ import numpy as np
 Arrays = Mapping[str, np.ndarray]
 
 SHOWN = 4
-"""Arrays told of one checkpoint file, or columns of one stage of a table; the rest is counted."""
+"""Arrays told of one checkpoint file, or columns of one job in a table; the rest is counted."""
 
 
 @dataclass
@@ -21,18 +21,23 @@ class Found:
         lines: what differs, by case.
         only: columns and metrics that one side has and the other does not, by side; they are
             listed and do not count.
+        kinds: cases in which a column, a metric or a kind of checkpoint file differs.
         compared: arrays that both sides have.
     """
 
     lines: dict[str, list[str]] = field(default_factory=dict)
     only: dict[str, set[str]] = field(default_factory=lambda: {"OLD": set(), "NEW": set()})
+    kinds: dict[str, set[str]] = field(default_factory=dict)
     compared: int = 0
 
     def report(self) -> str:
-        """All of it as text."""
-        parts = [f"only in {side}: {', '.join(sorted(n))}" for side, n in self.only.items() if n]
+        """All of it as text: case by case, then what differs in how many cases."""
+        parts = []
         for case, lines in self.lines.items():
             parts += [case, *(f"    {line}" for line in lines)]
+        parts += [f"only in {side}: {', '.join(sorted(n))}" for side, n in self.only.items() if n]
+        kinds = [f"{kind} {len(cases)}" for kind, cases in sorted(self.kinds.items())]
+        parts += [f"cases by what differs: {', '.join(kinds)}"] if kinds else []
         differing = f"cases that differ: {len(self.lines)}"
         return "\n".join([*parts, f"{self.compared} arrays compared; {differing}"])
 
@@ -43,21 +48,28 @@ def compare(case: str, old: Arrays, new: Arrays, found: Found) -> None:
     for group, names in _grouped({**old, **new}).items():
         both = [name for name in names if name in old and name in new]
         found.compared += len(both)
-        here = [
+        heading = "/".join(group.split("/")[:2])
+        for name, text in [
             *_on_one_side(group, names, {"OLD": old, "NEW": new}, found),
             *_differing(group, {n: old[n] for n in both}, {n: new[n] for n in both}),
-        ]
-        heading = "/".join(group.split("/")[:2])
-        told.setdefault(heading, []).extend(text.removeprefix(heading + "/") for text in here)
+        ]:
+            short = name.removeprefix(heading).removeprefix("/").removesuffix("/value")
+            told.setdefault(heading, []).append(f"{short} {text}".strip())
+            found.kinds.setdefault(_kind(heading, short), set()).add(case)
     for heading, texts in told.items():
-        if texts:
-            rest = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
-            line = f"{heading}: {'; '.join([*texts[:SHOWN], *rest])}"
-            found.lines.setdefault(case, []).append(line)
+        rest = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+        line = f"{heading}: {'; '.join([*texts[:SHOWN], *rest])}"
+        found.lines.setdefault(case, []).append(line)
+
+
+def _kind(heading: str, name: str) -> str:
+    """What a difference is of, over cases and jobs: ``episodes.return``, ``weights of trained``."""
+    table, _, job = heading.partition("/")
+    return f"weights of {job.split('.')[0]}" if table == "weights" else f"{table}.{name or 'rows'}"
 
 
 def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by what has rows in common: a table's stage or metric; or by checkpoint file."""
+    """Names by what has rows in common: a job in a table, or its metric; or by checkpoint file."""
     groups: dict[str, list[str]] = {}
     for name in names:
         depth = 2 if name.startswith("weights/") else name.count("/")
@@ -67,34 +79,33 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _on_one_side(
     group: str, names: list[str], sides: Mapping[str, Arrays], found: Found
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     """What one side lacks: columns and metrics are put into `found`, the rest is told."""
+    table, *where = group.split("/")
     for side, arrays in sides.items():
         alone = [n for n in names if n in arrays and any(n not in s for s in sides.values())]
-        table, *where = group.split("/")
-        if table == "metrics" and len(alone) == len(names):
+        whole = len(alone) == len(names)
+        if table == "metrics" and whole:
             found.only[side] |= {f"metric {'/'.join(where[1:])}"}
-        elif table != "weights" and len(alone) < len(names):
+        elif table != "weights" and not whole:
             found.only[side] |= {f"{table}.{name.split('/')[-1]}" for name in alone}
-        elif len(alone) == len(names):
-            yield f"{group}/only in {side}"
         else:
-            yield from (f"{name} only in {side}" for name in alone)
+            yield from ((n, f"only in {side}") for n in ([group] if whole else alone))
 
 
-def _differing(group: str, old: Arrays, new: Arrays) -> Iterator[str]:
-    """A text for each array of a group that differs, or one for all where that tells it."""
+def _differing(group: str, old: Arrays, new: Arrays) -> Iterator[tuple[str, str]]:
+    """Each array of a group that differs, and how; or the group where that tells it."""
     names = [name for name in old if not identical(old[name], new[name])]
     if names and not group.startswith("weights/"):
         rows = [len(next(iter(side.values()))) for side in (old, new)]
         if rows[0] != rows[1]:
-            yield f"{group}/{rows[0]} rows in OLD and {rows[1]} in NEW"
+            yield group, f"{rows[0]} rows in OLD and {rows[1]} in NEW"
             return
         if all(map(identical, _in_order(old), _in_order(new))):
-            yield f"{group}/the same rows in another order"
+            yield group, "the same rows in another order"
             return
     for name in names:
-        yield f"{name} {size_of(old[name], new[name])}"
+        yield name, size_of(old[name], new[name])
 
 
 def _in_order(columns: Arrays) -> list[np.ndarray]:

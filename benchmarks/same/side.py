@@ -7,7 +7,7 @@ name, and ``CASE.json``, which stages were refused and how it failed. Names of a
 
     weights/trained.best/encoder.0.weight      a checkpoint file and what it holds; also of learners
                                                and shards: optimisers, replays, random states
-    episodes/held_out/return                   a column of a table, in one stage
+    episodes/held_out/return                   a column of a table, in one job
     metrics/trained/policy_loss/value          likewise, of one metric
 
 It writes the newer names; this is the one table of the older ones.
@@ -66,17 +66,20 @@ def _change(config: Settings) -> None:
         stage.pop("change", None)
 
 
-OLD_SETTINGS: list[Callable[[Settings], None]] = [_steps_per_shot, _by, _change]
+def _evaluation_seed(config: Settings) -> None:
+    assert config.pop("evaluation_seed", config["seed"]) == config["seed"]
+
+
+OLD_SETTINGS: list[Callable[[Settings], None]] = [_steps_per_shot, _by, _change, _evaluation_seed]
 """Each gives a config the older names, in place; used by a checkout that refuses the newer ones."""
 
 OLD_COLUMNS = {"shot": "adaptation_step"}
 """Columns of tables, older to newer."""
 
-OLD_ARRAYS: list[tuple[str, str]] = [
-    # Jobs that specialise to a task are named by its number and its id; ids may change.
-    (r"(\.\d{4})\.[^/]+", r"\1"),
+OLD_NAMES: list[tuple[str, str]] = [
+    (r"(\.\d{4})\.[^/]+", r"\1"),  # Jobs of fine-tuning, by the number and the id of their task.
 ]
-"""Names of arrays, by regular expression, older to newer."""
+"""Names of jobs and of what checkpoints hold, by regular expression, older to newer."""
 
 LEFT_OUT = {"time", "run_id"}
 """Columns that differ between any two runs."""
@@ -92,7 +95,7 @@ def main() -> None:
         run_folder = folder / name / "run"
         try:
             play(case, run_folder, facts["refused"])
-            np.savez(folder / f"{name}.npz", **dict(renamed(collected(run_folder))))
+            np.savez(folder / f"{name}.npz", **dict(collected(run_folder)))
         except Exception:  # Reported as a difference; the other cases go on.
             facts["error"] = traceback.format_exc(limit=-3)
         (folder / f"{name}.json").write_text(json.dumps(facts))
@@ -185,7 +188,7 @@ def collected(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         files |= {name: file["path"] for name, file in named.items()}
     for name, path in files.items():
         for array, value in _read(folder / path).items():
-            yield f"weights/{name}/{array}", value
+            yield newer(f"weights/{name}/{array}"), value
     for table in ("tasks", "episodes", "metrics", "events", "transitions"):
         rows = load(folder, table=table).drop(columns=list(LEFT_OUT), errors="ignore")
         yield from _columns(table, rows.rename(columns=OLD_COLUMNS))
@@ -199,8 +202,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _columns(table: str, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
-    """Columns of a table, stage by stage and metric by metric; durations are left out."""
-    keys = [key for key in {"metrics": ("stage", "name")}.get(table, ("stage",)) if key in rows]
+    """Columns of a table, job by job and metric by metric; durations are left out."""
+    keys: list[str] = []
+    if "job" in rows:
+        keys = ["job", "name"] if table == "metrics" else ["job"]
+        rows["job"] = rows["job"].where(rows["job"] != "", rows["stage"]).map(newer)
     if table == "metrics":
         rows = rows[~rows["name"].str.match("time/|steps_per_s")]
     if table == "events":
@@ -229,12 +235,11 @@ def _array(column: pd.Series) -> np.ndarray:
     return np.array(["" if value is None else str(value) for value in values], dtype=str)
 
 
-def renamed(arrays: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The same under their newer names."""
-    for name, array in arrays:
-        for old, new in OLD_ARRAYS:
-            name = re.sub(old, new, name)
-        yield name, array
+def newer(name: str) -> str:
+    """The newer name of a job, or of an array of a checkpoint."""
+    for old, new in OLD_NAMES:
+        name = re.sub(old, new, name)
+    return name
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.same.__main__ import plan, same
 from benchmarks.same.cases import CASES, GYM_CASES, without
 from benchmarks.same.differences import Found, compare, identical
-from benchmarks.same.side import OLD_SETTINGS, collected, play, renamed, understood
+from benchmarks.same.side import OLD_SETTINGS, collected, newer, play, understood
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.settings import SHORT_NAMES
 
@@ -28,7 +28,7 @@ def arrays_of(folder, played):
     refused = {}
     play(played, folder, refused)
     assert refused == {}
-    return dict(renamed(collected(folder)))
+    return dict(collected(folder))
 
 
 def found_in(old, new):
@@ -98,11 +98,14 @@ def test_older_names_of_settings_say_the_same():
     algorithm = {"type": "maml", "steps_per_adaptation": 2}
     by = {"type": "continued", "optimizer": "adamw", "lr": 1, "weight_decay": 0.01, "episodes": 4}
     config = {
+        "seed": 7,
+        "evaluation_seed": 7,
         "algorithm": algorithm,
         "stages": {"a": {"type": "adapt", "by": by, "change": "ignore"}},
     }
     for rename in OLD_SETTINGS:
         rename(config)
+    assert config.keys() == {"seed", "algorithm", "stages"}
     assert config["algorithm"] == {"type": "maml", "steps_per_shot": 2}
     assert config["stages"]["a"] == {
         "type": "adapt",
@@ -131,13 +134,12 @@ def test_a_stage_that_is_refused_is_left_out_with_those_that_need_it(tmp_path):
     assert any(name.startswith("weights/tuned.") for name, _ in collected(tmp_path / "run"))
 
 
-def test_jobs_are_named_without_the_ids_of_their_tasks():
-    names = ["weights/tuned.0001.bandit-1f/w", "weights/trained.best/w", "episodes/tuned/shot"]
-    assert [n for n, _ in renamed((n, None) for n in names)] == [
-        "weights/tuned.0001/w",
-        "weights/trained.best/w",
-        "episodes/tuned/shot",
-    ]
+def test_jobs_and_weights_are_named_without_the_ids_of_tasks():
+    assert newer("weights/tuned.0001.test-1f/encoder.layers.0.weight") == (
+        "weights/tuned.0001/encoder.layers.0.weight"
+    )
+    for kept in ("weights/tuned.0001/w", "weights/trained.best/w", "online.restarted"):
+        assert newer(kept) == kept
 
 
 def test_the_size_of_a_difference_is_told():
@@ -157,6 +159,15 @@ def test_every_bit_counts_but_not_the_width_of_text():
     assert identical(np.array(["a", "b"]), np.array(["a", "b"], dtype="U9"))
     assert not identical(np.float64([1]), np.float32([1]))
     assert not identical(np.array([1.0]), np.nextafter([1.0], 2))
+
+
+def test_what_differs_is_counted_over_cases():
+    found = Found()
+    for name, value in (("a", 1), ("b", 2), ("c", 0)):
+        old = {"episodes/tuned.0001/return": np.zeros(1), "weights/tuned.0001/w": np.zeros(1)}
+        compare(name, old, {key: array + value for key, array in old.items()}, found)
+    assert found.kinds == {"episodes.return": {"a", "b"}, "weights of tuned": {"a", "b"}}
+    assert "cases by what differs: episodes.return 2, weights of tuned 2" in found.report()
 
 
 def test_rows_in_another_order_are_told_in_one_line():
