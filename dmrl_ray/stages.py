@@ -243,7 +243,7 @@ def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarr
                 known = met[np.isfinite(met)]
                 if len(known) == 0:
                     continue
-                low, high = t_interval(known)
+                low, high = t_interval(known) if len(known) > 1 else (np.nan, np.nan)
                 name = f"{measure}_{part}"
                 figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
                 run.add_metrics(spec, 0, u + 1, figures)
