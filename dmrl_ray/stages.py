@@ -164,8 +164,10 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
     tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
+    returns: list[np.ndarray] = []
+    steps = 0
     if stage.change == "ignore":
-        _play_streams(run, spec, stage, weights, tasks)
+        returns.append(_play_streams(run, spec, stage, weights, tasks))
     variants = {"told": (spec.name, False), "ignore": (f"{spec.name}.restarted", False)}
     for job, frozen in (variants[stage.change], (f"{spec.name}.unadapted", True)):
         calls = evaluation_calls(
@@ -184,13 +186,17 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
             rows["change"], rows["trial"] = np.divmod(number + rows["trial"], stage.streams)
             run.add_episodes(replace(spec, name=job), rows)
             number += len(call.tasks)
+            returns.append(rows["return"])
+            steps += int(rows["length"].sum())
         reward, regret = _joined([results[i][1] for i in range(len(calls))], stage)
         _report_regret(run, replace(spec, name=job), reward, regret)
-    run.display.update(name, int(np.isfinite(reward).sum()), return_=float(np.nanmean(reward)))
+    run.display.update(name, steps, return_=float(returns[0].mean()))
 
 
-def _play_streams(run: Run, spec: JobSpec, stage: Adapt, weights: Any, tasks: list[Task]) -> None:
-    """The agent that nobody tells of changes."""
+def _play_streams(
+    run: Run, spec: JobSpec, stage: Adapt, weights: Any, tasks: list[Task]
+) -> np.ndarray:
+    """The agent that nobody tells of changes; its returns."""
     program = build(spec)
     copies = program.adaptation(stage.by).columns_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
@@ -205,9 +211,11 @@ def _play_streams(run: Run, spec: JobSpec, stage: Adapt, weights: Any, tasks: li
         rows = results[i][0]
         rows["trial"] = start + rows["trial"]
         run.add_episodes(spec, rows)
+    returns = np.concatenate([results[i][0]["return"] for i in range(len(calls))])
     by_change = zip(*(results[i][1] for i in range(len(calls))), strict=True)
     reward, regret = _joined([part for parts in by_change for part in parts], stage)
     _report_regret(run, spec, reward, regret)
+    return returns
 
 
 def _joined(parts: list[SinceChange], stage: Adapt) -> tuple[np.ndarray, np.ndarray]:
