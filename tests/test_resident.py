@@ -263,9 +263,8 @@ def test_what_is_not_finite_is_told_with_its_task():
         return obs, reward, *rest
 
     sampler.env.step = poisoned
-    with pytest.raises(
-        EnvironmentFault, match="reward of column 2 at step 2 is nan, on task train"
-    ):
+    wanted = f"reward of column 2 at step 2 is nan, on task {sampler.episodes.task_at(0, 2).id};"
+    with pytest.raises(EnvironmentFault, match=wanted):
         sampler.rollout(network, 4)
 
 

@@ -34,5 +34,5 @@ def test_a_rollback_before_the_first_commit_forgets_everything(run):
     run.state["job"] = {"updates": 3}
     run.save("meta.best", {"weight": np.zeros(3)})
     run.rollback()
-    assert run.state == {"done": [], "job": None}
+    assert run.state == {"done": [], "job": None, "versions": {}}
     assert run.files == {}
