@@ -9,13 +9,14 @@ import platform
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.display import Display
-from dmrl_ray.errors import ConfigError, DmrlError, Interrupted, JobLost, StorageError
+from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.foreign import check_foreign
 from dmrl_ray.held_out import check_seen
 from dmrl_ray.jobs import evaluate as evaluate_policy
@@ -26,7 +27,7 @@ from dmrl_ray.settings import did_you_mean
 from dmrl_ray.spec import JobSpec, Program, build, get_weights, rehearse, set_weights
 from dmrl_ray.stages import job_spec, run_stage
 from dmrl_ray.transfer import rllib_start
-from dmrl_ray.types import EnvironmentFault, Split
+from dmrl_ray.types import Split
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import load_config, resolved
 
@@ -243,16 +244,24 @@ def _execute(run: Run) -> None:
                 run.restart_workers()
                 run.event("rollback", commit=run.writer.number, reason=str(error))
                 run.display.message(f"{error}; going on from commit {run.writer.number}")
-    except Interrupted:  # No failure: what was done is committed.
+    except Interrupted as error:  # No failure: what was done is committed.
+        _note_end(run, "interrupted", reason=str(error))
         raise
-    except (DmrlError, EnvironmentFault) as error:
-        run.rollback()
-        run.event("run_failed", reason=str(error))
-        with suppress(StorageError):
-            run.commit()
+    except Exception as error:  # Recorded, and told by whoever called.
+        told = {"error": type(error).__name__, "reason": str(error)}
+        _note_end(run, "run_failed", **told, traceback="".join(format_exception(error)))
         raise
     finally:
         run.close()
+
+
+def _note_end(run: Run, event: str, **detail: str) -> None:
+    """Back to the newest commit, and one more that says why the run ends there."""
+    run.rollback()
+    stage = next((name for name in run.config.stages if name not in run.state["done"]), "")
+    run.event(event, stage, **detail)
+    with suppress(StorageError):
+        run.commit()
 
 
 def _run_stages(run: Run) -> None:

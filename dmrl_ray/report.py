@@ -228,8 +228,12 @@ def _events(events: pd.DataFrame) -> list[RenderableType]:
 
 
 def _detail(text: str) -> str:
+    """On one line, without tracebacks, which are in the table of events."""
     try:
-        flat = _flat(json.loads(text))
+        detail = json.loads(text)
+        if isinstance(detail, dict):
+            detail.pop("traceback", None)
+        flat = " ".join(_flat(detail).split())
     except ValueError:
         flat = text
     return flat if len(flat) <= 80 else flat[:77] + "..."

@@ -25,11 +25,11 @@ from dmrl_ray.checkpoint import (
     storage_errors,
     sync_folder,
 )
-from dmrl_ray.commits import FORMAT_VERSION, Commit, History, commit_path, seal
+from dmrl_ray.commits import FORMAT_VERSION, Commit, History, Json, commit_path, seal
 from dmrl_ray.errors import ConfigError, FolderInUse
 from dmrl_ray.tables import SCHEMAS
 
-_RUN_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _FOLDERS = ("commits", "checkpoints", *SCHEMAS)
 _OWN_NAMES = {"run.json", "config.yaml", "lock", *_FOLDERS}
 _PART = re.compile(r"(_?)part-(\d{8})-\d{4}-([0-9a-f]{16})\.parquet")
@@ -41,7 +41,7 @@ def local_path(folder: Path) -> Path:
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(folder)):
         raise ConfigError(f"{folder}: run folders are on local or shared file systems; give a path")
     path = Path(os.path.abspath(folder))
-    if not _RUN_ID.fullmatch(path.name):
+    if not _NAME.fullmatch(path.name):
         raise ConfigError(
             f"{folder}: {path.name!r} cannot name a run; use up to 64 letters, digits, dots, "
             "dashes and underscores, beginning with a letter or digit"
@@ -51,8 +51,12 @@ def local_path(folder: Path) -> Path:
 
 def make_run(
     folder: Path, config_yaml: str, facts: Mapping[str, object], *, overwrite: bool
-) -> FolderLock:
-    """Make a run folder and lock it; what was in it is deleted if `overwrite`."""
+) -> tuple[FolderLock, Json]:
+    """Make a run folder and lock it; what was in it is deleted if `overwrite`.
+
+    Returns:
+        The lock, and the content of run.json.
+    """
     _refuse_occupied(folder, overwrite)
     make_folder(folder)
     lock = FolderLock(folder)
@@ -65,9 +69,9 @@ def make_run(
         config = config_yaml.encode()
         with atomic_file(folder / "config.yaml") as file:
             file.write(config)
-        record = {
+        record: Json = {
             "format_version": FORMAT_VERSION,
-            "run_id": folder.name,
+            "run_id": f"{folder.name}-{os.urandom(6).hex()}",  # kept when the folder moves
             "config_sha256": hashlib.sha256(config).hexdigest(),
             "facts": dict(facts),
         }
@@ -76,7 +80,7 @@ def make_run(
     except BaseException:
         lock.release()
         raise
-    return lock
+    return lock, record
 
 
 def _refuse_occupied(folder: Path, overwrite: bool) -> None:

@@ -49,14 +49,15 @@ class RunWriter:
     """Writes one run folder, under its lock. Made by `create` or `open`.
 
     Attributes:
+        run_id: of the run, wherever its folder is.
         state: of the newest commit; None before the first.
         files: checkpoint files in use by the newest commit.
         recovery: what was found damaged when the run was opened, and what was done about it.
     """
 
-    def __init__(self, folder: Path, lock: FolderLock, config_sha256: str, keep: int) -> None:
+    def __init__(self, folder: Path, lock: FolderLock, record: Json, keep: int) -> None:
         self.folder = folder
-        self.run_id = folder.name
+        self.run_id = str(record["run_id"])
         self.keep = keep
         self.number = 0
         self.state: Json | None = None
@@ -66,7 +67,7 @@ class RunWriter:
         # Unlike any other's, so that two writers' parts never have one name.
         self._name = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(8).hex()}"
         self._epoch = 1
-        self._config_sha256 = config_sha256
+        self._config_sha256 = str(record["config_sha256"])
         self._previous_sha256: str | None = None
         self._buffers = {table: TableBuffer(table) for table in SCHEMAS}
         self._spilled: list[FileRecord] = []  # parts for the next commit, written already
@@ -91,8 +92,8 @@ class RunWriter:
             FolderInUse: another process writes it.
         """
         folder = local_path(folder)
-        lock = make_run(folder, config_yaml, facts, overwrite=overwrite)
-        return cls(folder, lock, hashlib.sha256(config_yaml.encode()).hexdigest(), keep)
+        lock, record = make_run(folder, config_yaml, facts, overwrite=overwrite)
+        return cls(folder, lock, record, keep)
 
     @classmethod
     def open(cls, folder: Path, *, keep: int = 3) -> RunWriter:
@@ -107,12 +108,12 @@ class RunWriter:
         run_facts(folder)
         lock = FolderLock(folder)
         try:
-            facts = run_facts(folder)
+            record = run_facts(folder)
             kept, messages = recover(folder)
         except BaseException:
             lock.release()
             raise
-        writer = cls(folder, lock, str(facts["config_sha256"]), keep)
+        writer = cls(folder, lock, record, keep)
         writer.recovery = messages
         if kept:
             writer._continue_from(kept)

@@ -66,7 +66,7 @@ def add_rows(writer, step):
     for half in range(2):
         trial = rows + 3 * half + 6 * step
         changing = {"trial": trial, "return": trial / 7, "task_id": [f"t{n}" for n in trial]}
-        where = {"algorithm": "ppo", "split": "train", **same}
+        where = {"algorithm": "ppo", "split": "train", "greedy": False, **same}
         writer.add("episodes", {**zeros, **where, **changing})
     add_steps(writer, step)
     writer.add("metrics", {**same, "name": ["loss", "norm"], "value": [step / 3, np.nan]})

@@ -10,6 +10,7 @@ from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.learner import Learner
 from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.types import join_shards
 from dmrl_ray.worker import CollectCall, RolloutWorker
 
 PPO = {"type": "ppo", "num_steps": 10}
@@ -126,10 +127,10 @@ def test_two_shards_are_the_columns_of_one():
     spec = make_spec("maml", shards=2)
     learner = Learner(spec)
     trials = [collect(learner, shard=shard) for shard in range(2)]
-    support, query = (learner._join_shards(list(r)) for r in zip(*trials, strict=True))
+    support, query = join_shards(trials)
     assert query.task_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    np.testing.assert_array_equal(support.reward[:, 4:].numpy(), trials[1][0].reward)
-    np.testing.assert_array_equal(support.obs[:, :4].numpy(), trials[0][0].obs)
+    np.testing.assert_array_equal(support.reward[:, 4:], trials[1][0].reward)
+    np.testing.assert_array_equal(support.obs[:, :4], trials[0][0].obs)
 
 
 def poisoned(learner, version=0):

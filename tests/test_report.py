@@ -1,6 +1,7 @@
 """The report: what it says about a run that is written by hand."""
 
 import itertools
+import json
 import math
 import re
 
@@ -223,6 +224,17 @@ def test_events_that_cost_something_are_counted(tmp_path):
     report = text_report(run_of(tmp_path, events=list(reversed(rows))))
     assert cells(report, "worker_lost") == ["worker_lost", "2", "meta", "shard 1, pid 42"]
     assert "| commit " not in report
+
+
+def test_how_a_run_ended_is_one_line_without_the_traceback(tmp_path):
+    failed = {"error": "KeyError", "reason": "two\nlines", "traceback": "Traceback\n  File"}
+    rows = [
+        event("interrupted", '{"reason": "signal 15"}'),
+        event("run_failed", json.dumps(failed)),
+    ]
+    report = text_report(run_of(tmp_path, events=rows))
+    assert cells(report, "interrupted") == ["interrupted", "1", "meta", "reason signal 15"]
+    assert cells(report, "run_failed")[3] == "error KeyError, reason two lines"
 
 
 def test_a_run_without_rows_says_so(tmp_path):

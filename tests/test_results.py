@@ -42,6 +42,10 @@ def make_run(folder, *chunks):
     return folder
 
 
+def run_id(folder):
+    return json.loads((folder / "run.json").read_text())["run_id"]
+
+
 def part(folder):
     (path,) = (folder / "episodes").iterdir()
     return path
@@ -65,7 +69,7 @@ def test_rows_come_back_as_they_were_added(tmp_path):
     }
     frame = load(make_run(tmp_path / "run", rows))
     assert list(frame.columns) == SCHEMAS["episodes"].names
-    assert frame["run_id"].tolist() == ["run"] * 3
+    assert frame["run_id"].tolist() == [run_id(tmp_path / "run")] * 3
     assert frame["task_id"].tolist() == ["a", "b", "c"]
     assert frame["trial"].tolist() == [3, 1, 2]
     assert frame["return"].tolist() == [1.0, 2.0, 3.0]
@@ -91,17 +95,23 @@ def test_a_nan_metric_stays_and_events_are_json(tmp_path):
 
 
 def test_runs_are_found_by_path_folder_pattern_and_list(tmp_path):
-    for name in ("a1", "a2", "b"):
-        make_run(tmp_path / name, {})
+    names = {run_id(make_run(tmp_path / name, {})): name for name in ("a1", "a2", "b")}
     (tmp_path / "not a run").mkdir()
 
     def found(path):
-        return dmrl_ray.load(path)["run_id"].tolist()
+        return [names[run] for run in dmrl_ray.load(path)["run_id"]]
 
     assert found(tmp_path / "a1") == ["a1"]
     assert found(tmp_path) == ["a1", "a2", "b"]
     assert found(f"{tmp_path}/a*") == ["a1", "a2"]
     assert found([tmp_path / "b", f"{tmp_path}/*"]) == ["b", "a1", "a2"]
+
+
+def test_runs_whose_folders_have_one_name_stay_two(tmp_path):
+    runs = [make_run(tmp_path / study / "seed0", {}, {}) for study in ("a", "b")]
+    frame = load(runs)
+    assert frame["run_id"].tolist() == [run_id(run) for run in runs for _ in range(2)]
+    assert frame["run_id"].nunique() == 2
 
 
 def test_nothing_found_is_one_sentence_with_a_suggestion(tmp_path):

@@ -69,7 +69,7 @@ def test_a_folder_that_is_not_a_run_is_never_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["-x", ".x", "a b", "ä", "x" * 65, "a\n", "a\0"])
-def test_names_that_cannot_be_a_run_id_are_refused(tmp_path, name):
+def test_names_that_cannot_name_a_run_are_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="cannot name a run"):
         create(tmp_path / "sub" / name)
     assert not (tmp_path / "sub").exists()

@@ -61,6 +61,23 @@ def test_a_file_may_be_named_by_the_commit_after_the_next(tmp_path):
         assert writer.load("early")["w"] == 1
 
 
+def test_a_run_keeps_its_id_when_its_folder_moves(tmp_path):
+    moved = make_run(tmp_path / "run", 1).rename(tmp_path / "other")
+    with RunWriter.open(moved) as writer:
+        add(writer, 4)
+        writer.commit({}, {})
+    (run_id,) = load(moved, "metrics")["run_id"].unique()
+    assert re.fullmatch("run-[0-9a-f]{12}", run_id)
+
+
+def test_a_run_that_is_overwritten_is_another(tmp_path):
+    ids = []
+    for _ in range(2):
+        with create(tmp_path / "run", overwrite=True) as writer:
+            ids.append(writer.run_id)
+    assert ids[0] != ids[1]
+
+
 def test_two_writers_never_give_one_name_to_their_parts(tmp_path):
     task = {"run_id": "same", "task_id": "t", "family": "f", "split": "train", "params": "{}"}
     for name in ("a", "b"):

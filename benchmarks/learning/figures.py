@@ -121,7 +121,7 @@ def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
     """Environment steps and seconds of training, of each seed."""
     ended = events[events["stage"].isin(list(stages)) & (events["event"] == "job_finished")]
     details = pd.DataFrame([json.loads(detail) for detail in ended["detail"]])
-    sums = details.groupby(ended["run_id"].to_numpy())[["env_steps", "seconds"]].sum()
+    sums = details.groupby(ended["run_id"].to_numpy(), sort=False)[["env_steps", "seconds"]].sum()
     return {
         "env_steps": int(sums["env_steps"].mean()),
         "seconds": [round(seconds) for seconds in sums["seconds"]],

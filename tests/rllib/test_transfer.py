@@ -134,9 +134,10 @@ def test_it_is_read_once_and_then_part_of_the_run(checkpoint, tmp_path, capsys):
         run.commit()
         shutil.rmtree(path)
         again = _policy(run, "special", settings.stages["special"], "best")
-    assert first.keys() == again.keys()
-    for name in first:
-        np.testing.assert_array_equal(first[name], again[name])
+    assert first.version == again.version
+    assert first.arrays.keys() == again.arrays.keys()
+    for name in first.arrays:
+        np.testing.assert_array_equal(first.arrays[name], again.arrays[name])
 
 
 def test_a_pickle_is_not_read_without_trust(checkpoint):
