@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.algorithms.online import check_steps
 from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
 from dmrl_ray.data_sources import DataSettings
-from dmrl_ray.errors import ConfigError
+from dmrl_ray.errors import Misfit
 from dmrl_ray.foreign import check_foreign
 from dmrl_ray.placement import check_gpu
 from dmrl_ray.settings import did_you_mean
-from dmrl_ray.spec import JobSpec, Program, build, get_weights, rehearse, set_weights
+from dmrl_ray.spec import (
+    JobSpec,
+    Program,
+    build,
+    get_weights,
+    load_family,
+    rehearse,
+    set_weights,
+)
 from dmrl_ray.stages import job_spec
 from dmrl_ray.transfer import rllib_start
 
@@ -19,31 +30,43 @@ def check(config: RunConfig) -> None:
     """Find what does not fit together before anything starts.
 
     Raises:
-        ConfigError: with the stage and the setting.
+        Misfit: all that was found, each with its stage and setting.
         EnvironmentFault: the task family breaks its contract within the first steps.
     """
-    for name, stage in config.stages.items():
-        source = getattr(stage, "init_from", None)
-        spec = job_spec(config, name)
+    problems: dict[str, str] = {}  # sentence, and the first stage that it is of
+
+    def attempt(stage: str, step: Callable[[], object]) -> None:
         try:
-            start = job_spec(config, source) if source in config.stages else None
-            if check_foreign(spec, stage, start):
-                continue
-            program = build(spec)
-            if isinstance(stage, (Pretrain, Finetune)):
-                program.algorithm.prepare_training(spec.trainable)
-                _check_lag(program, spec, stage.max_policy_lag)
-            if isinstance(stage, Adapt):
-                check_steps(program.algorithm, stage)
-            _check_data(config, name, program)
-            if source is not None and source.startswith(RLLIB):
-                rllib_start(source, program.policy)
-            elif source is not None:
-                _check_start(program, spec, job_spec(config, source))
-            rehearse(program, spec)
+            step()
         except ValueError as error:
-            raise ConfigError(f"stages.{name}: {error}") from error
-    check_gpu(config)
+            problems.setdefault(str(error), stage)
+
+    attempt("", lambda: load_family(config.tasks))
+    for name in config.stages if not problems else ():
+        attempt(name, partial(_check_stage, config, name))
+    attempt("", partial(check_gpu, config))
+    if problems:
+        raise Misfit([(stage, text) for text, stage in problems.items()])
+
+
+def _check_stage(config: RunConfig, name: str) -> None:
+    stage, spec = config.stages[name], job_spec(config, name)
+    source = stage.init_from
+    start = job_spec(config, source) if source in config.stages else None
+    if check_foreign(spec, stage, start):
+        return
+    program = build(spec)
+    if isinstance(stage, (Pretrain, Finetune)):
+        program.algorithm.prepare_training(spec.trainable)
+        _check_lag(program, spec, stage.max_policy_lag)
+    if isinstance(stage, Adapt):
+        check_steps(program.algorithm, stage)
+    _check_data(config, name, program)
+    if start is not None:
+        _check_start(program, spec, start)
+    elif source is not None and source.startswith(RLLIB):
+        rllib_start(source, program.policy)
+    rehearse(program, spec)
 
 
 def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
