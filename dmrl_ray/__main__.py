@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional, cast
@@ -81,7 +81,7 @@ def run(
         from dmrl_ray.display import Display
 
         folder = out.absolute()
-        with _resumable(folder), Display() as display:
+        with _resumable(folder), _places_told(config, overrides or ()), Display() as display:
             if resume and (folder / "run.json").exists():
                 controller.resume(folder, address=address, display=display)
             else:
@@ -173,6 +173,10 @@ def config(
 
             typer.echo(resolved_text(settings), nl=False)
         else:
+            from dmrl_ray.checks import check
+
+            with _places_told(config, overrides or ()):
+                check(settings)
             stages = ", ".join(f"{name} ({s.type})" for name, s in settings.stages.items())
             typer.echo(f"{config}: valid; stages: {stages}")
 
@@ -267,6 +271,13 @@ def _load(name: str, overrides: Sequence[str]) -> RunConfig:
     from dmrl_ray.yaml_config import load_config
 
     return load_config(find_config(name), overrides)
+
+
+def _places_told(name: str, overrides: Sequence[str]) -> AbstractContextManager[None]:
+    from dmrl_ray.places import find_config
+    from dmrl_ray.yaml_config import places_told
+
+    return places_told(find_config(name), overrides)
 
 
 def _find_run(name: str) -> Path:

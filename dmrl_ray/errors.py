@@ -21,6 +21,18 @@ class ConfigError(DmrlError, ValueError):
     exit_code = 2
 
 
+class Misfit(ConfigError):
+    """Settings that are valid one by one, but do not fit together.
+
+    Attributes:
+        problems: stage ("" for the whole config) and sentence, which begins with the setting.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("\n".join(f"stages.{s}: {text}" if s else text for s, text in problems))
+        self.problems = problems
+
+
 class FolderInUse(DmrlError):
     """Another process writes this run."""
 

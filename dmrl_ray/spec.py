@@ -129,7 +129,7 @@ def build(spec: JobSpec, device: str | None = None) -> Program:
     if spec.rollout.num_envs % columns:
         raise ValueError(
             f"rollout.num_envs: {spec.rollout.num_envs} columns cannot be dealt to tasks of "
-            f"{columns} columns each (stage {spec.stage!r}); use a multiple of {columns}"
+            f"{columns} columns each; use a multiple of {columns}"
         )
     _check_device(spec, distribution, kind)
     return Program(distribution, policy if device is None else policy.to(device), algorithm, device)

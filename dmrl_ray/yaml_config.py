@@ -7,6 +7,7 @@ its own class's ``Config``. All errors of a config are shown at once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Any, TypeVar, get_args
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from dmrl_ray.config import RLLIB, RunConfig
-from dmrl_ray.errors import ConfigError
+from dmrl_ray.errors import ConfigError, Misfit
 from dmrl_ray.settings import Component, did_you_mean, import_class
 from dmrl_ray.yaml_messages import NAME_PATTERN, NAME_RULE, message_of
 from dmrl_ray.yaml_text import MAX_BYTES, Document, Path, dump, parse
@@ -30,14 +31,36 @@ def load_config(path: FilePath | str, overrides: Overrides = ()) -> RunConfig:
     Raises:
         ConfigError: every problem of the file and of the overrides, each with its place.
     """
+    return parse_config(_read(path), str(path), overrides)
+
+
+@contextmanager
+def places_told(path: FilePath | str, overrides: Overrides = ()) -> Iterator[None]:
+    """What is found within not to fit together is told with its place in this file.
+
+    Raises:
+        ConfigError: every problem that a `Misfit` from within names, each with its place.
+    """
+    try:
+        yield
+    except Misfit as misfit:
+        document = _document(_read(path), str(path), overrides)
+        for stage, text in misfit.problems:
+            _report_misfit(document, stage, text)
+        try:
+            _refuse(document)
+        except ConfigError as told:
+            raise told from misfit
+
+
+def _read(path: FilePath | str) -> str:
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1).decode()
+            return file.read(MAX_BYTES + 1).decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text, so not a config") from error
-    return parse_config(text, str(path), overrides)
 
 
 def parse_config(text: str, name: str, overrides: Overrides = ()) -> RunConfig:
@@ -48,6 +71,15 @@ def parse_config(text: str, name: str, overrides: Overrides = ()) -> RunConfig:
     Raises:
         ConfigError: every problem of the text and of the overrides, each with its place.
     """
+    document = _document(text, name, overrides)
+    _check(document, RunConfig, document.data, ())
+    _check_stages(document)
+    _refuse(document)
+    return expanded(RunConfig.model_validate(document.data))
+
+
+def _document(text: str, name: str, overrides: Overrides) -> Document:
+    """The values as they are written, none of them validated."""
     document = parse(name, text)
     _refuse(document)
     if not isinstance(document.data, dict):
@@ -56,10 +88,7 @@ def parse_config(text: str, name: str, overrides: Overrides = ()) -> RunConfig:
     for override in overrides:
         document.override(override)
     _refuse(document)
-    _check(document, RunConfig, document.data, ())
-    _check_stages(document)
-    _refuse(document)
-    return expanded(RunConfig.model_validate(document.data))
+    return document
 
 
 def resolved(config: RunConfig) -> str:
@@ -208,6 +237,38 @@ def _report(
     if error["type"].startswith("union_tag_invalid"):
         path = (*path, "type")
     document.report(parent + path, message)
+
+
+def _report_misfit(document: Document, stage: str, text: str) -> None:
+    """Report a sentence that begins with a setting, as seen from a stage."""
+    dotted, colon, message = text.partition(": ")
+    parent = _owner(document.data, stage, dotted.split(".")[0]) if colon else None
+    if parent is None:
+        document.report(("stages", stage) if stage else (), text)
+        return
+    prefix = "".join(f"{key}." for key in parent)
+    inside = parent[:1] == ("stages",) or not stage
+    document.report(
+        document.resolve(prefix + dotted), message if inside else f"{message} (stage {stage!r})"
+    )
+
+
+def _owner(data: dict[str, Any], stage: str, key: str) -> tuple[str, ...] | None:
+    """The section that a stage takes a setting from; None if it has no such setting."""
+    section = data["stages"][stage] if stage else {}
+    stages = _models(RunConfig.model_fields["stages"].annotation)
+    own = any(key in model.model_fields for model in _tagged(stages, section.get("type")))
+    if own and (key in section or key not in RunConfig.model_fields):
+        return ("stages", stage)
+    source = section.get("init_from")
+    trains = section.get("type") in ("pretrain", "finetune")
+    if (
+        isinstance(source, str)
+        and source in data["stages"]
+        and (key == "network" or (key == "algorithm" and not trains))
+    ):
+        return _owner(data, source, key)
+    return () if key in RunConfig.model_fields else None
 
 
 def _check_stages(document: Document) -> None:

@@ -74,7 +74,7 @@ class Document:
     def override(self, text: str) -> None:
         """Apply ``key.path=value`` of the command line."""
         dotted, equals, value_text = text.partition("=")
-        path = self._resolve(dotted.strip())
+        path = self.resolve(dotted.strip())
         if not equals or not dotted.strip():
             self.overrides[path] = text
             self.report(path, "a setting is changed by 'key.path=value'")
@@ -88,7 +88,7 @@ class Document:
             section[path[-1]] = value.data
             self.marks = {p: m for p, m in self.marks.items() if p[: len(path)] != path}
 
-    def _resolve(self, dotted: str) -> Path:
+    def resolve(self, dotted: str) -> Path:
         """The path of a dotted key; existing keys may contain dots themselves."""
         words, path, here = dotted.split("."), [], self.data
         while words:

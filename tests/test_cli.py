@@ -122,13 +122,22 @@ def test_overrides_are_applied(here):
     assert config.tasks.settings.goals == 9
 
 
+VALID = """\
+tasks: point_goal
+algorithm: ppo
+stages:
+  meta: {type: pretrain, env_steps: 10}
+"""
+
+
 def test_a_valid_config_is_said_to_be_valid(here):
+    Path("run.yaml").write_text(VALID)
     assert call("config", "run.yaml").stdout == "run.yaml: valid; stages: meta (pretrain)\n"
 
 
 def test_packaged_configs_are_found_by_name(here, monkeypatch):
     (here / "package" / "configs").mkdir(parents=True)
-    (here / "package" / "configs" / "quickstart.yaml").write_text(CONFIG)
+    (here / "package" / "configs" / "quickstart.yaml").write_text(VALID)
     monkeypatch.setattr("dmrl_ray.__path__", [str(here / "package")])
     assert call("config", "quickstart").exit_code == 0
     answer = call("config", "quickstrat")

@@ -1,0 +1,125 @@
+"""What does not fit together in a config, found before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from dmrl_ray.algorithms.offline import open_dataset
+from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
+from dmrl_ray.data_sources import DataSettings
+from dmrl_ray.errors import Misfit
+from dmrl_ray.foreign import check_foreign
+from dmrl_ray.held_out import check_seen
+from dmrl_ray.placement import check_gpu
+from dmrl_ray.settings import did_you_mean
+from dmrl_ray.spec import (
+    JobSpec,
+    Program,
+    build,
+    get_weights,
+    load_family,
+    rehearse,
+    set_weights,
+)
+from dmrl_ray.stages import job_spec
+from dmrl_ray.transfer import rllib_start
+
+
+def check(config: RunConfig) -> None:
+    """Find what does not fit together before anything starts.
+
+    Raises:
+        Misfit: all that was found, each with its stage and setting.
+        EnvironmentFault: the task family breaks its contract within the first steps.
+    """
+    problems: dict[str, str] = {}  # sentence, and the first stage that it is of
+
+    def attempt(stage: str, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except ValueError as error:
+            problems.setdefault(str(error), stage)
+
+    attempt("", lambda: load_family(config.tasks))
+    for name in config.stages if not problems else ():
+        attempt(name, partial(_check_stage, config, name))
+    attempt("", partial(check_gpu, config))
+    if problems:
+        raise Misfit([(stage, text) for text, stage in problems.items()])
+
+
+def _check_stage(config: RunConfig, name: str) -> None:
+    stage, spec = config.stages[name], job_spec(config, name)
+    source = stage.init_from
+    start = job_spec(config, source) if source in config.stages else None
+    if check_foreign(spec, stage, start):
+        return
+    program = build(spec)
+    if isinstance(stage, (Pretrain, Finetune)):
+        program.algorithm.prepare_training(spec.trainable)
+        _check_lag(program, spec, stage.max_policy_lag)
+    if isinstance(stage, Adapt):
+        program.adaptation(stage.by)
+    _check_data(config, name, program)
+    if start is not None:
+        _check_start(program, spec, start)
+    elif source is not None and source.startswith(RLLIB):
+        rllib_start(source, program.policy)
+    rehearse(program, spec)
+
+
+def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
+    if lag and not program.algorithm.corrects_for_lag:
+        raise ValueError(
+            f"max_policy_lag: {spec.algorithm_name} learns as if its newest policy had acted; use "
+            "0, or an algorithm that corrects for older ones, such as impala"
+        )
+
+
+def _check_data(config: RunConfig, name: str, program: Program) -> None:
+    """See that a stage that learns from data will find them, and that it records what it plays."""
+    algorithm = program.algorithm
+    stages, stage = list(config.stages), config.stages[name]
+    recorded = isinstance(stage, (Pretrain, Finetune)) and stage.record
+    if recorded and not algorithm.recordable:
+        raise ValueError("record: this algorithm does not play by the environment's rewards alone")
+    learns_from = {
+        field: data
+        for field in type(algorithm.config).model_fields
+        if isinstance(data := getattr(algorithm.config, field), DataSettings)
+    }
+    for field, data in learns_from.items():
+        if data.stage is None or data.runs:
+            open_dataset(algorithm, data)
+        elif data.stage not in stages[: stages.index(name)]:
+            raise ValueError(
+                f"algorithm.{field}.stage: there is no earlier stage {data.stage!r}"
+                + did_you_mean(data.stage, stages[: stages.index(name)])
+            )
+        elif not getattr(config.stages[data.stage], "record", False):
+            raise ValueError(
+                f"algorithm.{field}.stage: stage {data.stage!r} is not recorded; give it "
+                "record: true"
+            )
+    check_seen(config, name, learns_from, algorithm.distribution)
+
+
+def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:
+    """See that a stage can begin with the policy that another stage leaves."""
+    start = build(source).policy
+    here, there = spec.algorithm_name, source.algorithm_name
+    if start.sees_previous != program.policy.sees_previous:
+        seeing, blind = (there, here) if start.sees_previous else (here, there)
+        raise ValueError(
+            f"init_from: a policy of {seeing} is shown its last action and reward, one of {blind} "
+            f"is not, so {here} cannot go on with the policy of stage {source.stage!r}, which is "
+            f"{there}'s; use algorithm: {there} here, or start from another stage"
+        )
+    try:
+        set_weights(program.policy, get_weights(start))
+    except ValueError as error:
+        raise ValueError(
+            f"init_from: the policy of stage {source.stage!r} does not fit; leave network out, or "
+            f"make it the same: {error}"
+        ) from error
