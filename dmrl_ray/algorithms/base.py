@@ -89,6 +89,13 @@ class Algorithm(Descent, Adaptation):
     def update(self, trial: Trial) -> dict[str, float]:
         """The outer loop: improve the policy from what all shards collected, as tensors."""
 
+    def check_continued(self) -> None:
+        """See that its policy can act while gradient steps move it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
     def get_state(self) -> Arrays:
         """What the next update depends on beside weights and optimiser, such as replay."""
         return {}
@@ -106,6 +113,7 @@ def continued(
     Raises:
         ValueError: as `Continued`.
     """
+    algorithm.check_continued()
     config = algorithm.config
     own = ContinuedTraining(
         optimizer="sgd" if config.optimizer == "sgd" else "adamw",

@@ -29,6 +29,7 @@ from dmrl_ray.algorithms.offline import Offline, open_dataset
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.dataset import Dataset
 from dmrl_ray.faults import answer_of
+from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rollout import Sampler
@@ -118,6 +119,9 @@ class DPT(Offline):
         shuffled = self.rng.permuted(np.tile(np.arange(steps)[:, None], columns), axis=0)
         drawn = self.rng.integers(query.num_steps, size=(steps + 1, columns))
         order, asked = (torch.from_numpy(x).to(device) for x in (shuffled, drawn))
+        if not context.all_count:  # Transitions that count come first.
+            last = (~context.mask.gather(0, order)).to(torch.uint8).argsort(dim=0, stable=True)
+            order = order.gather(0, last)
         b = torch.arange(columns, device=device)
         obs, action, reward = context.obs[:-1], context.action, context.reward
         done = context.terminated | context.truncated
@@ -133,14 +137,27 @@ class DPT(Offline):
             name: torch.cat([torch.stack(part, 1).flatten(0, 1), end.unsqueeze(0)])
             for name, part, end in zip(names, parts, last, strict=True)
         }  # (3 T + 1, B, ...)
+        if not context.all_count:  # A query after n transitions counts where there are as many.
+            known = torch.arange(steps + 1, device=device).unsqueeze(1)
+            shown["mask"] = known <= context.mask.sum(0)
         return shown | {"action": best[asked, b]}
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         pi, _, _ = self.policy(batch["obs"], previous_in(batch), self.empty_memory(batch))
         pi = pi[::3]  # the queries
-        head = self.policy.policy_head
-        loss = -head.log_prob(pi, batch["action"]).mean()
-        return loss, {"entropy": head.entropy(pi).mean()}
+        head, mask = self.policy.policy_head, batch.get("mask")
+        loss = -counted_mean(head.log_prob(pi, batch["action"]), mask)
+        return loss, {"entropy": counted_mean(head.entropy(pi), mask)}
+
+    def check_continued(self) -> None:
+        """Refuse: an actor under other parameters would not ask its context.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "by: dpt acts by asking its context, which gradient steps leave out; use own"
+        )
 
     def act(self, sampler: Sampler, agent: Agent) -> Rollout:
         return sampler.rollout(self.policy, PIECE_STEPS, actor=self._act, with_value=False)
@@ -153,6 +170,7 @@ class DPT(Offline):
         before = _nothing(*previous[:2])
         if reset is None:
             *kept, last = memory
+            last = last.unsqueeze(0)
             after = torch.where(_like(previous[2], obs), last, obs)
             shown = torch.cat([last, after, obs])
             inputs = [torch.cat([none, x, none]) for none, x in zip(before, previous, strict=True)]
@@ -160,7 +178,7 @@ class DPT(Offline):
         else:  # All columns at once: memory spans the trial.
             remembered = self.policy.initial_memory(obs.shape[1])
             pi, features, remembered = self.policy(obs, before, remembered)
-        return pi[-1:], features[-1:], (*remembered, obs.clone())
+        return pi[-1:], features[-1:], (*remembered, obs[0].clone())
 
 
 def _by_chance(rng: np.random.Generator, columns: int, actions: int) -> Tensor:
