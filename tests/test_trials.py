@@ -1,0 +1,161 @@
+"""Trials are K episodes, advantages do not know where a rollout ended, and tables say who acted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from dmrl_ray import controller
+from dmrl_ray.calls import CollectCall
+from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.display import Display
+from dmrl_ray.learner import Learner
+from dmrl_ray.results import load
+from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.worker import RolloutWorker
+from dmrl_ray.yaml_config import parse_config
+from tests.matrix_family import LIMIT, SHORT, LazyWalk
+
+MLP = {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [8]}}
+GRU = {"type": "actor_critic", "encoder": {"type": "gru", "size": 8}}
+WALK = {"type": "tests.matrix_family:Walk"}
+POLES = {"type": "gym", "id": "CartPole-v1", "vary": {"gravity": [5, 15]}}
+META = {"type": "pretrain", "env_steps": 1, "validation_tasks": 2}
+START = {"init_from": "meta", "checkpoint": "last"}
+
+
+def play(folder, tasks, algorithm, network=MLP, columns=8, **stages):
+    """A run with one iteration of pretraining, and then these stages."""
+    config = {
+        "tasks": tasks,
+        "network": network,
+        "algorithm": algorithm,
+        "rollout": {"shards": 1, "num_envs": columns},
+        "workers": {"num": 0},
+        "learners": {"threads": 1},
+        "stages": {"meta": META, **stages},
+    }
+    controller.run(parse_config(json.dumps(config), "c.yaml"), folder, display=Display(quiet=True))
+    return folder
+
+
+def rows(folder, table="episodes", **where):
+    """Rows of a table where columns have these values."""
+    frame = load(folder, table=table)
+    for name, value in where.items():
+        frame = frame[frame[name] == value]
+    return frame
+
+
+@pytest.fixture(scope="module")
+def five_shot(tmp_path_factory):
+    """MAML with five episodes a task between gradient steps, on poles that fall when they do."""
+    maml = {"type": "maml", "episodes_per_task": 5, "evaluation_steps": 1, "epochs": 1}
+    held_out = {"type": "evaluate", **START, "tasks": 2, "record": True}
+    folder = tmp_path_factory.mktemp("five_shot") / "run"
+    return play(folder, POLES, maml, columns=10, held_out=held_out)
+
+
+def test_recorded_adaptation_steps_have_exactly_their_episodes(five_shot):
+    steps = rows(five_shot, "transitions", stage="held_out")
+    episodes = steps[["task_id", "adaptation_step", "column", "episode"]].drop_duplicates()
+    counts = episodes.groupby(["task_id", "adaptation_step"]).size()
+    assert counts.tolist() == [5] * 4
+    assert len(steps) == rows(five_shot, stage="held_out")["length"].sum()
+
+
+def test_inner_steps_see_exactly_their_episodes_in_training(five_shot):
+    trained = rows(five_shot, split="train")
+    assert trained.groupby(["task_id", "adaptation_step"]).size().tolist() == [5] * 4
+
+
+def test_returns_before_and_after_are_mean_returns_of_episodes(five_shot):
+    metrics = rows(five_shot, "metrics", stage="meta").set_index("name")["value"]
+    trained = rows(five_shot, split="train")
+    for name, step in (("return/before", 0), ("return/after", 1)):
+        mean = trained[trained["adaptation_step"] == step]["return"].mean()
+        assert metrics[name] == pytest.approx(mean)
+
+
+def test_rl2_trains_on_trials_of_k_episodes(tmp_path):
+    folder = play(tmp_path / "run", {**POLES, "episodes": 2}, {"type": "rl2", "epochs": 1}, GRU)
+    counts = rows(folder, split="train").groupby("task_id").size()
+    assert counts.tolist() == [2] * 8
+
+
+def test_an_evaluation_steps_no_longer_than_its_episodes_last(tmp_path):
+    lazy = {"type": "tests.matrix_family:LazyWalk"}
+    folder = play(tmp_path / "run", lazy, {"type": "ppo", "num_steps": 4})
+    LazyWalk.calls = 0
+    asked = {"split": "test", "tasks": 3, "trials": 1, "checkpoint": "last"}
+    frame = controller.evaluate(folder, stage=None, **asked)
+    assert frame["length"].tolist() == [LIMIT] * 6
+    assert LazyWalk.calls == 2 * LIMIT
+
+
+@pytest.mark.parametrize("kind", ["rl2", "maml"])
+def test_where_length_is_return_the_mean_of_counted_returns_is_the_true_mean(kind, tmp_path):
+    # Half the episodes have 3 steps, on average over tasks, and half have 10: 6.5, each of a
+    # standard deviation of 3.5. With the tasks that are drawn, 4096 of them: 0.08.
+    algorithm = {"rl2": {"type": "rl2"}, "maml": {"type": "maml", "episodes_per_task": 2}}[kind]
+    tasks = {**WALK, "varying": True, "drawn": True}
+    network = {"rl2": GRU, "maml": MLP}[kind]
+    folder = play(tmp_path / "run", tasks, algorithm | {"epochs": 1}, network, columns=2048)
+    returns = rows(folder, split="train")["return"]
+    assert len(returns) == 4096
+    assert returns.mean() == pytest.approx((SHORT + LIMIT) / 2, abs=0.3)
+
+
+def test_advantages_do_not_depend_on_where_a_rollout_was_cut():
+    # Episodes have 300 steps, and the first rollout of a trial of two of them has 500: the same
+    # hundred steps of both episodes are the last hundred of it, and 300 steps before.
+    settings = {"episodes_per_task": 64, "gae_lambda": 0.9, "steps_per_adaptation": 500}
+    spec = JobSpec(
+        *("stage", "stage", 0),
+        Component.model_validate({"type": "tests.matrix_family:NoisyWalk"}),
+        Component.model_validate(MLP),
+        Component.model_validate({"type": "maml", **settings}),
+        RolloutSettings(shards=1, num_envs=64),
+    )
+    weights = Weights(0, Learner(spec).weights())
+    _, trial, _ = RolloutWorker().collect(CollectCall(spec, 0, 0, 0), weights, {})
+    advantage = trial[0].advantage
+    first, second = advantage[100:200].mean(), advantage[400:500].mean()
+    assert abs(first - second) < 0.25
+
+
+def test_episodes_name_the_version_that_acted(tmp_path):
+    special = {"type": "finetune", **START, "tasks": 2, "updates": 3}
+    held_out = {"type": "evaluate", **START, "tasks": 2}
+    folder = play(
+        tmp_path / "run",
+        WALK,
+        {"type": "ppo", "num_steps": LIMIT},
+        special=special,
+        held_out=held_out,
+    )
+    finetuned = rows(folder, stage="special")
+    assert sorted(finetuned["policy_version"].unique()) == [0, 1, 2, 3]
+    assert set(rows(folder, stage="held_out")["policy_version"]) == {1}
+
+
+def test_every_task_that_an_episode_names_is_in_the_tasks_table(tmp_path):
+    folder = play(tmp_path / "run", WALK, {"type": "ppo", "num_steps": 2 * LIMIT})
+    assert set(rows(folder)["task_id"]) <= set(rows(folder, "tasks")["task_id"])
+
+
+def test_one_who_is_told_of_changes_meets_each_task_as_in_an_evaluation(tmp_path):
+    sizes = {"streams": 2, "tasks_per_stream": 3, "episodes_per_task": 2}
+    stream = {"type": "adapt", **START, **sizes, "change": "told", "by": "own"}
+    held_out = {"type": "evaluate", **START, "tasks": 6}
+    tasks = {**WALK, "acts": "continuous"}  # what a memory holds shows in every action
+    folder = play(tmp_path / "run", tasks, {"type": "rl2"}, GRU, stream=stream, held_out=held_out)
+    told, alone = (
+        rows(folder, stage=stage, job=stage).sort_values(["task_id", "episode"])
+        for stage in ("stream", "held_out")
+    )
+    assert len(told) == 12
+    for name in ("task_id", "return", "length"):
+        np.testing.assert_array_equal(told[name], alone[name])
