@@ -241,3 +241,10 @@ def test_the_page_says_what_the_report_says(tmp_path):
         "stages.held_out={type: evaluate, init_from: train, tasks: 256}",
     ]
     assert block("text").strip() in text_report(play(tmp_path / "run", *stages))
+
+
+def test_training_tasks_are_fine_tuned_to_and_scored(tmp_path):
+    tuning = "{type: finetune, init_from: train, split: train, tasks: 2, updates: 1}"
+    rows = load(play(tmp_path / "run", f"stages.tuned={tuning}")).query("stage == 'tuned'")
+    assert set(rows["split"]) == {"train"}
+    assert rows["score"].notna().all()
