@@ -174,7 +174,6 @@ def config_of(cell: Cell) -> str:
         stages["meta"]["record"] = True
     if cell.algorithm in READERS:
         stages = _source(cell) | stages
-        stages["meta"]["allow_seen"] = True
     config = {
         "name": "cell",
         "tasks": _tasks(cell),
@@ -229,7 +228,7 @@ def _source(cell: Cell) -> dict[str, dict[str, Any]]:
     source = {"init_from": "start", "record": True}
     if cell.algorithm == "algorithm_distillation":
         small = {"rollout": {"shards": 1, "num_envs": 2}, "algorithm": plain["algorithm"]}
-        kind = {"type": "finetune", "split": "validation", "tasks": 2, "updates": 2, **small}
+        kind = {"type": "finetune", "split": "train", "tasks": 2, "updates": 2, **small}
     else:
         kind = {"type": "evaluate", "split": "train", "tasks": 4, "trials": 2}
     return {"start": start, "source": kind | source}
@@ -318,8 +317,7 @@ class Played:
 
     def _rows(self, table: str) -> pd.DataFrame:
         rows = load(self.folder, table=table)
-        rows = rows[~rows["stage"].isin(["start", "source"])]
-        return rows.rename(columns={"shot": "adaptation_step"})
+        return rows[~rows["stage"].isin(["start", "source"])]
 
     @property
     def training(self) -> pd.DataFrame:
@@ -346,11 +344,14 @@ def weights_of(folder: Path) -> dict[str, Arrays]:
     return {name: load_arrays(folder, record) for name, record in commit.files.items()}
 
 
+NULLABLE = ("score", "change", "next_obs")
+
+
 def numbers(frame: pd.DataFrame) -> np.ndarray:
-    """All floating-point numbers of a table that are not null, those in lists included."""
+    """All floating-point numbers of a table, those in lists included, without nulls that may be."""
     parts = [np.empty(0)]
     for name in frame:
-        cells = frame[name].dropna()
+        cells = frame[name].dropna() if name in NULLABLE else frame[name]
         if len(cells) and isinstance(cells.iloc[0], np.ndarray):
             parts.append(np.concatenate(list(cells)))
         elif cells.dtype.kind == "f":
