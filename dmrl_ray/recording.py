@@ -170,11 +170,16 @@ def since_change(
     at = (step[mask], column[mask])
     found[0][at] = reward[mask]
     found[1][at] = (rate[episode, column] - reward)[mask]
-    by_task = found.reshape(2, found.shape[1], len(tasks), copies)
-    known = ~np.isnan(by_task)
-    with np.errstate(invalid="ignore"):
-        mean = np.where(known, by_task, 0.0).sum(-1) / known.sum(-1)
+    mean = mean_of_known(found.reshape(2, found.shape[1], len(tasks), copies), axis=-1)
     return mean[0], mean[1]
+
+
+def mean_of_known(x: np.ndarray, axis: int) -> np.ndarray:
+    """Mean along an axis of what is not NaN; NaN where nothing is known."""
+    known = ~np.isnan(x)
+    with np.errstate(invalid="ignore"):
+        mean: np.ndarray = np.where(known, x, 0.0).sum(axis) / known.sum(axis)
+    return mean
 
 
 def _oracle_returns(tasks: Sequence[Task], family: TaskDistribution, episodes: int) -> np.ndarray:

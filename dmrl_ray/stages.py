@@ -22,6 +22,7 @@ from dmrl_ray.config import (
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.jobs import evaluation_calls, run_job, tasks_at_once
+from dmrl_ray.recording import mean_of_known
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, Weights, build
 from dmrl_ray.statistics import t_interval
@@ -126,9 +127,8 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
             run.event("job_finished", name, job.name, updates=stage.updates)
             finished.append(job.name)
             steps += int(rows["length"].sum())
-            last = rows["return"][
-                rows["adaptation_step"] == stage.updates
-            ]  # None if no episode ended then.
+            at_the_end = rows["adaptation_step"] == stage.updates
+            last = rows["return"][at_the_end]  # Empty if no episode ended then.
             run.display.update(
                 name,
                 steps,
@@ -168,8 +168,8 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     steps = 0
     if stage.change == "ignore":
         returns.append(_play_streams(run, spec, stage, weights, tasks))
-    variants = {"told": (spec.name, False), "ignore": (f"{spec.name}.restarted", False)}
-    for job, frozen in (variants[stage.change], (f"{spec.name}.unadapted", True)):
+    restarted = spec.name if stage.change == "told" else f"{spec.name}.restarted"
+    for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
         calls = evaluation_calls(
             spec,
             tasks,
@@ -247,7 +247,7 @@ def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarr
         for measure, values in (("reward", reward[changes]), ("regret", regret[changes])):
             if not np.isfinite(values).any():
                 continue
-            for u, met in enumerate(_mean_over_changes(values)):
+            for u, met in enumerate(mean_of_known(values, axis=0)):
                 known = met[np.isfinite(met)]
                 if len(known) == 0:
                     continue
@@ -255,14 +255,6 @@ def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarr
                 name = f"{measure}_{part}"
                 figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
                 run.add_metrics(spec, 0, u + 1, figures)
-
-
-def _mean_over_changes(values: np.ndarray) -> np.ndarray:
-    """(U, N) of (K, U, N): the mean over the changes at which a stream made this step."""
-    known = np.isfinite(values)
-    with np.errstate(invalid="ignore"):
-        mean: np.ndarray = np.where(known, values, 0.0).sum(0) / known.sum(0)
-    return mean
 
 
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:
