@@ -83,6 +83,11 @@ class PPO(Algorithm):
             )
 
     @property
+    def collected_steps(self) -> int:
+        steps: int = getattr(self.config, "num_steps", 0)
+        return steps
+
+    @property
     def epochs(self) -> int:
         """Passes over each batch."""
         assert isinstance(self.config, ClipConfig)
