@@ -174,11 +174,14 @@ def config(
             typer.echo(resolved_text(settings), nl=False)
         else:
             from dmrl_ray.checks import check
+            from dmrl_ray.memory import summary
 
             with _places_told(config, overrides or ()):
-                check(settings)
+                held = check(settings)
             stages = ", ".join(f"{name} ({s.type})" for name, s in settings.stages.items())
             typer.echo(f"{config}: valid; stages: {stages}")
+            if held:
+                typer.echo(f"memory: {summary(held)}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from types import ModuleType
 from typing import Annotated, Any
@@ -207,6 +207,20 @@ def _import_module(name: str) -> ModuleType:
         raise ValueError(
             f"import of module '{name}' failed with {type(error).__name__}: {error}"
         ) from error
+
+
+def numbers(place: str, settings: object) -> Iterator[tuple[int, str]]:
+    """Every whole number among settings, and its dotted name, which `place` begins."""
+    if isinstance(settings, Component):
+        settings = settings.settings
+    if isinstance(settings, BaseModel):
+        for name in type(settings).model_fields:
+            yield from numbers(f"{place}.{name}", getattr(settings, name))
+    elif isinstance(settings, tuple | list):
+        for item in settings:
+            yield from numbers(place, item)
+    elif isinstance(settings, int) and not isinstance(settings, bool):
+        yield settings, place
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

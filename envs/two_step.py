@@ -152,6 +152,7 @@ class TwoStep(TaskDistribution):
         self.observation_space = Box(0.0, 1.0, (3,), np.float32)
         self.action_space = Discrete(2)
         self.max_episode_steps = 2 * config.rounds
+        self.task_bytes = 8 * config.rounds
         if config.held_out:
             drawn = self._draw(np.random.default_rng(0), 1000, "train")
             parts = [self._part(task) for task in drawn]

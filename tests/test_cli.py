@@ -132,7 +132,10 @@ stages:
 
 def test_a_valid_config_is_said_to_be_valid(here):
     Path("run.yaml").write_text(VALID)
-    assert call("config", "run.yaml").stdout == "run.yaml: valid; stages: meta (pretrain)\n"
+    assert call("config", "run.yaml").stdout == (
+        "run.yaml: valid; stages: meta (pretrain)\n"
+        "memory: about 1.1 MiB (rollouts 0.9, weights 0.2)\n"
+    )
 
 
 def test_packaged_configs_are_found_by_name(here, monkeypatch):

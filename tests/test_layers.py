@@ -14,7 +14,7 @@ LAYERS = [
     "commits run_folder writer",
     "algorithms",
     "spec transfer recording calls foreign averaging worker learner",
-    "stages placement checks jobs run cluster connection pool worker_actor ray_learners display",
+    "stages placement memory checks jobs run cluster connection pool worker_actor ray_learners display",
     "controller",
     "__main__ results report_tables report rllib",
 ]
