@@ -61,7 +61,7 @@ def check(config: RunConfig) -> list[Part]:
     attempt("", partial(check_gpu, config))
     if problems:
         raise Misfit([(stage, text) for text, stage in problems.items()])
-    return max(held.values(), key=lambda parts: sum(p.size_bytes for p in parts), default=[])
+    return max(held.values(), key=lambda parts: sum(p.about_bytes for p in parts), default=[])
 
 
 def _measure(config: RunConfig, name: str, held: dict[str, list[Part]]) -> None:

@@ -2,8 +2,9 @@
 
 Counted is what the learner's process surely holds at one time: its weights with their gradients
 and moments, the rollouts of an iteration, replay, the parameters of each task, the memory of a
-shard's environments, lists of tasks. Activations, copies on the way and the programs themselves
-come on top: what would fit is never refused.
+shard's environments, lists of tasks: what would fit is never refused. Activations, copies on the
+way and checkpoints take about as much again, which is what is shown; the programs, 0.4 GB, come on
+top.
 """
 
 from __future__ import annotations
@@ -39,20 +40,15 @@ class Part:
         name: of the kind.
         made_of: what they are, for a message.
         factors: sizes that multiply, with the setting of each: the largest is the one to lower.
-        size_bytes: where episodes are as long as they can be.
-        least_bytes: however soon episodes end; None is `size_bytes`.
+        sure_bytes: that they take, however soon episodes end.
+        about_bytes: that they take with what is made of them on the way.
     """
 
     name: str
     made_of: str
     factors: tuple[tuple[int, str], ...]
-    size_bytes: int
-    least_bytes: int | None = None
-
-    @property
-    def sure_bytes(self) -> int:
-        """What they surely take."""
-        return self.size_bytes if self.least_bytes is None else self.least_bytes
+    sure_bytes: int
+    about_bytes: int
 
 
 def machine_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -93,10 +89,10 @@ def refusal(parts: list[Part], limit_bytes: int) -> str | None:
 
 def summary(parts: list[Part]) -> str:
     """As in ``about 1.2 GiB (rollouts 0.9, weights 0.2, replay 0.1)``."""
-    total = sum(part.size_bytes for part in parts)
+    total = sum(part.about_bytes for part in parts)
     unit = _unit(total)
-    ordered = sorted(parts, key=lambda part: -part.size_bytes)
-    shares = [(part.name, f"{part.size_bytes / 1024**unit:.1f}") for part in ordered]
+    ordered = sorted(parts, key=lambda part: -part.about_bytes)
+    shares = [(part.name, f"{part.about_bytes / 1024**unit:.1f}") for part in ordered]
     listed = ", ".join(f"{name} {share}" for name, share in shares if share != "0.0")
     return f"about {told(total)} ({listed})"
 
@@ -128,12 +124,12 @@ def estimate(program: Program, spec: JobSpec, stage: Stage, learners: int = 1) -
     parts = [_weights(program, spec, trained=trains and not on_gpu), _tasks(program, spec, stage)]
     if trains:
         shards = 1 if isinstance(stage, Finetune) else spec.rollout.shards
-        parts += [_rollouts(program, spec, shards), _memory(program, spec)]
+        parts += [_rollouts(program, spec, shards), _memory(program, spec, shards)]
         if not on_gpu:
             tasks = shards * spec.rollout.num_envs // program.algorithm.columns_per_task
             tasks = 1 if isinstance(stage, Finetune) else tasks // learners
             parts += [_replay(program), _task_parameters(program, spec, tasks)]
-    return [part for part in parts if part.size_bytes]
+    return [part for part in parts if part.about_bytes]
 
 
 def _weights(program: Program, spec: JobSpec, *, trained: bool) -> Part:
@@ -151,7 +147,7 @@ def _weights(program: Program, spec: JobSpec, *, trained: bool) -> Part:
     held = sum(sizes.values()) + copies * sum(sizes[name] for name in moving)
     count = sum(p.numel() for p in policy.parameters())
     with_what = " with gradients and the optimiser's state" if moving else ""
-    return Part("weights", f"{count:,} weights{with_what}", tuple(factors), held)
+    return Part("weights", f"{count:,} weights{with_what}", tuple(factors), held, 2 * held)
 
 
 def _tasks(program: Program, spec: JobSpec, stage: Stage) -> Part:
@@ -163,10 +159,11 @@ def _tasks(program: Program, spec: JobSpec, stage: Stage) -> Part:
     else:
         factors = [(stage.tasks, "tasks")]
     count = math.prod(number for number, _ in factors)
-    size = count * (TASK_BYTES + program.distribution.task_bytes)
+    size = program.distribution.task_bytes
+    sure, about = count * (TASK_BYTES + size), count * (4 * TASK_BYTES + size)
     if program.distribution.task_bytes:
         factors.append(_largest("tasks", spec.tasks))
-    return Part("tasks", f"{count:,} tasks", tuple(factors), size)
+    return Part("tasks", f"{count:,} tasks", tuple(factors), sure, about)
 
 
 def _rollouts(program: Program, spec: JobSpec, shards: int) -> Part:
@@ -176,22 +173,23 @@ def _rollouts(program: Program, spec: JobSpec, shards: int) -> Part:
     step = shown + done + 8 + 4  # reward and log-probability, four flags
     on_device = spec.rollout.device is not None
     copies = 0 if spec.rollout.device == "cuda" else 1 if on_device and shards == 1 else 2
-    # Rooms for steps that are not made are no memory yet, but for the mask.
-    least = None if _whole(program) else min(copies, 1) * steps * envs
+    full = copies * steps * envs * shards * step
+    # Room for steps that are not made is no memory yet, but for the mask.
+    sure = full if _whole(program) else min(copies, 1) * steps * envs
     factors = ((envs, "rollout.num_envs"), (shards, "rollout.shards"), _steps(program, spec))
     made_of = f"{steps:,} steps x {envs:,} environments x {shards:,} shards of {step:,} bytes"
     made_of += ", as collected and as joined," if copies == 2 else ""
-    return Part("rollouts", made_of, factors, copies * steps * envs * shards * step, least)
+    return Part("rollouts", made_of, factors, sure, 2 * full)
 
 
-def _memory(program: Program, spec: JobSpec) -> Part:
-    """The policy's, of the environments of a shard."""
+def _memory(program: Program, spec: JobSpec, shards: int) -> Part:
+    """The policy's, of the environments of a shard; all shards may be in one process."""
     envs = spec.rollout.num_envs if program.algorithm.collected_steps else 0
     with torch.device("meta"):
         size = program.policy.encoder.memory_bytes
     factors = ((envs, "rollout.num_envs"), _largest("network", spec.network))
     made_of = f"the policy's memories of {envs:,} environments, {told(size)} each,"
-    return Part("memory", made_of, factors, envs * size)
+    return Part("memory", made_of, factors, envs * size, 2 * shards * envs * size)
 
 
 def _replay(program: Program) -> Part:
@@ -202,9 +200,10 @@ def _replay(program: Program) -> Part:
     shown, done = _step_bytes(program)
     step = 2 * shown + done + 4 + 3  # reward, three flags
     made_of = f"{slots:,} trials x {steps:,} steps of {step:,} bytes in the replay"
-    least = None if _whole(program) else slots * step
+    full = slots * steps * step
+    sure = full if _whole(program) else slots * step
     factors = ((slots, "algorithm.replay_trials"),)
-    return Part("replay", made_of, factors, slots * steps * step, least)
+    return Part("replay", made_of, factors, sure, full)
 
 
 def _task_parameters(program: Program, spec: JobSpec, tasks: int) -> Part:
@@ -218,7 +217,7 @@ def _task_parameters(program: Program, spec: JobSpec, tasks: int) -> Part:
         moved *= 2 if within else algorithm.rollouts_per_trial
     factors = ((tasks, "rollout.num_envs"), _largest("network", spec.network))
     made_of = f"the parameters of {tasks:,} tasks at once, {told(moved)} each,"
-    return Part("tasks' parameters", made_of, factors, tasks * moved)
+    return Part("tasks' parameters", made_of, factors, tasks * moved, 2 * tasks * moved)
 
 
 def _whole(program: Program) -> bool:

@@ -134,7 +134,7 @@ def test_a_valid_config_is_said_to_be_valid(here):
     Path("run.yaml").write_text(VALID)
     assert call("config", "run.yaml").stdout == (
         "run.yaml: valid; stages: meta (pretrain)\n"
-        "memory: about 1.1 MiB (rollouts 0.9, weights 0.2)\n"
+        "memory: about 2.2 MiB (rollouts 1.8, weights 0.3, tasks 0.1)\n"
     )
 
 
