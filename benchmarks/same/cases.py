@@ -114,7 +114,7 @@ def of_data(
             "split": "validation",
             "tasks": 3,
             "updates": 3,
-            "rollout": {"shards": 1, "num_envs": 2},
+            "rollout": {"num_envs": 2},
             "record": True,
         },
         **learned["stages"],
