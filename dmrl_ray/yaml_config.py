@@ -236,7 +236,17 @@ def _report(
     message = message_of(error, owner, str(error["loc"][-1]) if error["loc"] else "")
     if error["type"].startswith("union_tag_invalid"):
         path = (*path, "type")
+    setting, _, rest = message.partition(": ")
+    if error["type"] == "value_error" and setting in _section(data, path):
+        path, message = (*path, setting), rest
     document.report(parent + path, message)
+
+
+def _section(data: Any, path: Path) -> dict[str, Any]:
+    """What stands at a path, if it is a section."""
+    for key in path:
+        data = data[key] if isinstance(data, dict) and key in data else None
+    return data if isinstance(data, dict) else {}
 
 
 def _report_misfit(document: Document, stage: str, text: str) -> None:
