@@ -172,11 +172,11 @@ def _count(value: object) -> object:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_count), Field(le=LARGEST_COUNT)]
+Count = Annotated[int, Field(le=LARGEST_COUNT), BeforeValidator(_count)]
 """A whole number, of what is counted and never held; YAML may write it as 1e6, 1_000_000, 2M or
 50k."""
 
-Number = Annotated[int, BeforeValidator(_count), Field(ge=1, le=LARGEST_NUMBER)]
+Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER), BeforeValidator(_count)]
 """How many there are of what is played or held; written as a `Count`."""
 
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]

@@ -125,8 +125,12 @@ def _check(document: Document, model: type[BaseModel], data: dict[str, Any], pat
     try:
         model.model_validate(data)
     except ValidationError as invalid:
-        for error in invalid.errors(include_url=False):
-            _report(document, model, error, data, path)
+        errors = invalid.errors(include_url=False)
+        wrong = {error["loc"][:-1] for error in errors}
+        for error in errors:
+            # A list whose items are refused counts as empty.
+            if error["type"] != "too_short" or error["loc"] not in wrong:
+                _report(document, model, error, data, path)
     for owner, section, place in _sections(model, data, path):
         _check_switches(document, owner, section, place)
     for kind, below, component in components:

@@ -190,14 +190,15 @@ def base_of(section: Section, name: str, data: str) -> dict[str, Any]:
             put(config, path, values[0])
         elif not values and not now:
             put(config, path, next(v for v in other_values(section, other, config) if v))
-        _drop_what_is_unread(section, config)
+        drop_what_is_unread(section, config)
     for path, value in section.beside.get(name, {}).items():
         put(config, path, json.loads(json.dumps(value).replace("DATA", data)))
     return config
 
 
-def _drop_what_is_unread(section: Section, config: dict[str, Any]) -> None:
-    there = get(config, section.path)
+def drop_what_is_unread(section: Section, config: dict[str, Any]) -> None:
+    """Take out of a section what its other settings switch off."""
+    there = get(config, section.path) or {}
     for name, (other, values) in section.model.conditions().items():  # type: ignore[attr-defined]
         now = _current(section, config, other)
         if name in there and not (now in values if values else now):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from gymnasium.spaces import Box
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from dmrl_ray.networks.base import ACTIVATIONS, Encoder, Memory, join
@@ -18,6 +18,12 @@ POOLS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {
     "max": nn.MaxPool2d,
     "average": nn.AvgPool2d,
 }
+
+
+_EACH = Discriminator(lambda value: "each" if isinstance(value, list | tuple) else "one")
+OneOrEach: TypeAlias = Annotated[
+    Annotated[Size, Tag("one")] | Annotated[Sizes, Tag("each")], _EACH  # one message, not two
+]
 
 
 class ImageEncoder(Encoder):
@@ -68,10 +74,10 @@ class CNN(ImageEncoder):
         channels: Sizes = (16, 32)
         """Feature maps of each convolution."""
 
-        kernel: Size | Sizes = 3
+        kernel: OneOrEach = 3
         """Side of the square kernels, in pixels; one for all, or one for each convolution."""
 
-        stride: Size | Sizes = 1
+        stride: OneOrEach = 1
         """Step of the kernels, in pixels; one for all, or one for each convolution."""
 
         pool: Literal["none", "max", "average"] = "none"
