@@ -203,7 +203,8 @@ def _play_streams(
     program = build(spec)
     copies = program.adaptation(stage.by).columns_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
-    size = tasks_at_once(program.distribution, copies)
+    episodes = stage.tasks_per_stream * stage.episodes_per_task
+    size = tasks_at_once(program.distribution, copies, episodes)
     starts = range(0, len(streams), size)
     calls = [
         (AdaptCall(spec, tuple(streams[start : start + size]), stage, i), weights)

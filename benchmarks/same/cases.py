@@ -111,7 +111,7 @@ def of_data(
         "played": {
             "type": "finetune",
             "init_from": "first",
-            "split": "validation",
+            "split": "train",
             "tasks": 3,
             "updates": 3,
             "rollout": {"num_envs": 2},
