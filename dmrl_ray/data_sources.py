@@ -6,13 +6,13 @@ import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.data_files import CONTENT, KEYS, Block, ParquetSource, Recorded, Source
 
 RLLIB_COLUMNS = {
@@ -29,6 +29,8 @@ RLLIB_COLUMNS = {
 
 class DataSettings(Settings):
     """Where data are: what a stage recorded, Parquet files of others, or a Minari dataset."""
+
+    read_with: ClassVar = {"columns": ("files", ())}
 
     stage: str | None = None
     """Stage that was recorded; of this run, unless `runs` says of which."""
@@ -51,7 +53,7 @@ class DataSettings(Settings):
     minari: str | None = None
     """Name of a Minari dataset that is on this machine."""
 
-    memory_mb: int = Field(default=256, ge=1)
+    memory_mb: Number = 256
     """What has been read is kept in each worker up to this size; changes the speed alone."""
 
     @field_validator("runs", "files", "rllib", mode="before")

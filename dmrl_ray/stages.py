@@ -54,9 +54,12 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
     trains = isinstance(stage, (Pretrain, Finetune))
     algorithm: Component | None = getattr(stage, "algorithm", None)
     network: Component | None = getattr(stage, "network", None)
-    rollout = getattr(stage, "rollout", None) or config.rollout
-    if not isinstance(stage, Pretrain):
-        rollout = rollout.model_copy(update={"device": None})
+    rollout = config.rollout
+    if isinstance(stage, Pretrain):
+        rollout = stage.rollout or rollout
+    else:
+        own = getattr(stage, "rollout", None) or rollout
+        rollout = rollout.model_copy(update={"num_envs": own.num_envs, "device": None})
     if source is not None and not source.startswith(RLLIB):
         parent = job_spec(config, source)
         network = network or parent.network

@@ -46,6 +46,12 @@ class Algorithm(Descent, Adaptation):
     compiles: bool = False
     """Its losses given to `descend` read nothing that changes but the policy and the batch."""
 
+    in_precision: bool = False
+    """`update` steps through minibatches, in which `learners.precision` holds (`step_through`)."""
+
+    network_unread: tuple[str, ...] = ()
+    """Settings of the network that its policy leaves out or has as it must."""
+
     learns_to_act: bool = True
     """False: returns say nothing of what is learned, and the last policy counts as the best."""
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import LARGEST_SIZE, Settings
 from dmrl_ray.networks.base import ACTIVATIONS, Activation, linear
 
 
@@ -32,7 +32,7 @@ class LayerConfig(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of units that are left out in a gradient step of the learner."""
 
-    adapters: int = Field(default=0, ge=0)
+    adapters: int = Field(default=0, ge=0, le=LARGEST_SIZE)
     """Width of the bottleneck behind each dense layer; 0 is none (arXiv:1902.00751)."""
 
 
