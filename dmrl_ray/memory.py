@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.algorithms.parts import select
 from dmrl_ray.algorithms.task_params import ACTOR
-from dmrl_ray.config import Adapt, Finetune, Pretrain, Stage
+from dmrl_ray.config import Adapt, Component, Finetune, Pretrain, Stage
 from dmrl_ray.replay import TrialReplay
-from dmrl_ray.settings import numbers
 from dmrl_ray.spec import JobSpec, Program
 
 TASK_BYTES = 128
@@ -143,7 +143,7 @@ def _weights(program: Program, spec: JobSpec, *, trained: bool) -> Part:
     factors = [_largest("algorithm", spec.algorithm) if own else _largest("network", spec.network)]
     widths = {getattr(program.distribution.action_space, "n", 0)}
     widths |= set(program.distribution.observation_space.shape or ())
-    factors += [(w, name) for w, name in numbers("tasks", spec.tasks) if w in widths]
+    factors += [(w, name) for w, name in _numbers("tasks", spec.tasks) if w in widths]
     held = sum(sizes.values()) + copies * sum(sizes[name] for name in moving)
     count = sum(p.numel() for p in policy.parameters())
     with_what = " with gradients and the optimiser's state" if moving else ""
@@ -245,4 +245,18 @@ def _steps(program: Program, spec: JobSpec) -> tuple[int, str]:
 
 def _largest(place: str, settings: object) -> tuple[int, str]:
     """The largest whole number among settings, and its dotted name."""
-    return max(numbers(place, settings), default=(0, place))
+    return max(_numbers(place, settings), default=(0, place))
+
+
+def _numbers(place: str, settings: object) -> Iterator[tuple[int, str]]:
+    """Every whole number among settings, and its dotted name, which `place` begins."""
+    if isinstance(settings, Component):
+        settings = settings.settings
+    if isinstance(settings, BaseModel):
+        for name in type(settings).model_fields:
+            yield from _numbers(f"{place}.{name}", getattr(settings, name))
+    elif isinstance(settings, tuple | list):
+        for item in settings:
+            yield from _numbers(place, item)
+    elif isinstance(settings, int) and not isinstance(settings, bool):
+        yield settings, place

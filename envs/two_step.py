@@ -6,6 +6,7 @@ the reversals within a trial of Wang et al. 2018 (doi:10.1038/s41593-018-0147-8)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import SPLITS, Array, Reference, Split, Task
 
@@ -135,7 +136,7 @@ class TwoStep(TaskDistribution):
     class Config(Settings):
         """Length of the trials, how often the places change roles and what is held out."""
 
-        rounds: int = Field(default=100, ge=1)
+        rounds: Number = 100
         """Choices in a trial, each of two steps; one episode."""
 
         reversal: float = Field(default=0.025, ge=0, le=0.5)
@@ -154,9 +155,12 @@ class TwoStep(TaskDistribution):
         self.max_episode_steps = 2 * config.rounds
         self.task_bytes = 8 * config.rounds
         if config.held_out:
-            drawn = self._draw(np.random.default_rng(0), 1000, "train")
-            parts = [self._part(task) for task in drawn]
-            if any(parts.count(split) < 10 for split in SPLITS):
+            rng, parts = np.random.default_rng(0), Counter[str]()
+            for _ in range(100):  # Few at a time, and no more than it takes: they may be long.
+                parts.update(self._part(task) for task in self._draw(rng, 10, "train"))
+                if all(parts[split] >= 10 for split in SPLITS):
+                    break
+            else:
                 raise ValueError(
                     f"tasks.held_out: {config.rounds} rounds with reversal {config.reversal:g} are "
                     "nearly always one of too few sequences to be split; use 0, or more reversals"

@@ -176,32 +176,35 @@ def test_a_machine_without_control_groups_has_all_its_memory(tmp_path):
 
 SAC, RL2, MAML = ({"algorithm": name} for name in ("sac", "rl2", "maml"))
 GRU = {"encoder": "gru", **RL2}
-HUGE = {
-    "network.encoder.sizes=[1000000, 1000000]": {},
-    "network.encoder.sizes=[1000000000000, 1000000000000]": {},
-    "network.encoder.size=10000000": GRU,
-    "network.encoder.context=10000000000": {"encoder": "transformer", **RL2},
-    "network.context=1000000000000": {},
-    "algorithm.num_steps=1000000000": {},
-    "algorithm.replay_trials=1000000000000": SAC,
-    "algorithm.critic_sizes=[1000000, 1000000]": SAC,
-    "algorithm.inner_steps=1000000000": MAML,
-    "rollout.num_envs=100000000": {},
-    "rollout.shards=1000000000": {},
-    "tasks.horizon=1000000000000": GRU,
-    "tasks.arms=1000000000000": {"family": "{type: bandit}"},
-    "tasks.episodes=1000000000000": {"family": "{type: grid_nav}", **GRU},
-    "tasks.rounds=1000000000000": {"family": "{type: two_step}"},
-    "tasks.pulls=1000000000000": {"family": "{type: restless_bandit}"},
-    "stages.meta.validation_tasks=1000000000000": {},
-    "stages.held_out.tasks=1000000000000": {},
+TWO_STEP = {"family": "{type: two_step}"}
+LARGE = {
+    "network.encoder.sizes=[65536, 65536]": {},
+    "network.encoder.size=65536": GRU,
+    "network.encoder.context=65536": {
+        "encoder": "{type: transformer, size: 512, layers: 8}",
+        **RL2,
+    },
+    "algorithm.num_steps=1000000": {},
+    "algorithm.replay_trials=1000000": SAC,
+    "algorithm.critic_sizes=[65536, 65536]": SAC,
+    "algorithm.inner_steps=1000000": MAML,
+    "rollout.num_envs=1000000": {},
+    "rollout.shards=65536": {},
+    "tasks.horizon=1000000": GRU,
+    "tasks.arms=65536": {"family": "{type: bandit}", "encoder": "{type: mlp, sizes: [4096]}"},
+    "tasks.episodes=1000000": {"family": "{type: grid_nav}", **GRU},
+    "tasks.rounds=1000000": TWO_STEP,
+    "tasks.pulls=1000000": {"family": "{type: restless_bandit}"},
+    "stages.meta.validation_tasks=1000000": TWO_STEP,
+    "stages.held_out.tasks=1000000": TWO_STEP,
 }
 
 
-@pytest.mark.parametrize("override", HUGE)
-def test_what_no_machine_holds_is_refused_and_not_made(tmp_path, override):
+@pytest.mark.parametrize("override", LARGE)
+def test_what_the_machine_cannot_hold_is_refused_and_not_made(tmp_path, monkeypatch, override):
+    monkeypatch.setattr("dmrl_ray.checks.machine_bytes", lambda: 512 << 20)
     file = tmp_path / "run.yaml"
-    file.write_text(text(**HUGE[override]))
+    file.write_text(text(**LARGE[override]))
     setting, before = override.partition("=")[0], peak_bytes()
     start = time.monotonic()
     with pytest.raises(ConfigError) as refused, places_told(file, [override]):
