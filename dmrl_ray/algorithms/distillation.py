@@ -13,6 +13,8 @@ take over without a jump.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 from torch import Tensor
 
@@ -42,6 +44,10 @@ class Distillation(RL2):
     config: Config
     labels = ("oracle_action",)
     on_device = False
+
+    @classmethod
+    def schedules(cls, config: Any) -> list[str]:
+        return super().schedules(config) + (["teacher"] if config.teacher else [])
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.env.remembers = True

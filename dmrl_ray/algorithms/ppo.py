@@ -7,6 +7,8 @@ memory starts from what the worker had. Left out: the adaptive KL penalty, value
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -87,6 +89,10 @@ class PPO(Algorithm):
         """Passes over each batch."""
         assert isinstance(self.config, ClipConfig)
         return self.config.epochs
+
+    @classmethod
+    def schedules(cls, config: Any) -> list[str]:
+        return super().schedules(config) + (["anneal_entropy"] if config.anneal_entropy else [])
 
     @property
     def entropy_weight(self) -> float:
