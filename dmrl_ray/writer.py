@@ -171,12 +171,13 @@ class RunWriter:
             for path in committed_parts(self.folder, table) if "stage" in schema.names else ():
                 file = pq.ParquetFile(path)
                 check_columns(path, file.schema_arrow, table)
-                gone = pc.is_in(file.read(["stage"])["stage"], pa.array(stages, pa.string()))
+                stage = file.read(["stage"], use_threads=False)["stage"]
+                gone = pc.is_in(stage, pa.array(stages, pa.string()))
                 if not pc.any(gone).as_py():
                     continue
                 self._forgotten.append(f"{table}/{path.name.removeprefix('_')}")
                 if not pc.all(gone).as_py():
-                    rows = file.read().filter(pc.invert(gone)).combine_chunks()
+                    rows = file.read(use_threads=False).filter(pc.invert(gone))
                     buffer = TableBuffer(table)
                     buffer.add({name: rows[name].combine_chunks() for name in rows.column_names})
                     self._spilled.append(self._write_part(table, self.number + 1, buffer))
