@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from torch import nn
+
 from dmrl_ray.algorithms.offline import open_dataset
-from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RunConfig
+from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RolloutSettings, RunConfig, Stage
 from dmrl_ray.data_sources import recordings_of
 from dmrl_ray.errors import Misfit
-from dmrl_ray.foreign import check_foreign
+from dmrl_ray.foreign import check_foreign, foreign_of
 from dmrl_ray.held_out import check_seen
+from dmrl_ray.learner import compiled
 from dmrl_ray.placement import check_gpu
-from dmrl_ray.settings import did_you_mean
+from dmrl_ray.settings import at_default, did_you_mean
 from dmrl_ray.spec import (
     JobSpec,
     Program,
@@ -44,6 +47,8 @@ def check(config: RunConfig) -> None:
     attempt("", lambda: load_family(config.tasks))
     for name in config.stages if not problems else ():
         attempt(name, partial(_check_stage, config, name))
+    attempt("", partial(_check_learners, config))
+    attempt("", partial(_check_shared, config))
     attempt("", partial(check_gpu, config))
     if problems:
         raise Misfit([(stage, text) for text, stage in problems.items()])
@@ -58,15 +63,90 @@ def _check_stage(config: RunConfig, name: str) -> None:
     program = build(spec)
     if isinstance(stage, (Pretrain, Finetune)):
         program.algorithm.prepare_training(spec.trainable)
-        _check_lag(program, spec, stage.max_policy_lag)
-    if isinstance(stage, Adapt):
-        program.adaptation(stage.by)
+        _check_learning(program, spec, stage)
+    _check_acting(program, spec, stage)
     _check_data(config, name, program)
     if start is not None:
         _check_start(program, spec, start)
     elif source is not None and source.startswith(RLLIB):
         rllib_start(source, program.policy)
     rehearse(program, spec)
+
+
+def _check_learners(config: RunConfig) -> None:
+    """See that settings of learners are read by one."""
+    learners = config.learners
+    stages = [stage for stage in config.stages.values() if isinstance(stage, Pretrain)]
+    on_device = any((stage.rollout or config.rollout).device for stage in stages)
+    if learners.num > 1 and (config.workers.num == 0 or on_device):
+        alone = "rollout.device" if on_device else "workers.num: 0"
+        raise ValueError(
+            f"learners.num: {learners.num} learners are processes beside workers, and {alone} "
+            "keeps everything in this one; use 1"
+        )
+    trains = any(isinstance(config.stages[name], Pretrain) for name in _own(config))
+    for name in () if trains else ("num", "device", "compile"):
+        if not at_default(learners, name):
+            raise ValueError(f"learners.{name}: no stage pretrains with it; leave it out")
+
+
+def _check_shared(config: RunConfig) -> None:
+    """See that what the run sets for its stages is taken by one of them."""
+    own = {name: config.stages[name] for name in _own(config)}
+    for setting in ("network", "algorithm"):
+        taken = any(
+            getattr(job_spec(config, name), setting) is getattr(config, setting)
+            for name in config.stages
+        )
+        if not taken and not at_default(config, setting):
+            raise ValueError(f"{setting}: every stage has one of its own; leave it out")
+    training = [stage for stage in own.values() if isinstance(stage, (Pretrain, Finetune))]
+    readers = [stage for stage in training if stage.rollout is None]
+    for field in RolloutSettings.model_fields:
+        reads = any(field == "num_envs" or isinstance(stage, Pretrain) for stage in readers)
+        if not reads and not at_default(config.rollout, field):
+            raise ValueError(f"rollout.{field}: no stage takes it from here; leave it out")
+
+
+def _own(config: RunConfig) -> list[str]:
+    """Stages whose algorithm is no other library's."""
+    return [name for name in config.stages if foreign_of(job_spec(config, name)) is None]
+
+
+def _check_learning(program: Program, spec: JobSpec, stage: Pretrain | Finetune) -> None:
+    """See that an algorithm learns as the learner and the network are set."""
+    algorithm, name = program.algorithm, spec.algorithm_name
+    if spec.precision != "float32" and not algorithm.in_precision:
+        raise ValueError(
+            f"learners.precision: {name} takes no gradient steps on minibatches, so that all of it "
+            "is in float32; leave it out"
+        )
+    if algorithm.frozen_statistics and any(
+        isinstance(module, nn.Dropout) and module.p for module in program.policy.modules()
+    ):
+        raise ValueError(
+            f"network.encoder: gradient steps of {name} see the network as it acts, without "
+            "dropout; leave it out"
+        )
+    if isinstance(stage, Finetune):
+        return
+    if spec.compile:
+        compiled(algorithm, spec)
+    _check_lag(program, spec, stage.max_policy_lag)
+
+
+def _check_acting(program: Program, spec: JobSpec, stage: Stage) -> None:
+    """See that a policy is built and acts as the network and the stage are set."""
+    algorithm, network = program.algorithm, spec.network.settings
+    for setting in algorithm.network_unread:
+        if setting in type(network).model_fields and not at_default(network, setting):
+            raise ValueError(
+                f"network.{setting}: {spec.algorithm_name} leaves no choice in it; leave it out"
+            )
+    acts = program.adaptation(stage.by) if isinstance(stage, Adapt) else algorithm
+    greedy = "greedy" in type(stage).model_fields and not at_default(stage, "greedy")
+    if greedy and not acts.acts_greedily:
+        raise ValueError("greedy: who adapts by gradients of returns always samples; leave it out")
 
 
 def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:

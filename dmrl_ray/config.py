@@ -6,13 +6,36 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-from dmrl_ray.settings import SHORT_NAMES, Component, Count, Settings
+from dmrl_ray.settings import (
+    LARGEST_NUMBER,
+    LARGEST_SEED,
+    LARGEST_SIZE,
+    SHORT_NAMES,
+    Component,
+    Count,
+    Number,
+    Settings,
+    Size,
+    Sizes,
+)
 
-__all__ = ["SHORT_NAMES", "Component", "Count", "RunConfig", "Settings", "Stage"]
+__all__ = [
+    "LARGEST_NUMBER",
+    "LARGEST_SIZE",
+    "SHORT_NAMES",
+    "Component",
+    "Count",
+    "Number",
+    "RunConfig",
+    "Settings",
+    "Size",
+    "Sizes",
+    "Stage",
+]
 
 RLLIB = "rllib:"
 """Begins an ``init_from`` that names a checkpoint of RLlib and not a stage."""
@@ -20,10 +43,12 @@ RLLIB = "rllib:"
 
 _AUTO = Discriminator(lambda value: "auto" if value == "auto" else "number")  # one message, not two
 Processes: TypeAlias = Annotated[
-    Annotated[int, Field(ge=0), Tag("number")] | Annotated[Literal["auto"], Tag("auto")], _AUTO
+    Annotated[int, Field(ge=0, le=LARGEST_SIZE), Tag("number")]
+    | Annotated[Literal["auto"], Tag("auto")],
+    _AUTO,
 ]
 Threads: TypeAlias = Annotated[
-    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Literal["auto"], Tag("auto")], _AUTO
+    Annotated[Size, Tag("number")] | Annotated[Literal["auto"], Tag("auto")], _AUTO
 ]
 
 
@@ -35,17 +60,24 @@ def settled(number: Processes | Threads) -> int:
 class RolloutSettings(Settings):
     """What is rolled out in one iteration. These settings change results; `workers` does not."""
 
-    shards: int = Field(default=2, ge=1)
+    shards: Size = 2
     """Units of work: each has its own environments and random streams. At most this many workers
     are busy."""
 
-    num_envs: int = Field(default=64, ge=1)
+    num_envs: Number = 64
     """Environment columns per shard."""
 
     device: Literal["cpu", "cuda"] | None = None
     """Where pretraining steps environments and policy, as tensors that the learner takes as they
     are; with ``workers: {num: 0}``. Thousands of columns are needed to keep a GPU busy. null, and
     the other stages: in NumPy, in the workers."""
+
+
+class TaskRollout(Settings):
+    """What a job on a single task rolls out in one iteration, in one shard and in NumPy."""
+
+    num_envs: Number = 64
+    """Environment columns."""
 
 
 class WorkerSettings(Settings):
@@ -58,15 +90,15 @@ class WorkerSettings(Settings):
     deadline_s: float = Field(default=60.0, gt=0)
     """A worker that has not answered after max(this, 5 x the median answer) is replaced."""
 
-    max_failures: int = Field(default=100, ge=0)
+    max_failures: int = Field(default=100, ge=0, le=LARGEST_NUMBER)
     """Workers lost in one run before it stops."""
 
 
 class LearnerSettings(Settings):
     """Learners: they train the policy."""
 
-    num: int = Field(default=1, ge=1)
-    """Learner actors; gradients are averaged over them."""
+    num: Size = 1
+    """Learner actors; gradients are averaged over them. More than one takes workers."""
 
     threads: Threads = "auto"
     """Torch threads of each learner; auto chooses by the cores. Part of the result: they change
@@ -85,7 +117,9 @@ class LearnerSettings(Settings):
 
 
 class CommitSettings(Settings):
-    """When a run is made durable."""
+    """When a run is made durable; no result depends on it."""
+
+    read_with: ClassVar = {"every_s": ("every_updates", (None,))}
 
     every_s: float = Field(default=10.0, ge=0)
     """Seconds between commits inside a job; the end of a job is always committed."""
@@ -93,7 +127,7 @@ class CommitSettings(Settings):
     every_updates: Count | None = Field(default=None, ge=1)
     """Instead of seconds: a commit after this many updates."""
 
-    keep: int = Field(default=3, ge=2)
+    keep: int = Field(default=3, ge=2, le=LARGEST_NUMBER)
     """Commits whose checkpoints are kept on disk."""
 
 
@@ -102,6 +136,12 @@ class Starting(Settings):
 
     trust: bool = False
     """That a checkpoint of RLlib may be read: it is a pickle, and can run code."""
+
+    @model_validator(mode="after")
+    def _needs_trust(self) -> Starting:
+        if self.trust and not str(getattr(self, "init_from", None)).startswith(RLLIB):
+            raise ValueError("trust: is read only where init_from is rllib:PATH; leave it out")
+        return self
 
     @field_validator("init_from", check_fields=False)
     @classmethod
@@ -125,12 +165,6 @@ class Training(Starting):
     network: Component | None = None
     """Instead of the run's network."""
 
-    rollout: RolloutSettings | None = None
-    """Instead of the run's rollout."""
-
-    max_policy_lag: int = Field(default=0, ge=0)
-    """Updates that the acting policy may be behind the learner; 0 is synchronous and exact."""
-
     record: bool = False
     """Keep every step of training in the transitions table, in the order of learning."""
 
@@ -146,10 +180,16 @@ class Pretrain(Training):
     env_steps: Count = Field(ge=1)
     """Environment steps to train for."""
 
-    validate_every: int = Field(default=20, ge=1)
+    rollout: RolloutSettings | None = None
+    """Instead of the run's rollout."""
+
+    max_policy_lag: int = Field(default=0, ge=0, le=1_000)
+    """Updates that the acting policy may be behind the learner; 0 is synchronous and exact."""
+
+    validate_every: Count = Field(default=20, ge=1)
     """Updates between evaluations on the validation split."""
 
-    validation_tasks: Count = Field(default=128, ge=1)
+    validation_tasks: Number = 128
     """Tasks in each of those evaluations, always the same ones."""
 
     greedy: bool = True
@@ -175,10 +215,13 @@ class Finetune(Training):
     split: Literal["train", "validation", "test"] = "test"
     """Tasks to specialise to."""
 
-    tasks: Count = Field(default=16, ge=1)
+    tasks: Number = 16
     """Number of tasks, hence of jobs."""
 
-    updates: int = Field(default=3, ge=1)
+    rollout: TaskRollout | None = None
+    """Instead of the run's ``num_envs``."""
+
+    updates: Number = 3
     """Updates on each task; the return before update n is reported as step n."""
 
     trainable: tuple[str, ...] = ("",)
@@ -204,7 +247,7 @@ class ContinuedTraining(Settings):
     trainable: tuple[str, ...] = Field(default=("",), min_length=1)
     """Prefixes of the names of the parameters that move."""
 
-    episodes: int = Field(default=20, ge=1)
+    episodes: Number = 20
     """Episodes in a round: parallel copies of the task that a step averages over."""
 
 
@@ -233,13 +276,13 @@ class Adapt(Starting):
     split: Literal["train", "validation", "test"] = "test"
     """Tasks in the streams."""
 
-    streams: Count = Field(default=64, ge=1)
+    streams: Number = 64
     """Independent streams of tasks."""
 
-    tasks_per_stream: int = Field(default=3, ge=1)
+    tasks_per_stream: Number = 3
     """Tasks in each stream, one after the other."""
 
-    episodes_per_task: int = Field(default=4, ge=1)
+    episodes_per_task: Number = 4
     """Episodes of each environment between changes."""
 
     change: Literal["ignore", "told"] = "ignore"
@@ -274,10 +317,10 @@ class Evaluate(Starting):
     split: Literal["train", "validation", "test"] = "test"
     """Tasks to evaluate on."""
 
-    tasks: Count = Field(default=256, ge=1)
+    tasks: Number = 256
     """Number of tasks."""
 
-    trials: int = Field(default=1, ge=1)
+    trials: Number = 1
     """Trials on each task."""
 
     greedy: bool = True
@@ -296,10 +339,10 @@ class RunConfig(Settings):
     name: str = Field(default="run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
     """Names the run folder, together with the time."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Fixes every random number of the run but the choice of evaluation tasks."""
 
-    evaluation_seed: int = Field(default=0, ge=0)
+    evaluation_seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Fixes which tasks are validated, fine-tuned, adapted to and evaluated on, and the chances
     that evaluations and streams meet there. Runs of one study leave it as it is and differ in
     `seed`, so that they are compared on the same tasks."""
@@ -323,8 +366,8 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _is_one_process_on_a_device(self) -> RunConfig:
-        rollouts = [self.rollout, *(getattr(s, "rollout", None) for s in self.stages.values())]
-        devices = [r.device for r in rollouts if r is not None and r.device is not None]
+        own = [s.rollout for s in self.stages.values() if isinstance(s, Pretrain) and s.rollout]
+        devices = [r.device for r in (self.rollout, *own) if r.device is not None]
         if devices and self.workers.num not in (0, "auto"):
             raise ValueError(
                 f"rollout.device: {devices[0]} keeps everything in this process, which needs "

@@ -121,7 +121,9 @@ def evaluate(
     import pandas as pd
 
     with RunWriter.open(folder) as writer:
-        config = load_run_config(writer.folder, ["workers.num=0"])
+        config = load_run_config(writer.folder)
+        here = config.workers.model_copy(update={"num": 0})
+        config = config.model_copy(update={"workers": here})
         current = Run(config, writer, Display(quiet=True), None)
         trained = [n for n, s in config.stages.items() if isinstance(s, Pretrain)]
         ready = [n for n in trained if f"{n}.{checkpoint}" in current.files]

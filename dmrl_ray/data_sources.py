@@ -6,13 +6,13 @@ import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.data_files import CONTENT, KEYS, Block, ParquetSource, Recorded, Source
 
 RLLIB_COLUMNS = {
@@ -29,6 +29,8 @@ RLLIB_COLUMNS = {
 
 class DataSettings(Settings):
     """Where data are: what a stage recorded, Parquet files of others, or a Minari dataset."""
+
+    read_with: ClassVar = {"columns": ("files", ())}
 
     stage: str | None = None
     """Stage that was recorded; of this run, unless `runs` says of which."""
@@ -51,7 +53,7 @@ class DataSettings(Settings):
     minari: str | None = None
     """Name of a Minari dataset that is on this machine."""
 
-    memory_mb: int = Field(default=256, ge=1)
+    memory_mb: Number = 256
     """What has been read is kept in each worker up to this size; changes the speed alone."""
 
     @field_validator("runs", "files", "rllib", mode="before")
@@ -116,8 +118,8 @@ class Foreign(ParquetSource):
         if file != self.place[block][0]:
             file, books = self.place[block][0], {"number": 0, "t": -1, "over": False}
         over = np.zeros(size, np.bool_)
-        for name in ("terminated", "truncated"):
-            over |= column.get(name, over).astype(np.bool_)
+        for name in ("terminated", "truncated"):  # Where it is not known, the episode goes on.
+            over |= np.nan_to_num(column.get(name, over).astype(np.float32)) != 0
         begins = np.concatenate([[books["over"]], over[:-1]])
         for name in [n for n in KEYS if n in column]:
             last = books.get(name, column[name][0])
@@ -143,11 +145,12 @@ class Minari(Source):
 
     Args:
         dataset: what ``minari.load_dataset`` gives, or any object like it.
+        name: how messages name it.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, name: str = "") -> None:
         super().__init__()
-        self._episodes = dataset
+        self._episodes, self._name = dataset, name
         self.num_blocks = int(dataset.total_episodes)
 
     @classmethod
@@ -160,7 +163,7 @@ class Minari(Source):
                 f"data.minari: {name!r} needs the package minari; pip install 'dmrl-ray[data]'"
             ) from error
         try:
-            return cls(minari.load_dataset(name))
+            return cls(minari.load_dataset(name), name)
         except FileNotFoundError as error:
             raise ValueError(f"data.minari: {name!r} is not on this machine: {error}") from error
 
@@ -168,6 +171,9 @@ class Minari(Source):
         length = len(self._episodes[block].rewards)
         task, history = self.task_number(""), self.history_number(("",))
         return np.array([[history, block, 0, 0, task, 0, length]])
+
+    def where(self, block: int, row: int) -> str:
+        return f"data.minari: {self._name} episode {block} step {row}"
 
     def read(self, block: int) -> Block:
         episode = self._episodes[block]
@@ -181,9 +187,9 @@ class Minari(Source):
         return Block(
             obs=flat[:-1],
             action=np.asarray(episode.actions),
-            reward=np.asarray(episode.rewards, np.float32),
-            terminated=np.asarray(episode.terminations, np.bool_),
-            truncated=np.asarray(episode.truncations, np.bool_),
+            reward=np.asarray(episode.rewards),
+            terminated=np.asarray(episode.terminations),
+            truncated=np.asarray(episode.truncations),
             next_obs=flat[-1:],
             next_row=next_row,
         )

@@ -17,7 +17,7 @@ import numpy as np
 
 from dmrl_ray.calls import CollectReport, EvaluateCall
 from dmrl_ray.config import Adapt, Stage
-from dmrl_ray.settings import Settings
+from dmrl_ray.settings import Settings, at_default
 from dmrl_ray.spec import JobSpec, Weights
 from dmrl_ray.types import Arrays, Columns
 
@@ -145,8 +145,7 @@ def check_foreign(spec: JobSpec, stage: Stage, source: JobSpec | None) -> bool:
     if source is None and stage.init_from is not None:
         raise ValueError(f"init_from: {spec.algorithm_name} starts from stages of its own alone")
     for setting in ("network", "rollout", "max_policy_lag", "record", "trainable"):
-        field = type(stage).model_fields.get(setting)
-        if field is not None and getattr(stage, setting) != field.default:
+        if setting in type(stage).model_fields and not at_default(stage, setting):
             raise ValueError(
                 f"{setting}: {spec.algorithm_name} has a network and a loop of its own, which know "
                 "nothing of this; leave it out"

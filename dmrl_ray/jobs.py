@@ -50,9 +50,11 @@ from dmrl_ray.types import Arrays, Columns, Task, storable
 EVALUATION_COLUMNS = 1024
 """Environment columns of one evaluation call; fixed, so that results do not depend on workers."""
 
-
 SINGLE_COLUMNS = 32
 """The same where environments step one by one, so that more of them take longer."""
+
+SINGLE_STEPS = 16_384
+"""There, also their steps in one call together: 16 seconds of steps that take a millisecond."""
 
 EVALUATION_BYTES = 256 << 20
 """Observations of the trials of one call."""
@@ -209,7 +211,8 @@ def evaluation_calls(
     if foreign_of(spec) is None:
         program = build(spec)
         copies = program.adaptation(by).columns_per_task
-        size = tasks_at_once(program.distribution, copies)
+        played = episodes or program.algorithm.evaluation_episodes
+        size = tasks_at_once(program.distribution, copies, played)
     return [
         EvaluateCall(
             spec,
@@ -227,12 +230,20 @@ def evaluation_calls(
     ]
 
 
-def tasks_at_once(family: TaskDistribution, copies: int) -> int:
-    """Tasks of one call, a function of the family alone: results do not depend on workers."""
+def tasks_at_once(family: TaskDistribution, copies: int, episodes: int) -> int:
+    """Tasks of one call, of bounded memory and seconds; results do not depend on workers.
+
+    Args:
+        family: of the tasks.
+        copies: environments that play one task.
+        episodes: of each environment.
+    """
     space = family.observation_space
     step_bytes = np.dtype(space.dtype).itemsize * math.prod(space.shape or ())
-    columns = EVALUATION_COLUMNS if family.vectorized else SINGLE_COLUMNS
-    columns = min(columns, EVALUATION_BYTES // max(1, family.trial_steps * step_bytes))
+    longest = episodes * family.max_episode_steps
+    columns = min(EVALUATION_COLUMNS, EVALUATION_BYTES // max(1, longest * step_bytes))
+    if not family.vectorized:
+        columns = min(columns, SINGLE_COLUMNS, SINGLE_STEPS // longest)
     return max(1, columns // copies)
 
 
@@ -289,6 +300,7 @@ def _record(
         run.add_episodes(spec, report.episodes)
         if report.steps is not None:
             run.add_steps(spec, report.steps)
+        run.add_left_out(spec, report.left_out)
     metrics["time/collect_s"] = max(report.seconds for report in reports)
     metrics["time/shards_s"] = sum(report.seconds for report in reports)
     metrics["time/env_s"] = sum(report.env_s for report in reports)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.gradients import Compiled
 from dmrl_ray.averaging import gradient_average
 from dmrl_ray.errors import ConfigError, NumericalError
@@ -39,7 +40,7 @@ class Learner:
         self.policy = program.policy.to(self.device)
         self.algorithm.prepare_training(spec.trainable)
         self.algorithm.precision = getattr(torch, spec.precision)
-        self._compiled = self._compile() if spec.compile else None
+        self._compiled = compiled(self.algorithm, spec) if spec.compile else None
         if self._compiled is not None:
             self.algorithm.gradients = self._compiled
         self._poisoned = 0
@@ -126,16 +127,21 @@ class Learner:
                 on = parameter.device if value.dim() or key == "step" else value.device
                 self.algorithm.optimizer.state[parameter][key] = value.to(on)
 
-    def _compile(self) -> Compiled:
-        if not self.algorithm.compiles:
-            raise ConfigError(
-                f"learners.compile: the losses of {self.spec.algorithm_name} (stage "
-                f"{self.spec.stage!r}) cannot be compiled; use false"
-            )
-        return Compiled(self.policy)
-
     def _to_device(self, array: Array) -> Tensor:
         return torch.as_tensor(array, device=self.device)
+
+
+def compiled(algorithm: Algorithm, spec: JobSpec) -> Compiled:
+    """Gradients of an algorithm's losses by compiled code, which is made when it is first used.
+
+    Raises:
+        ConfigError: they, or its policy, cannot be compiled.
+    """
+    if not algorithm.compiles:
+        raise ConfigError(
+            f"learners.compile: the losses of {spec.algorithm_name} cannot be compiled; use false"
+        )
+    return Compiled(algorithm.policy)
 
 
 def _under(prefix: str, state: Arrays) -> Arrays:

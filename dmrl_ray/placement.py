@@ -78,6 +78,8 @@ def _workers(config: RunConfig, address: str | None, cores: int) -> tuple[int, s
         return 0, "rollouts stay on a device"
     if find_cluster(address) is not None:
         return shards, f"a cluster plays {shards} shards"
+    if config.learners.num > 1:
+        return max(1, min(shards, cores - 1)), f"{config.learners.num} learners are processes, too"
     most = min(shards, cores - 1)
     if most < 2:
         return 0, f"{shards} shards on {cores} cores leave nothing to do side by side"

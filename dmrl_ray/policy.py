@@ -16,7 +16,7 @@ from gymnasium.spaces import Box
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Component, Settings
+from dmrl_ray.config import LARGEST_SIZE, Component, Settings
 from dmrl_ray.heads import (
     LOG_STD_BOUNDS,
     CategoricalHead,
@@ -67,7 +67,7 @@ class ActorCritic(nn.Module):
         blind_to: tuple[Literal["action", "reward", "done"], ...] = ()
         """What a policy that sees its previous step shall not see of it."""
 
-        context: int = Field(default=0, ge=0)
+        context: int = Field(default=0, ge=0, le=LARGEST_SIZE)
         """Width of a vector of parameters that joins the input: what CAVIA adapts."""
 
         squashed: bool = False
@@ -95,6 +95,11 @@ class ActorCritic(nn.Module):
             actions = int(action_space.n)
         else:
             actions = math.prod(action_space.shape or ())
+        if config.blind_to and not sees_previous:
+            raise ValueError(
+                "network.blind_to: a policy of this algorithm is not shown its previous step; "
+                "leave it out"
+            )
         extra = config.context + latent + (actions + 2 if sees_previous else 0)
         self.latent = latent
         self.sees_previous = sees_previous
@@ -111,6 +116,8 @@ class ActorCritic(nn.Module):
         if separate:
             self.value_encoder = build(config.encoder.settings, obs_space, extra)
         discrete = isinstance(action_space, gym.spaces.Discrete)
+        if discrete and config.squashed:
+            raise ValueError("network.squashed: actions are discrete; leave it out")
         squashed = squashed or config.squashed
         head = CategoricalHead if discrete else SquashedGaussianHead if squashed else GaussianHead
         self.policy_head: CategoricalHead | GaussianHead | SquashedGaussianHead = head(

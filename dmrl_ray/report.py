@@ -24,9 +24,10 @@ from dmrl_ray.commits import settings_changed
 from dmrl_ray.display import short
 from dmrl_ray.report_tables import adaptation, table
 from dmrl_ray.settings import SHORT_NAMES, import_class
+from dmrl_ray.statistics import policy_interval
 
 ADAPTATION = "Adaptation on held-out tasks, by episodes and steps of the task before"
-REGRET_WINDOWS = 3
+STREAM_WINDOWS = 3
 TRAINING = ("pretrain", "finetune")
 WORTH_KNOWING = "lost|replace|skip|recover|retr|fail|error|drift|interrupt|exten"
 """Parts of the names of events that a reader of results should know of."""
@@ -47,10 +48,7 @@ def text_report(run_folder: Path | str) -> str:
     if len(held_out):
         parts += [ADAPTATION, *adaptation(held_out)]
     parts += _seen(folder)
-    regret = tables["metrics"][tables["metrics"]["name"].str.startswith("regret_")]
-    if len(regret):
-        title = "Regret per step, by steps since the task was met [95 % interval over streams]"
-        parts += [title, _regret_table(regret)]
+    parts += _online(tables, stages)
     rows = [table["stage"] for table in (tables["episodes"], tables["metrics"])]
     begun = {stage for column in rows for stage in column.unique()}
     trained = [n for n, s in stages.items() if n in begun and s.get("type") in TRAINING]
@@ -158,21 +156,70 @@ def _seen(folder: Path) -> list[RenderableType]:
     return ["\n".join(lines)] if lines else []
 
 
+def _online(
+    tables: dict[str, pd.DataFrame], stages: dict[str, dict[str, Any]]
+) -> list[RenderableType]:
+    """Streams of tasks: regret where the family knows an oracle, returns where not."""
+    parts: list[RenderableType] = []
+    metrics, episodes = tables["metrics"], tables["episodes"]
+    regret = metrics[metrics["name"].str.startswith("regret_")]
+    if len(regret):
+        title = "Regret per step, by steps since the task was met [95 % interval over streams]"
+        parts += [title, _regret_table(regret)]
+    online = [n for n, s in stages.items() if s.get("type") == "adapt"]
+    others = episodes[episodes["stage"].isin(set(online) - set(regret["stage"]))]
+    if len(others):
+        title = "Return, by episodes since the task was met [95 % interval over streams]"
+        parts += [title, _stream_returns_table(others)]
+    return parts
+
+
+def _windows(values: pd.Series) -> tuple[list[str], list[np.ndarray]]:
+    """A few windows of whole numbers, and their titles."""
+    windows = np.array_split(np.sort(values.unique()), min(STREAM_WINDOWS, values.nunique()))
+    return [f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in windows], windows
+
+
+def _agent(stage: object, job: object) -> str:
+    return str(job).removeprefix(str(stage)).removeprefix(".") or "as it goes"
+
+
+def _stream_returns_table(episodes: pd.DataFrame) -> Table:
+    """Means over windows of episodes: of streams' first tasks, and of those met by a change."""
+    titles, windows = _windows(episodes["episode"])
+    rows = []
+    for (stage, job), group in episodes.groupby(["stage", "job"], sort=False):
+        for tasks, these in (("first", group["change"] == 0), ("later", group["change"] > 0)):
+            here = group[these]
+            cells = [
+                _interval_cell(here[here["episode"].isin(w)].groupby("trial")["return"].mean())
+                for w in windows
+            ]
+            if any(cells):
+                rows.append((stage, _agent(stage, job), tasks, *cells))
+    return table(("stage", "agent", "tasks", *titles), rows)
+
+
+def _interval_cell(of_streams: pd.Series) -> str:
+    if not len(of_streams):
+        return ""
+    low, high = policy_interval(of_streams.to_numpy())
+    mean = f"{of_streams.mean():#.4g}"
+    return mean if np.isnan(low) else f"{mean} [{low:#.4g}, {high:#.4g}]"
+
+
 def _regret_table(regret: pd.DataFrame) -> Table:
     """Means over windows of steps: of streams' first tasks, and of those met by a change.
 
     An interval is the mean of its steps' intervals.
     """
-    steps = np.sort(regret["env_steps"].unique())
-    windows = np.array_split(steps, min(REGRET_WINDOWS, len(steps)))
-    titles = [f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in windows]
+    titles, windows = _windows(regret["env_steps"])
     rows = []
     for (stage, job), group in regret.groupby(["stage", "job"], sort=False):
-        agent = str(job).removeprefix(str(stage)).removeprefix(".") or "as it goes"
         for name, tasks in (("regret_first", "first"), ("regret_since_change", "later")):
             cells = [_regret_cell(group[group["env_steps"].isin(w)], name) for w in windows]
             if any(cells):
-                rows.append((stage, agent, tasks, *cells))
+                rows.append((stage, _agent(stage, job), tasks, *cells))
     return table(("stage", "agent", "tasks", *titles), rows)
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     model_validator,
 )
 
@@ -94,12 +95,68 @@ LIBRARIES = ("rllib",)
 """What a short name may begin with, before a colon, though it is no module."""
 
 
+LARGEST_SIZE, LARGEST_NUMBER, LARGEST_COUNT = 65_536, 1_000_000, 10**15
+"""Bounds that nobody meets but by mistake."""
+
+LARGEST_SEED = 2**63 - 1
+"""What a column of 64-bit integers holds."""
+
+Condition: TypeAlias = tuple[str, tuple[object, ...]]
+"""Another setting and the values that it must have one of; without any, it must be set: not null,
+false, 0 or empty."""
+
+
 class Settings(BaseModel):
-    """Base of every settings class: frozen, and unknown keys are errors."""
+    """Base of every settings class: frozen, and unknown keys are errors.
+
+    What a setting is read with is told by `read_with`: beside other values of that one it would
+    change nothing, and is refused unless it is at its default.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    read_with: ClassVar[Mapping[str, Condition]] = {}
+    """By the setting; those of base classes hold, too."""
+
+    @classmethod
+    def conditions(cls) -> dict[str, Condition]:
+        """`read_with` of this class and its bases."""
+        found: dict[str, Condition] = {}
+        for base in reversed(cls.__mro__):
+            found |= vars(base).get("read_with", {})
+        return found
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Settings:
+        for name, (other, values) in self.conditions().items():
+            found = getattr(self, other)
+            if at_default(self, name) or (found in values if values else found):
+                continue
+            needed = " or ".join(map(_as_yaml, values)) if values else "set"
+            raise ValueError(
+                f"{name}: is read only where {other} is {needed}, found {other}: "
+                f"{_as_yaml(found)}; leave it out"
+            )
+        return self
+
+
+def at_default(settings: BaseModel, name: str) -> bool:
+    """Whether a setting is as it is where nobody sets it."""
+    field = type(settings).model_fields[name]
+    if field.is_required():
+        return False
+    value, default = getattr(settings, name), field.get_default(call_default_factory=True)
+    if isinstance(value, Component) and isinstance(default, Component):
+        return value.type == default.type and bool(value.settings == default.settings)
+    return bool(value == default)
+
+
+def _as_yaml(value: object) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    known = value is None or isinstance(value, bool)
+    return words[value] if known else str(list(value) if isinstance(value, tuple) else value)  # type: ignore[index]
 
 
 def _count(value: object) -> object:
@@ -115,8 +172,18 @@ def _count(value: object) -> object:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_count)]
-"""A whole number; YAML may write it as 1e6, 1_000_000, 2M or 50k."""
+Count = Annotated[int, Field(le=LARGEST_COUNT), BeforeValidator(_count)]
+"""A whole number, of what is counted and never held; YAML may write it as 1e6, 1_000_000, 2M or
+50k."""
+
+Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER), BeforeValidator(_count)]
+"""How many there are of what is played or held; written as a `Count`."""
+
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+"""The width of a layer, and of whatever else has weights or processes of its own."""
+
+Sizes = Annotated[tuple[Size, ...], Field(max_length=64)]
+"""The widths of layers, one after the other."""
 
 
 class Component(BaseModel):

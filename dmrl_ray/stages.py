@@ -54,9 +54,12 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
     trains = isinstance(stage, (Pretrain, Finetune))
     algorithm: Component | None = getattr(stage, "algorithm", None)
     network: Component | None = getattr(stage, "network", None)
-    rollout = getattr(stage, "rollout", None) or config.rollout
-    if not isinstance(stage, Pretrain):
-        rollout = rollout.model_copy(update={"device": None})
+    rollout = config.rollout
+    if isinstance(stage, Pretrain):
+        rollout = stage.rollout or rollout
+    else:
+        own = getattr(stage, "rollout", None) or rollout
+        rollout = rollout.model_copy(update={"num_envs": own.num_envs, "device": None})
     if source is not None and not source.startswith(RLLIB):
         parent = job_spec(config, source)
         network = network or parent.network
@@ -116,8 +119,10 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     if foreign_of(spec) is not None:
         run.connect()
     with run.committing(snapshot):
-        for i, (rows, trained, *recorded) in run.workers.map(method, calls):
+        for i, (rows, trained, left_out, *recorded) in run.workers.map(method, calls):
             job = open_specs[i]
+            if job.name == specs[0].name:  # All learn from the same data.
+                run.add_left_out(job, left_out)
             for part in recorded[0] if recorded else ():
                 run.add_steps(job, part)
             run.add_episodes(job, rows)
@@ -198,7 +203,8 @@ def _play_streams(
     program = build(spec)
     copies = program.adaptation(stage.by).columns_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
-    size = tasks_at_once(program.distribution, copies)
+    episodes = stage.tasks_per_stream * stage.episodes_per_task
+    size = tasks_at_once(program.distribution, copies, episodes)
     starts = range(0, len(streams), size)
     calls = [
         (AdaptCall(spec, tuple(streams[start : start + size]), stage, i), weights)

@@ -103,6 +103,9 @@ _NULLABLE = {
 }
 """Not every family knows success, nor both ends of a score; nor every library experience."""
 
+_UNLIKE = {"tasks": ("task_id", "params")}
+"""Columns without a dictionary in Parquet, as hardly a cell is like another."""
+
 _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
 """What a column may be instead, by the task family; it is the same in all rows of a run."""
 
@@ -220,9 +223,15 @@ class TableBuffer:
         group = None
         if "obs" in self._types:
             group = max(1, ROW_GROUP_BYTES * self.num_rows // max(1, table.nbytes))
+        unlike = _UNLIKE.get(self._name)
         out = pa.BufferOutputStream()
         pq.write_table(
-            table, out, row_group_size=group, compression="zstd", write_page_checksum=True
+            table,
+            out,
+            row_group_size=group,
+            use_dictionary=unlike is None or [n for n in schema.names if n not in unlike],
+            compression="zstd",
+            write_page_checksum=True,
         )
         return out.getvalue()
 

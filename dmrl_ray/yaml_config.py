@@ -126,8 +126,12 @@ def _check(document: Document, model: type[BaseModel], data: dict[str, Any], pat
     try:
         model.model_validate(data)
     except ValidationError as invalid:
-        for error in invalid.errors(include_url=False):
-            _report(document, model, error, data, path)
+        errors = invalid.errors(include_url=False)
+        wrong = {error["loc"][:-1] for error in errors}
+        for error in errors:
+            # A list whose items are refused counts as empty.
+            if error["type"] != "too_short" or error["loc"] not in wrong:
+                _report(document, model, error, data, path)
     for owner, section, place in _sections(model, data, path):
         _check_switches(document, owner, section, place)
     for kind, below, component in components:
@@ -237,7 +241,17 @@ def _report(
     message = message_of(error, owner, str(error["loc"][-1]) if error["loc"] else "")
     if error["type"].startswith("union_tag_invalid"):
         path = (*path, "type")
+    setting, _, rest = message.partition(": ")
+    if error["type"] == "value_error" and setting in _section(data, path):
+        path, message = (*path, setting), rest
     document.report(parent + path, message)
+
+
+def _section(data: Any, path: Path) -> dict[str, Any]:
+    """What stands at a path, if it is a section."""
+    for key in path:
+        data = data[key] if isinstance(data, dict) and key in data else None
+    return data if isinstance(data, dict) else {}
 
 
 def _report_misfit(document: Document, stage: str, text: str) -> None:

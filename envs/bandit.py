@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field, model_validator
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings, Size
 from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
@@ -116,10 +116,10 @@ class Bandit(TaskDistribution):
     class Config(Settings):
         """Size of the bandits and what their arms may be."""
 
-        arms: int = Field(default=5, ge=2)
+        arms: Size = Field(default=5, ge=2)
         """Arms of each bandit (k)."""
 
-        pulls: int = Field(default=10, ge=1)
+        pulls: Number = 10
         """Pulls in a trial (n); one episode."""
 
         prior: Prior = "independent"

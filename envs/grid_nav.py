@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.tasks import TaskDistribution, drawn_from, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
@@ -144,7 +144,7 @@ class GridNav(TaskDistribution):
     class Config(Settings):
         """Length of the trials and what is held out."""
 
-        episodes: int = Field(default=4, ge=1)
+        episodes: Number = 4
         """Episodes in a trial."""
 
         held_out: int = Field(default=0, ge=0, le=10)

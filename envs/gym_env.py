@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 from pydantic import Field, model_validator
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import LARGEST_NUMBER, Number, Settings
 from dmrl_ray.tasks import (
     TaskDistribution,
     TaskVectorEnv,
@@ -165,6 +165,8 @@ class GymEnv(TaskDistribution):
     class Config(Settings):
         """The environment and what varies."""
 
+        read_with: ClassVar = {"apply": ("vary", ())}
+
         id: str
         """Id for `gymnasium.make`; ``module:Name-v0`` imports the module first."""
 
@@ -174,7 +176,7 @@ class GymEnv(TaskDistribution):
         vary: dict[str, tuple[float, float] | Choices] = Field(default_factory=dict)
         """What tasks differ in: ``name: [low, high]`` or ``name: {choices: [...]}``."""
 
-        held_out: int = Field(default=0, ge=0)
+        held_out: int = Field(default=0, ge=0, le=LARGEST_NUMBER)
         """Where all that varies has choices: combinations of them kept for the validation split,
         and as many others for the test split; 0 lets every split draw from all."""
 
@@ -184,10 +186,10 @@ class GymEnv(TaskDistribution):
         the environment anew with these arguments, set_task calls its method of that name with a
         dict."""
 
-        max_episode_steps: int | None = Field(default=None, ge=1)
+        max_episode_steps: Number | None = None
         """Steps after which an episode is truncated; by default the registered number."""
 
-        episodes: int = Field(default=1, ge=1)
+        episodes: Number = 1
         """Episodes in a trial."""
 
         reference: Ends | None = None

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.tasks import TaskDistribution, drawn_from, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
@@ -111,7 +111,7 @@ class InformativeBandit(TaskDistribution):
     class Config(Settings):
         """Length of the trials and what is held out."""
 
-        pulls: int = Field(default=5, ge=1)
+        pulls: Number = 5
         """Pulls in a trial; one episode."""
 
         held_out: int = Field(default=0, ge=0, le=4)

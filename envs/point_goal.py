@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from pydantic import Field
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
@@ -141,10 +141,10 @@ class PointGoal(TaskDistribution):
     class Config(Settings):
         """Length of the episodes, where goals lie and how they pay."""
 
-        horizon: int = Field(default=100, ge=1)
+        horizon: Number = 100
         """Steps in an episode."""
 
-        episodes: int = Field(default=1, ge=1)
+        episodes: Number = 1
         """Episodes in a trial."""
 
         goal: Goals = "square"

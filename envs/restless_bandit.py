@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
@@ -107,7 +107,7 @@ class RestlessBandit(TaskDistribution):
     class Config(Settings):
         """Length of the trials and how fast the chances drift."""
 
-        pulls: int = Field(default=100, ge=1)
+        pulls: Number = 100
         """Pulls in a trial; one episode."""
 
         volatility: tuple[float, ...] = Field(default=(0.03, 0.2), min_length=1)

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium.spaces import Box, Discrete
-from pydantic import Field
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
@@ -40,7 +39,7 @@ class TabularMDPVectorEnv(RememberingVectorEnv):
     )
     memory_fields: ClassVar[tuple[str, ...]] = ("seen", "earned", "steps")
 
-    def __init__(self, num_envs: int, episodes: int = 1):
+    def __init__(self, num_envs: int, episodes: Number = 1):
         super().__init__(num_envs, Box(0.0, 1.0, (STATES,), np.float32), Discrete(ACTIONS))
         self.trial_steps = episodes * HORIZON
         # P(next state <= i) without the last i, where it is 1: one row per state and action.
@@ -150,7 +149,7 @@ class TabularMDP(TaskDistribution):
     class Config(Settings):
         """Length of the trials."""
 
-        episodes: int = Field(default=10, ge=1)
+        episodes: Number = 10
         """Episodes in a trial (n)."""
 
     family = "tabular_mdp"

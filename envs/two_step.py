@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Number, Settings
 from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import SPLITS, Array, Reference, Split, Task
 
@@ -135,7 +135,7 @@ class TwoStep(TaskDistribution):
     class Config(Settings):
         """Length of the trials, how often the places change roles and what is held out."""
 
-        rounds: int = Field(default=100, ge=1)
+        rounds: Number = 100
         """Choices in a trial, each of two steps; one episode."""
 
         reversal: float = Field(default=0.025, ge=0, le=0.5)

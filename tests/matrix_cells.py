@@ -195,7 +195,7 @@ def _stages(cell: Cell) -> dict[str, dict[str, Any]]:
     start = {"init_from": "meta", "checkpoint": "last"}
     if cell.stage == "finetune":
         columns = COPIES if cell.algorithm not in MEMORIES | BELIEFS else 1
-        rollout = {"shards": 1, "num_envs": columns}
+        rollout = {"num_envs": columns}
         return {
             "special": {"type": "finetune", **start, "tasks": 2, "updates": 2, "rollout": rollout}
         }
@@ -227,7 +227,7 @@ def _source(cell: Cell) -> dict[str, dict[str, Any]]:
     start = {"type": "pretrain", "env_steps": 1, **VALIDATED, **plain}
     source = {"init_from": "start", "record": True}
     if cell.algorithm == "algorithm_distillation":
-        small = {"rollout": {"shards": 1, "num_envs": 2}, "algorithm": plain["algorithm"]}
+        small = {"rollout": {"num_envs": 2}, "algorithm": plain["algorithm"]}
         kind = {"type": "finetune", "split": "train", "tasks": 2, "updates": 2, **small}
     else:
         kind = {"type": "evaluate", "split": "train", "tasks": 4, "trials": 2}

@@ -35,7 +35,7 @@ commit: {every_updates: 2}
 stages:
   train: {type: pretrain, env_steps: 512, validate_every: 2, validation_tasks: 2, record: true}
   apart: {type: pretrain, env_steps: 512, validate_every: 2, validation_tasks: 2}
-  special: {type: finetune, init_from: train, tasks: 2, updates: 1, rollout: {shards: 1}}
+  special: {type: finetune, init_from: train, tasks: 2, updates: 1}
   held_out: {type: evaluate, init_from: train, tasks: 3}
   cloned:
     type: pretrain

@@ -188,6 +188,25 @@ def test_regret_is_averaged_over_windows_of_steps_for_each_agent(tmp_path):
     ]
 
 
+def test_streams_without_an_oracle_show_returns_by_episodes_since_the_change(tmp_path):
+    # Three streams of two tasks; both copies of a stream count once: its mean is 10 n + episode.
+    rows = [
+        episode("stream", "test", 2 * n + k, e, 0.0)
+        | {"job": "stream", "trial": n, "change": k, "score": None}
+        | {"return": 10.0 * (n + 1) + e + copy + 100 * k}
+        for n, k, e, copy in itertools.product(range(3), range(2), range(3), (-1, 1))
+    ]
+    report = text_report(run_of(tmp_path, episodes=rows))
+    lines = [
+        [c.strip() for c in x.split("|")[3:-1]] for x in report.splitlines() if "| stream" in x
+    ]
+    # Means 20, 21, 22; t(0.975, 2) = 4.303 times 10 / sqrt(3) is 24.84.
+    spread = ["20.00 [-4.841, 44.84]", "21.00 [-3.841, 45.84]", "22.00 [-2.841, 46.84]"]
+    later = ["120.0 [95.16, 144.8]", "121.0 [96.16, 145.8]", "122.0 [97.16, 146.8]"]
+    assert "tasks | 0 " in report
+    assert lines == [["first", *spread], ["later", *later]]
+
+
 def test_training_counts_steps_updates_speed_and_the_best_validation(tmp_path):
     rows = [
         metric("meta", "validation/score", 0.2, 500, 5, 0.0),

@@ -34,7 +34,7 @@ stages:
   special:
     type: finetune
     init_from: train
-    rollout: {shards: 1, num_envs: 4}
+    rollout: {num_envs: 4}
     tasks: 3
     updates: 2
   held_out: {type: evaluate, init_from: train, tasks: 4}

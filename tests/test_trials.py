@@ -11,9 +11,10 @@ from dmrl_ray import controller
 from dmrl_ray.calls import CollectCall
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.display import Display
+from dmrl_ray.jobs import tasks_at_once
 from dmrl_ray.learner import Learner
 from dmrl_ray.results import load
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.spec import JobSpec, Weights, load_family
 from dmrl_ray.worker import RolloutWorker
 from dmrl_ray.yaml_config import parse_config
 from tests.matrix_family import LIMIT, SHORT, LazyWalk
@@ -159,3 +160,23 @@ def test_one_who_is_told_of_changes_meets_each_task_as_in_an_evaluation(tmp_path
     assert len(told) == 12
     for name in ("task_id", "return", "length"):
         np.testing.assert_array_equal(told[name], alone[name])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "copies", "episodes", "size"),
+    [
+        # Stepped one by one: 32 columns, of at most 16,384 steps together.
+        ({"type": "gym", "id": "CartPole-v1", "max_episode_steps": 10}, 1, 1, 32),
+        ({"type": "gym", "id": "CartPole-v1", "max_episode_steps": 1_000}, 1, 1, 16),
+        ({"type": "gym", "id": "CartPole-v1", "max_episode_steps": 1_000}, 1, 4, 4),
+        ({"type": "gym", "id": "CartPole-v1", "max_episode_steps": 100}, 8, 1, 4),
+        ({"type": "gym", "id": "CartPole-v1", "max_episode_steps": 1_000_000}, 1, 1, 1),
+        ({"type": "bandit", "arms": 5, "pulls": 10}, 1, 1, 1024),
+        # 100,000 steps of a number of 4 bytes: 671 of them fill 256 MiB.
+        ({"type": "bandit", "arms": 5, "pulls": 100_000}, 1, 1, 671),
+    ],
+)
+def test_an_evaluation_is_played_in_calls_of_bounded_memory_and_seconds(
+    tasks, copies, episodes, size
+):
+    assert tasks_at_once(load_family(Component(**tasks)), copies, episodes) == size

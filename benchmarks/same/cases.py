@@ -52,6 +52,7 @@ def config(
         updates_of: environment steps of an update; three are made.
         online: settings of the online stage; whose adaptation it uses.
     """
+    always_samples = "episodes_per_task" in algorithm  # and refuses to be told so
     after: Config = {"init_from": "trained", "checkpoint": "last"}
     trained = {"env_steps": 3 * updates_of, "validate_every": 2, "validation_tasks": 3}
     return {
@@ -78,7 +79,7 @@ def config(
                 **online,
             },
             "held_out": {"type": "evaluate", **after, "tasks": 3, "trials": 2, "record": True},
-            "sampled": {"type": "evaluate", **after, "tasks": 3, "greedy": False},
+            "sampled": {"type": "evaluate", **after, "tasks": 3, "greedy": always_samples},
         },
     }
 
@@ -111,10 +112,10 @@ def of_data(
         "played": {
             "type": "finetune",
             "init_from": "first",
-            "split": "validation",
+            "split": "train",
             "tasks": 3,
             "updates": 3,
-            "rollout": {"shards": 1, "num_envs": 2},
+            "rollout": {"num_envs": 2},
             "record": True,
         },
         **learned["stages"],
@@ -130,6 +131,10 @@ def gradient(type_: str, **settings: object) -> Config:
     return {"type": type_, "episodes_per_task": 2, "evaluation_steps": 2, "lr": 0.01, **settings}
 
 
+WITHIN: Config = {"type": "maml", "episodes_per_task": 2, "steps_per_adaptation": 2, "lr": 0.01}
+TRPO: Config = {"type": "maml", "episodes_per_task": 2, "evaluation_steps": 2, "outer": "trpo"}
+
+
 def on_device(given: Config) -> Config:
     """The same with tensors rolled out where the policy is."""
     return {**given, "rollout": {**given["rollout"], "device": "cpu"}}
@@ -139,8 +144,8 @@ REPLAY = {"critic_sizes": [8], "gradient_steps": 3, "batch_trials": 4, "batch_st
 
 CASES: dict[str, Config] = {
     "maml": config(POINT, MLP, gradient("maml", inner_steps=2), 96, SGD),
-    "maml_within": config(BANDIT, MLP, gradient("maml", steps_per_adaptation=2), 40, ADAMW),
-    "maml_trpo": config(GRID, MLP, gradient("maml", outer="trpo"), 240, SGD),
+    "maml_within": config(BANDIT, MLP, WITHIN, 40, ADAMW),
+    "maml_trpo": config(GRID, MLP, TRPO, 240, SGD),
     "maml_on_device": on_device(config(POINT, MLP, gradient("maml"), 64, SGD)),
     "fomaml": config(POINT, LSTM, gradient("maml", first_order=True), 64, SGD),
     "anil": config(BANDIT, MLP, gradient("maml", adapt=["policy_head"]), 80, ADAMW),

@@ -57,6 +57,9 @@ class Adaptation(ABC):
     memory_spans_trial: bool = False
     """The policy's memory, and so returns, survive the ends of episodes."""
 
+    acts_greedily: bool = True
+    """Where `greedy` asks for it; False always samples, as gradients of returns need it."""
+
     @property
     def columns_per_task(self) -> int:
         """Environments that play one task side by side."""
@@ -186,6 +189,8 @@ class Continued(Adaptation):
         ValueError: the policy has a memory that gradient steps cannot adapt, or a part to move does
             not exist.
     """
+
+    acts_greedily = False
 
     def __init__(
         self,

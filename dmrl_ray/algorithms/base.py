@@ -10,6 +10,7 @@ import numpy as np
 from dmrl_ray.algorithms.adaptation import Adaptation, Continued
 from dmrl_ray.algorithms.descent import Descent
 from dmrl_ray.config import ContinuedTraining
+from dmrl_ray.dataset import Dataset
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
@@ -45,11 +46,20 @@ class Algorithm(Descent, Adaptation):
     compiles: bool = False
     """Its losses given to `descend` read nothing that changes but the policy and the batch."""
 
+    in_precision: bool = False
+    """`update` steps through minibatches, in which `learners.precision` holds (`step_through`)."""
+
+    network_unread: tuple[str, ...] = ()
+    """Settings of the network that its policy leaves out or has as it must."""
+
     learns_to_act: bool = True
     """False: returns say nothing of what is learned, and the last policy counts as the best."""
 
     run_folder: str = ""
     """Of the run, for what earlier stages of it recorded."""
+
+    datasets: tuple[Dataset, ...] = ()
+    """What it has opened to learn from."""
 
     def __init__(
         self, config: Descent.Config, distribution: TaskDistribution, policy: ActorCritic

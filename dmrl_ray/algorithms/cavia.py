@@ -7,6 +7,8 @@ inner loop alone, and the rest moves in the outer loop alone.
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from dmrl_ray.algorithms.maml import MAML
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.tasks import TaskDistribution
@@ -19,7 +21,7 @@ class CAVIA(MAML):
         adapt: tuple[str, ...] = ("context",)
         """Prefixes of the parameter names the inner loop may change."""
 
-        inner_lr: float = 1.0  # Zintgraf et al. 2019, section 4.3
+        inner_lr: float = Field(default=1.0, gt=0)  # Zintgraf et al. 2019, section 4.3
         """Step size of the inner loop."""
 
     config: Config

@@ -13,26 +13,29 @@ take over without a jump.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.ppo import ClipConfig
+from dmrl_ray.algorithms.ppo import BatchConfig
 from dmrl_ray.algorithms.rl2 import RL2
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number
 from dmrl_ray.types import Task, Trial
 
 
 class Distillation(RL2):
     """Whole trials, in which every step is labelled with what the oracle would have done."""
 
-    class Config(ClipConfig):
+    class Config(BatchConfig):
+        read_with: ClassVar = {"teacher_until": ("teacher", ())}
+
         lr: float = Field(default=2e-3, gt=0)
         """Step size."""
 
-        epochs: int = Field(default=1, ge=1)
+        epochs: Number = 1
         """Passes over each batch."""
 
         teacher: float = Field(default=0.5, ge=0, le=1)
@@ -48,6 +51,11 @@ class Distillation(RL2):
     @classmethod
     def schedules(cls, config: Any) -> list[str]:
         return super().schedules(config) + (["teacher"] if config.teacher else [])
+
+    @property
+    def epochs(self) -> int:
+        """Passes over each batch."""
+        return self.config.epochs
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.env.remembers = True

@@ -16,6 +16,7 @@ stands in its place. Left out: a context that is kept as it is within an episode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +34,7 @@ from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import at_default
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
@@ -41,6 +43,8 @@ class DPT(Offline):
     """Cloning of the best actions, in context."""
 
     class Config(Offline.Config):
+        read_with: ClassVar = {"newest": ("experts", (None,))}
+
         data: DataSettings | None = None  # type: ignore[assignment]
         """Where the contexts are read; null plays them, by chance, and labels them with what one
         who knows the task would do."""
@@ -56,6 +60,8 @@ class DPT(Offline):
         def _reads_both(self) -> DPT.Config:
             if self.experts and not self.data:
                 raise ValueError("experts: name the data of the same tasks, or leave out both")
+            if not self.data and not at_default(self, "newest"):
+                raise ValueError("newest: is read only where data is set; leave it out")
             return self
 
     config: Config
@@ -103,7 +109,7 @@ class DPT(Offline):
         """Transitions of a task in each column, and best actions on the same task."""
         newest = 1.0 if self.config.experts else self.config.newest
         if not self._tasks:
-            self._tasks = sorted({*self.dataset.task_names} & {*self.experts.tasks_of(newest)})
+            self._tasks = sorted({*self.dataset.tasks_of(1.0)} & {*self.experts.tasks_of(newest)})
         if not self._tasks:
             raise ValueError("algorithm.experts: its tasks are none of the tasks in data")
         names = [self._tasks[i] for i in rng.integers(len(self._tasks), size=columns)]

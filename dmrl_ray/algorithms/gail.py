@@ -22,6 +22,7 @@ from dmrl_ray.losses.imitation import discriminator_loss, imitation_reward
 from dmrl_ray.networks.base import linear, stack
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number, Sizes
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
@@ -35,13 +36,13 @@ class GAIL(PPO):
         data: DataSettings
         """The expert's steps. They count as environment steps of the budget, as the policy's."""
 
-        discriminator: tuple[int, ...] = (64, 64)
+        discriminator: Sizes = (64, 64)
         """Widths of the discriminator's layers."""
 
         discriminator_lr: float = Field(default=3e-4, gt=0)
         """Its step size."""
 
-        discriminator_updates: int = Field(default=2, ge=1)
+        discriminator_updates: Number = 2
         """Its gradient steps before each update of the policy, on all that was collected."""
 
     config: Config

@@ -17,17 +17,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.ppo import PPO, BatchConfig, ClipConfig
+from dmrl_ray.algorithms.ppo import PPO, ActorCriticConfig, ClipConfig
 from dmrl_ray.losses.returns import vtrace
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number
 from dmrl_ray.types import Rollout, Task, Trial
 
 
-class VTraceConfig(BatchConfig):
+class VTraceConfig(ActorCriticConfig):
     """Settings of actor-critics with V-trace."""
 
-    num_steps: int = Field(default=32, ge=1)
+    num_steps: Number = 32
     """Steps in each column between updates; episodes go on over updates."""
 
     gae_lambda: float = Field(default=1.0, ge=0, le=1)
@@ -114,7 +115,7 @@ class APPO(VTrace):
     class Config(VTraceConfig, ClipConfig):
         """V-trace and the clipped update."""
 
-        num_steps: int = Field(default=128, ge=1)
+        num_steps: Number = 128
         """Steps in each column between updates; episodes go on over updates."""
 
     config: Config

@@ -23,6 +23,7 @@ from dmrl_ray.algorithms.task_params import (
 )
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
@@ -45,23 +46,27 @@ class GradientAdaptation(Algorithm):
     """
 
     class Config(Algorithm.Config):
-        inner_steps: int = Field(default=1, ge=1)
+        read_with = dict.fromkeys(
+            ("inner_steps", "evaluation_steps"), ("steps_per_adaptation", (None,))
+        )
+
+        inner_steps: Number = 1
         """Gradient steps taken on each task before the post-adaptation rollout."""
 
         inner_lr: float = Field(default=0.1, gt=0)  # Finn et al. 2017, section 5.3
         """Step size of those steps (alpha in the paper)."""
 
-        evaluation_steps: int = Field(default=3, ge=1)
+        evaluation_steps: Number = 3
         """Gradient steps taken on each task when evaluating."""
 
         adapt: tuple[str, ...] = ("",)
         """Prefixes of the parameter names the inner loop may change.
         ``[""]`` is everything; ``["policy_head"]`` is ANIL."""
 
-        episodes_per_task: int = Field(default=20, ge=1)
+        episodes_per_task: Number = 20
         """Environment columns that play one task side by side, one episode each per rollout."""
 
-        steps_per_adaptation: int | None = Field(default=None, ge=1)
+        steps_per_adaptation: Number | None = None
         """Environment steps between two gradient steps of one trial, which goes on; null lets
         each gradient step follow a whole episode and begins the next ones afresh. The trial's
         length says how many steps there are, and all rollouts count, not the last alone."""
@@ -74,6 +79,7 @@ class GradientAdaptation(Algorithm):
 
     config: Config
     frozen_statistics = True
+    acts_greedily = False
     corrects_for_lag = True
     on_device = True
 

@@ -12,9 +12,9 @@ history, so that improvement shows within a context.
 from __future__ import annotations
 
 import numpy as np
-from pydantic import Field
 
 from dmrl_ray.algorithms.cloning import Cloning
+from dmrl_ray.settings import Number
 from dmrl_ray.types import Trial
 
 
@@ -22,7 +22,7 @@ class AlgorithmDistillation(Cloning):
     """Cloning of learning histories, whole episodes in the order in which they were lived."""
 
     class Config(Cloning.Config):
-        every: int = Field(default=1, ge=1)
+        every: Number = 1
         """Of each history every n-th episode is read, beginning with one of the first n."""
 
     config: Config

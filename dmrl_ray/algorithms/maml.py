@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from dmrl_ray.algorithms.descent import Descent
 from dmrl_ray.algorithms.gradients import Batch, Loss, Report
 from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.algorithms.task_params import (
@@ -31,6 +32,7 @@ from dmrl_ray.algorithms.trust_region import trust_region_step
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number
 from dmrl_ray.types import Rollout, Task, Trial
 
 READ = ("obs", "action", "log_prob", "advantage")
@@ -41,13 +43,21 @@ class MAML(GradientAdaptation):
     """Adapt by gradient steps within a trial; improve where those steps start from."""
 
     class Config(GradientAdaptation.Config):
+        read_with: ClassVar = {
+            "epochs": ("outer", ("clip",)),
+            "clip": ("outer", ("clip",)),
+            "max_kl": ("outer", ("trpo",)),
+            "outer_gamma": ("steps_per_adaptation", ()),
+            **dict.fromkeys(Descent.Config.model_fields, ("outer", ("clip", "vpg"))),
+        }
+
         first_order: bool = False
         """True drops the second derivative (FOMAML): about half the memory, some bias."""
 
         outer: Literal["clip", "trpo", "vpg"] = "clip"
         """The outer step: clipped policy gradient, trust region, or plain policy gradient."""
 
-        epochs: int = Field(default=4, ge=1)
+        epochs: Number = 4
         """Outer gradient steps on each batch where they are clipped, else one; each adapts anew
         from the moved parameters."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import numpy as np
-from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
@@ -19,22 +18,25 @@ from dmrl_ray.data_sources import DataSettings, source_of
 from dmrl_ray.dataset import Dataset
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number
 from dmrl_ray.types import Rollout, Task, Trial
 
 
 def open_dataset(algorithm: Algorithm, settings: DataSettings) -> Dataset:
-    """What `settings` name, for the algorithm's task family.
+    """What `settings` name, for the algorithm's task family; it is among the algorithm's datasets.
 
     Raises:
         ValueError: it is not there, or does not fit the family.
     """
     family = algorithm.distribution
-    return Dataset(
+    dataset = Dataset(
         source_of(settings, algorithm.run_folder),
         family.observation_space,
         family.action_space,
         memory_bytes=settings.memory_mb << 20,
     )
+    algorithm.datasets = (*algorithm.datasets, dataset)
+    return dataset
 
 
 class Offline(Algorithm):
@@ -44,18 +46,19 @@ class Offline(Algorithm):
         data: DataSettings
         """What is learned from."""
 
-        num_steps: int | None = Field(default=None, ge=1)
+        num_steps: Number | None = None
         """Steps read into each column between updates; null is as many as a trial has, and at most
         128 for policies without memory."""
 
-        epochs: int = Field(default=1, ge=1)
+        epochs: Number = 1
         """Passes over what was read."""
 
-        minibatches: int = Field(default=4, ge=1)
+        minibatches: Number = 4
         """Gradient steps per pass."""
 
     config: Config
     recordable = False
+    in_precision = True
     _dataset: Dataset | None = None
 
     @property

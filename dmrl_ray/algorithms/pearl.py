@@ -31,6 +31,7 @@ from dmrl_ray.networks.base import Memory, linear, stack
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.replay import draw_below
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number, Size, Sizes
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
@@ -53,16 +54,16 @@ class PEARL(SAC):
     """Soft actor-critic given a latent task."""
 
     class Config(SoftConfig):
-        latent: int = Field(default=5, ge=1)
+        latent: Size = 5
         """Dimensions of the latent task."""
 
-        context_sizes: tuple[int, ...] = (64, 64)
+        context_sizes: Sizes = (64, 64)
         """Width of each layer between a transition and its factor."""
 
-        context_episodes: int = Field(default=1, ge=1)
+        context_episodes: Number = 1
         """Episodes at the start of a trial that contexts to learn from are taken from."""
 
-        belief_steps: int | None = Field(default=None, ge=1)
+        belief_steps: Number | None = None
         """Steps between renewals of the belief; null is an episode. The noise by which a latent is
         drawn from it stays the same for an episode."""
 

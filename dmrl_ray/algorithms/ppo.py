@@ -7,7 +7,7 @@ memory starts from what the worker had. Left out: the adaptive KL penalty, value
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from dmrl_ray.losses.returns import generalized_advantage
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
@@ -30,7 +31,7 @@ from dmrl_ray.types import Rollout, Task, Trial
 class BatchConfig(Algorithm.Config):
     """Settings of an update in minibatches, shared by every algorithm that makes one."""
 
-    minibatches: int = Field(default=4, ge=1)
+    minibatches: Number = 4
     """Gradient steps per pass over a batch."""
 
     gamma: float = Field(default=0.99, ge=0, le=1)
@@ -39,20 +40,26 @@ class BatchConfig(Algorithm.Config):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """0 trusts the value function, 1 the returns."""
 
+    value_coef: float = Field(default=0.5, ge=0)
+    """Weight of the value loss, in units of normalised returns."""
+
+
+class ActorCriticConfig(BatchConfig):
+    """Settings of policy gradients in minibatches."""
+
+    read_with: ClassVar = {"anneal_entropy": ("entropy_coef", ())}
+
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
 
     anneal_entropy: bool = False
     """Lower that weight linearly over the budget, as `anneal_lr` does the step size."""
 
-    value_coef: float = Field(default=0.5, ge=0)
-    """Weight of the value loss, in units of normalised returns."""
 
-
-class ClipConfig(BatchConfig):
+class ClipConfig(ActorCriticConfig):
     """Settings of the clipped update, shared by every algorithm that uses it."""
 
-    epochs: int = Field(default=4, ge=1)
+    epochs: Number = 4
     """Passes over each batch."""
 
     clip: float = Field(default=0.2, gt=0)  # Schulman et al. 2017, table 3
@@ -63,7 +70,7 @@ class PPO(Algorithm):
     """Clipped surrogate on advantages that the worker computed once."""
 
     class Config(ClipConfig):
-        num_steps: int = Field(default=128, ge=1)
+        num_steps: Number = 128
         """Steps in each column between updates; episodes go on over updates."""
 
     config: BatchConfig
@@ -71,6 +78,7 @@ class PPO(Algorithm):
     corrects_for_lag = True
     on_device = True
     compiles = True
+    in_precision = True
     labels: tuple[str, ...] = ("action", "log_prob")
     """What the loss reads of a rollout as it is."""
 
@@ -92,11 +100,14 @@ class PPO(Algorithm):
 
     @classmethod
     def schedules(cls, config: Any) -> list[str]:
-        return super().schedules(config) + (["anneal_entropy"] if config.anneal_entropy else [])
+        anneals = isinstance(config, ActorCriticConfig) and config.anneal_entropy
+        return super().schedules(config) + (["anneal_entropy"] if anneals else [])
 
     @property
     def entropy_weight(self) -> float:
         """Of the entropy bonus, at this point of the budget."""
+        if not isinstance(self.config, ActorCriticConfig):
+            return 0.0
         left = 1.0 - self.progress if self.config.anneal_entropy else 1.0
         return self.config.entropy_coef * left
 

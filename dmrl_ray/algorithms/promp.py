@@ -15,6 +15,7 @@ from torch import Tensor
 from dmrl_ray.algorithms.maml import MAML
 from dmrl_ray.algorithms.task_params import Parameters, task_mask
 from dmrl_ray.losses.averages import counted_mean
+from dmrl_ray.settings import Number
 from dmrl_ray.types import Trial
 
 
@@ -22,7 +23,7 @@ class ProMP(MAML):
     """MAML with proximal outer steps."""
 
     class Config(MAML.Config):
-        epochs: int = Field(default=5, ge=1)  # Rothfuss et al. 2019, appendix D
+        epochs: Number = 5  # Rothfuss et al. 2019, appendix D
         """Outer gradient steps on each batch; each adapts anew from the moved parameters."""
 
         kl_penalty: float = Field(default=5e-4, ge=0)  # the same

@@ -9,6 +9,8 @@ linear map of one observation can do.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -19,6 +21,7 @@ from dmrl_ray.losses.latent import gaussian_sample
 from dmrl_ray.losses.representation import ProbabilisticPCA, negative_evidence_bound
 from dmrl_ray.networks.base import Activation, linear, stack
 from dmrl_ray.policy import ActorCritic
+from dmrl_ray.settings import Size, Sizes
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Trial
 
@@ -30,7 +33,9 @@ class Autoencoder(Offline):
     """What an encoder keeps of an observation is what it can be rebuilt from."""
 
     class Config(Offline.Config):
-        decoder: tuple[int, ...] = (64,)
+        read_with: ClassVar = {"activation": ("decoder", ())}
+
+        decoder: Sizes = (64,)
         """Widths of the decoder's layers between features and observation."""
 
         activation: Activation = "relu"
@@ -90,7 +95,7 @@ class VAE(Autoencoder):
     """The features lead to a Gaussian over latents, of which a sample is enough to rebuild."""
 
     class Config(Autoencoder.Config):
-        latent: int = Field(default=8, ge=1)
+        latent: Size = 8
         """Dimensions of the latent space."""
 
         beta: float = Field(default=1.0, ge=0)

@@ -10,10 +10,10 @@ inner step: the step itself is what is learned from.
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 
 from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number
 from dmrl_ray.types import Task, Trial
 
 
@@ -21,7 +21,7 @@ class Reptile(GradientAdaptation):
     """Adapt by gradient steps; follow them."""
 
     class Config(GradientAdaptation.Config):
-        inner_steps: int = Field(default=3, ge=1)
+        inner_steps: Number = 3
         """Gradient steps taken on each task; with one, nothing is learned about adaptation."""
 
     config: Config

@@ -10,7 +10,7 @@ only, and stand in `policy.auxiliary`: nobody needs them to act.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from dmrl_ray.networks.critics import CriticEnsemble, Temperature
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.replay import Transitions, TrialReplay
 from dmrl_ray.rollout import Sampler
+from dmrl_ray.settings import Number, Sizes
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Task, Trial
 
@@ -42,19 +43,21 @@ CRITIC = ("auxiliary.critics.", "auxiliary.context_encoder.")
 class SoftConfig(Algorithm.Config):
     """Settings of the soft update, shared by every algorithm that uses it."""
 
+    read_with: ClassVar = {"target_entropy": ("temperature", (None,))}
+
     max_grad_norm: float = Field(default=1_000.0, gt=0)
     """Gradients longer than this are shortened to it."""
 
-    replay_trials: int = Field(default=2_000, ge=1)
+    replay_trials: Number = 2_000
     """Columns of the last collections that are kept; the bound of the replay's memory."""
 
-    gradient_steps: int = Field(default=50, ge=1)
+    gradient_steps: Number = 50
     """Steps of critics and policy each, per update."""
 
-    batch_trials: int = Field(default=16, ge=1)
+    batch_trials: Number = 16
     """Kept columns in each batch."""
 
-    batch_steps: int = Field(default=32, ge=1)
+    batch_steps: Number = 32
     """Transitions of each of them."""
 
     gamma: float = Field(default=0.99, ge=0, lt=1)
@@ -73,7 +76,7 @@ class SoftConfig(Algorithm.Config):
     """In nats; null is minus the number of continuous actions (Haarnoja et al. 2018, table 1), or
     half the entropy of uniform discrete ones."""
 
-    critic_sizes: tuple[int, ...] = (64, 64)
+    critic_sizes: Sizes = (64, 64)
     """Width of each layer of the critics."""
 
 
@@ -81,11 +84,12 @@ class SAC(Algorithm):
     """One policy for all tasks, which is told nothing of them beside the observation."""
 
     class Config(SoftConfig):
-        num_steps: int = Field(default=32, ge=1)
+        num_steps: Number = 32
         """Steps in each column between updates; episodes go on over updates."""
 
     config: SoftConfig
     continues_episodes = True
+    network_unread = ("separate_value", "normalize_value", "squashed")
 
     def __init__(
         self, config: SoftConfig, distribution: TaskDistribution, policy: ActorCritic

@@ -27,6 +27,7 @@ from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import TrialDecoder
 from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
 from dmrl_ray.replay import Transitions, TrialReplay
+from dmrl_ray.settings import LARGEST_NUMBER, Number
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays, Rollout, Trial
 
@@ -38,22 +39,34 @@ class VariBAD(RL2):
     """RL^2 whose memory is trained to foretell rewards."""
 
     class Config(RL2.Config):
+        read_with = dict.fromkeys(
+            [
+                "belief_lr",
+                "belief_trials",
+                "replay_trials",
+                "beliefs_per_trial",
+                "kl_weight",
+                "decoder",
+            ],
+            ("belief_updates", ()),
+        )
+
         lr: float = Field(default=7e-4, gt=0)
         """Step size of the policy."""
 
         belief_lr: float = Field(default=1e-3, gt=0)
         """Step size of encoder and decoders; an encoder that does not detach has the policy's."""
 
-        belief_updates: int = Field(default=3, ge=0)
+        belief_updates: int = Field(default=3, ge=0, le=LARGEST_NUMBER)
         """Gradient steps on the bound after each update of the policy."""
 
-        belief_trials: int = Field(default=25, ge=1)
+        belief_trials: Number = 25
         """Stored trials in each of those steps."""
 
-        replay_trials: int = Field(default=10_000, ge=1)
+        replay_trials: Number = 10_000
         """Trials kept, the last ones, each with all its steps; they are part of checkpoints."""
 
-        beliefs_per_trial: int | None = Field(default=None, ge=1)
+        beliefs_per_trial: Number | None = None
         """Beliefs of a stored trial, drawn anew at each step, whose forecasts count; null takes
         that of every step, and each forecasts all steps."""
 

@@ -7,13 +7,13 @@ Meta-Learning", 2020, section 3 (arXiv:1910.08348).
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from gymnasium.spaces import Box
-from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.config import Component, Settings
+from dmrl_ray.config import Component, Settings, Size, Sizes
 from dmrl_ray.networks.base import Activation, Encoder, Memory, linear, stack
 
 
@@ -21,13 +21,15 @@ class Belief(Encoder):
     """A diagonal Gaussian over a latent task; features are a function of it and the observation."""
 
     class Config(Settings):
-        latent: int = Field(default=5, ge=1)
+        read_with: ClassVar = {"activation": ("sizes", ())}
+
+        latent: Size = 5
         """Dimensions of the latent task."""
 
         history: Component = Component.model_validate({"type": "gru", "size": 64})
         """Encoder whose memory of all that happened the belief is made of."""
 
-        sizes: tuple[int, ...] = (64,)
+        sizes: Sizes = (64,)
         """Width of each layer between observation with belief and the heads."""
 
         activation: Activation = "relu"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from gymnasium.spaces import Box
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from dmrl_ray.networks.base import ACTIVATIONS, Encoder, Memory, join
 from dmrl_ray.networks.layers import LayerConfig, dense, map_norms
+from dmrl_ray.settings import LARGEST_SIZE, Size, Sizes
 
 POOLS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {
     "max": nn.MaxPool2d,
@@ -19,11 +20,19 @@ POOLS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {
 }
 
 
+_EACH = Discriminator(lambda value: "each" if isinstance(value, list | tuple) else "one")
+OneOrEach: TypeAlias = Annotated[
+    Annotated[Size, Tag("one")] | Annotated[Sizes, Tag("each")], _EACH  # one message, not two
+]
+
+
 class ImageEncoder(Encoder):
     """Convolutions over images (H, W, C), then fully connected layers."""
 
     class Config(LayerConfig):
-        sizes: tuple[int, ...] = (128,)
+        read_with = dict.fromkeys(("dropout", "adapters"), ("sizes", ()))
+
+        sizes: Sizes = (128,)
         """Width of each layer behind the convolutions."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
@@ -60,19 +69,21 @@ class CNN(ImageEncoder):
     """A chain of convolutions, each with a pooling if wanted."""
 
     class Config(ImageEncoder.Config):
-        channels: tuple[int, ...] = (16, 32)
+        read_with: ClassVar = {"pool_size": ("pool", ("max", "average"))}
+
+        channels: Sizes = (16, 32)
         """Feature maps of each convolution."""
 
-        kernel: int | tuple[int, ...] = 3
+        kernel: OneOrEach = 3
         """Side of the square kernels, in pixels; one for all, or one for each convolution."""
 
-        stride: int | tuple[int, ...] = 1
+        stride: OneOrEach = 1
         """Step of the kernels, in pixels; one for all, or one for each convolution."""
 
         pool: Literal["none", "max", "average"] = "none"
         """What is kept of each square of `pool_size` pixels behind a convolution."""
 
-        pool_size: int = Field(default=2, ge=1)
+        pool_size: Size = 2
         """Side of those squares."""
 
     def build(self, config: ImageEncoder.Config, channels: int) -> nn.Sequential:
@@ -115,13 +126,13 @@ class Residual(ImageEncoder):
     """
 
     class Config(ImageEncoder.Config):
-        sizes: tuple[int, ...] = (256,)
+        sizes: Sizes = (256,)
         """Width of each layer behind the convolutions."""
 
-        channels: tuple[int, ...] = (16, 32, 32)
+        channels: Sizes = (16, 32, 32)
         """Feature maps of each section; each halves height and width."""
 
-        blocks: int = Field(default=2, ge=0)
+        blocks: int = Field(default=2, ge=0, le=LARGEST_SIZE)
         """Residual blocks of each section."""
 
         pool: Literal["max", "average"] = "max"

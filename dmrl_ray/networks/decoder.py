@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Settings, Sizes
 from dmrl_ray.losses.latent import forecast_loss
 from dmrl_ray.networks.base import linear, stack
 
@@ -42,7 +42,7 @@ class TrialDecoder(nn.Module):
         foretell_obs: bool = False
         """Foretell the next observation too, for tasks that differ in their dynamics."""
 
-        sizes: tuple[int, ...] = Field(default=(32, 32), min_length=1)
+        sizes: Sizes = Field(default=(32, 32), min_length=1)
         """Width of each layer."""
 
     def __init__(self, config: Config, latent: int, width: int, actions: int) -> None:

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 from gymnasium.spaces import MultiDiscrete
-from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Settings, Size
 from dmrl_ray.networks.base import Encoder, Memory, join
 from dmrl_ray.networks.cell import step_by_step
 from dmrl_ray.networks.recurrent import start_gates
@@ -21,7 +20,7 @@ class Embedding(Encoder):
     """A learned vector for each symbol, of tokens (`MultiDiscrete`) or of a one-hot vector."""
 
     class Config(Settings):
-        size: int = Field(default=32, ge=1)
+        size: Size = 32
         """Width of the vector of a symbol, and of the features."""
 
         pool: Literal["mean", "gru"] = "mean"
@@ -41,6 +40,11 @@ class Embedding(Encoder):
                 self.cell = nn.GRU(config.size, config.size)
                 start_gates(self.cell)
         else:
+            if config.pool != "mean":
+                raise ValueError(
+                    "network.encoder.pool: there are no tokens to join, found a vector of shape "
+                    f"{obs_space.shape}; leave it out"
+                )
             self.table = nn.Embedding(math.prod(obs_space.shape or (1,)), config.size)
         self.out_dim = config.size + extra
 

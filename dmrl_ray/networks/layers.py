@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import LARGEST_SIZE, Settings
 from dmrl_ray.networks.base import ACTIVATIONS, Activation, linear
 
 
@@ -32,7 +32,7 @@ class LayerConfig(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of units that are left out in a gradient step of the learner."""
 
-    adapters: int = Field(default=0, ge=0)
+    adapters: int = Field(default=0, ge=0, le=LARGEST_SIZE)
     """Width of the bottleneck behind each dense layer; 0 is none (arXiv:1902.00751)."""
 
 
@@ -63,9 +63,16 @@ class ImageLayerNorm(nn.Module):
 
 
 def _normalized(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
-    if norm.training and norm.weight.requires_grad:
-        return nn.modules.batchnorm._BatchNorm.forward(norm, x)
     mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    if norm.training and norm.weight.requires_grad:
+        before = mean.clone(), variance.clone()
+        y = nn.modules.batchnorm._BatchNorm.forward(norm, x)
+        # A batch that is not finite gives no gradient step, and shall leave nothing here either.
+        for running, kept in zip((mean, variance), before, strict=True):
+            running.copy_(torch.where(torch.isfinite(running), running, kept))
+        return y
     return nn.functional.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
 
 

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from dmrl_ray.networks.base import Encoder, Memory, join
 from dmrl_ray.networks.layers import LayerConfig, dense
+from dmrl_ray.settings import Sizes
 
 
 class MLP(Encoder):
     """Fully connected layers."""
 
     class Config(LayerConfig):
-        sizes: tuple[int, ...] = (64, 64)
+        read_with = dict.fromkeys(LayerConfig.model_fields, ("sizes", ()))
+
+        sizes: Sizes = (64, 64)
         """Width of each layer."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:

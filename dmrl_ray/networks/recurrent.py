@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dmrl_ray.networks.base import BodyEncoder, Memory
 from dmrl_ray.networks.cell import step_by_step
+from dmrl_ray.settings import Size
 
 
 def over_segments(
@@ -51,7 +52,7 @@ class _Recurrent(BodyEncoder):
     """A body, then one recurrent layer; the kernel is fused over steps without a reset."""
 
     class Config(BodyEncoder.Config):
-        size: int = 128
+        size: Size = 128
         """Width of the memory."""
 
         layer_norm: bool = False

@@ -14,12 +14,29 @@ from typing import Literal
 
 import torch
 from gymnasium.spaces import Box
-from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Settings, Size
 from dmrl_ray.networks.base import ACTIVATIONS, Activation, Encoder, Memory, join, linear
 from dmrl_ray.networks.recurrent import over_segments, start_gates
+
+
+class CellConfig(Settings):
+    """Settings of a memory of cells, one for each action."""
+
+    size: Size = 32
+    """Width of the memory of each action (H)."""
+
+    width: Size = 16
+    """Features of each action (F)."""
+
+    ordered: bool = True
+    """Show each action the memory of the one before it, so that equal ones can be told apart: of 50
+    arms never pulled each deserves a fiftieth of what their sort does, and a worse one that was
+    pulled would be the mode. Now the first of them can have it all."""
+
+    activation: Activation = "relu"
+    """Of the features."""
 
 
 class Symmetric(Encoder):
@@ -35,24 +52,10 @@ class Symmetric(Encoder):
         extra: A + 2 for the previous action, reward and done; a context is not supported.
     """
 
-    class Config(Settings):
-        size: int = Field(default=32, ge=1)
-        """Width of the memory of each action (H)."""
-
-        width: int = Field(default=16, ge=1)
-        """Features of each action (F)."""
-
-        ordered: bool = True
-        """Show each action the memory of the one before it, so that equal ones can be told apart:
-        of 50 arms never pulled each deserves a fiftieth of what their sort does, and a worse one
-        that was pulled would be the mode. Now the first of them can have it all."""
-
+    class Config(CellConfig):
         updates: Literal["all", "taken"] = "all"
         """Cells that a step changes: all, or that of the previous action alone, which with many
         actions is several times as fast; the others then learn of the time from the common part."""
-
-        activation: Activation = "relu"
-        """Of the features."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from gymnasium.spaces import Box
 from torch import Tensor
 
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.networks.symmetric import Symmetric
+from dmrl_ray.networks.symmetric import CellConfig, Symmetric
 
 
 class Tabular(Symmetric):
@@ -24,7 +24,7 @@ class Tabular(Symmetric):
     actions where the agent is now.
 
     Args:
-        config: widths; `updates` is always ``taken``.
+        config: widths.
         obs_space: (S,) one-hot places.
         extra: A + 2 for the previous action, reward and done.
 
@@ -32,13 +32,16 @@ class Tabular(Symmetric):
         ValueError: observations are no vectors.
     """
 
-    def __init__(self, config: Symmetric.Config, obs_space: Box, extra: int) -> None:
+    class Config(CellConfig):
+        """One cell is changed by a step, which leaves nothing to choose."""
+
+    def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         if len(obs_space.shape) != 1:
             raise ValueError(
                 "network.encoder: tabular needs one-hot observations, but the tasks' have shape "
                 f"{obs_space.shape}; use symmetric or a recurrent encoder"
             )
-        super().__init__(config.model_copy(update={"updates": "taken"}), obs_space, extra)
+        super().__init__(Symmetric.Config(**dict(config), updates="taken"), obs_space, extra)
         self.places = math.prod(obs_space.shape)
 
     def initial_memory(self, num: int) -> Memory:

@@ -13,11 +13,12 @@ from collections.abc import Iterable
 
 import torch
 from gymnasium.spaces import Box
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dmrl_ray.networks.base import BodyEncoder, Memory, linear
+from dmrl_ray.settings import Size
 
 
 class Transformer(BodyEncoder):
@@ -29,16 +30,16 @@ class Transformer(BodyEncoder):
     """
 
     class Config(BodyEncoder.Config):
-        size: int = Field(default=64, ge=1)
+        size: Size = 64
         """Width of the features."""
 
-        layers: int = Field(default=2, ge=1)
+        layers: Size = 2
         """Attention layers."""
 
-        heads: int = Field(default=4, ge=1)
+        heads: Size = 4
         """Attention heads of each layer."""
 
-        context: int = Field(default=128, ge=1)
+        context: Size = 128
         """Steps that can be attended to; a whole trial for RL^2."""
 
         @model_validator(mode="after")

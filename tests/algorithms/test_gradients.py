@@ -119,7 +119,7 @@ def test_a_compiler_that_fails_is_told_in_one_sentence(monkeypatch):
         (dict(encoder={"type": "mlp", "dropout": 0.1}), "with memory, dropout or batch norm"),
         (
             dict(algorithm={"type": "promp", "episodes_per_task": 4}, tasks={"type": "point_goal"}),
-            r"the losses of promp \(stage 's'\) cannot be compiled",
+            r"the losses of promp cannot be compiled",
         ),
     ],
     ids=["memory", "dropout", "promp"],
