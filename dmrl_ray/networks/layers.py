@@ -70,8 +70,9 @@ def _normalized(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
         before = mean.clone(), variance.clone()
         y = nn.modules.batchnorm._BatchNorm.forward(norm, x)
         # A batch that is not finite gives no gradient step, and shall leave nothing here either.
+        # Autograd, which does not read them, would take a change of them for one of its inputs'.
         for running, kept in zip((mean, variance), before, strict=True):
-            running.copy_(torch.where(torch.isfinite(running), running, kept))
+            running.data.copy_(torch.where(torch.isfinite(running), running, kept))
         return y
     return nn.functional.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
 
