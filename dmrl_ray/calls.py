@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dmrl_ray.config import Adapt, By
+from dmrl_ray.dataset import LeftOut
 from dmrl_ray.recording import Steps
 from dmrl_ray.spec import JobSpec
 from dmrl_ray.types import Columns, Task
@@ -59,3 +60,4 @@ class CollectReport:
     inference_s: float  # of them, in the policy
     tasks: dict[str, pa.Array]  # rows of those that the episodes name
     steps: Steps | None = None  # where the job is recorded
+    left_out: tuple[LeftOut, ...] = ()  # of data, from the collection of a job that is made first

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
 
 @dataclass(frozen=True)
 class Block:
-    """Steps in memory: arrays (n, ...), observations flat."""
+    """Steps in memory: arrays (n, ...), observations flat; what is missing is NaN or None."""
 
     obs: np.ndarray
     action: np.ndarray
@@ -54,11 +54,19 @@ class Block:
             )
         action = self.action
         fits = action.shape[1:] == tuple(action_space.shape or ())
-        if isinstance(action_space, gym.spaces.Discrete):
-            fits = fits and np.issubdtype(action.dtype, np.integer)
-            fits = fits and bool(action.min() >= 0 and action.max() < action_space.n)
+        if fits and isinstance(action_space, gym.spaces.Discrete):
+            action = action[~_not_finite(action)]  # A column with gaps is read as floats.
+            within = (action >= 0) & (action < action_space.n)
+            fits = bool(within.all() and (action == action.astype(np.int64)).all())
         if not fits:
             raise ValueError("data: there are actions that the task family does not have")
+
+    def not_finite(self) -> dict[str, np.ndarray]:
+        """(n,) bool for each column with numbers that float32 cannot hold: the rows with one."""
+        found = {name: _not_finite(getattr(self, name)) for name in CONTENT}
+        if found["next_obs"].any():
+            found["next_obs"] = (self.next_row >= 0) & found["next_obs"][self.next_row]
+        return {name: rows for name, rows in found.items() if rows.any()}
 
 
 class Source(ABC):
@@ -88,6 +96,14 @@ class Source(ABC):
     def read(self, block: int) -> Block:
         """The steps of a block."""
 
+    @abstractmethod
+    def where(self, block: int, row: int) -> str:
+        """The place of a row, as messages name it."""
+
+    def not_finite(self, block: int) -> dict[str, np.ndarray]:
+        """As `Block.not_finite`, of a block that need not be read otherwise."""
+        return self.read(block).not_finite()
+
     def history_number(self, history: tuple[Any, ...]) -> int:
         """The number of a history, a new one if it is met for the first time."""
         return self._numbers.setdefault(history, len(self._numbers))
@@ -116,8 +132,8 @@ class ParquetSource(Source):
         self.place = [(i, group) for i, count in enumerate(groups) for group in range(count)]
         self.num_blocks = len(self.place)
 
-    def read(self, block: int) -> Block:
-        names = [name for name in CONTENT if name in self.names]
+    def read(self, block: int, names: Collection[str] = CONTENT) -> Block:
+        names = [name for name in CONTENT if name in names and name in self.names]
         table = self.table(block, names)
         size = table.num_rows
         next_row, next_obs = np.full(size, -1), np.empty((0, 1), np.float32)
@@ -128,16 +144,27 @@ class ParquetSource(Source):
             next_row[present] = np.arange(len(next_obs))
         zero, never = np.zeros(size, np.float32), np.zeros(size, np.bool_)
         column = {name: _flat(table[name].combine_chunks()) for name in names if name != "next_obs"}
-        obs = column["obs"].reshape(size, -1)
+        obs = column.get("obs", zero).reshape(size, -1)
         return Block(
             obs=obs,
-            action=column["action"],
-            reward=column.get("reward", zero).astype(np.float32),
-            terminated=column.get("terminated", never).astype(np.bool_),
-            truncated=column.get("truncated", never).astype(np.bool_),
+            action=column.get("action", zero),
+            reward=column.get("reward", zero),
+            terminated=column.get("terminated", never),
+            truncated=column.get("truncated", never),
             next_obs=next_obs.reshape(-1, obs.shape[1]),
             next_row=next_row,
         )
+
+    def where(self, block: int, row: int) -> str:
+        file, group = self.place[block]
+        metadata = self.file(file).metadata
+        before = sum(metadata.row_group(i).num_rows for i in range(group))
+        return f"{self.paths[file]} row {before + row}"
+
+    def not_finite(self, block: int) -> dict[str, np.ndarray]:
+        schema = self.file(self.place[block][0]).schema_arrow
+        doubtful = {name for name in self.names if not _pixels(schema.field(self.names[name]))}
+        return self.read(block, doubtful).not_finite()
 
     def table(self, block: int, names: Sequence[str]) -> pa.Table:
         """Some columns of a row group, under our names."""
@@ -222,6 +249,12 @@ class Recorded(ParquetSource):
         rest = np.stack([at["trial"], at["episode"], t[row], row, length], 1)[mine]
         return np.column_stack([numbers[0], rest[:, :3], numbers[1], rest[:, 3:]])
 
+    def where(self, block: int, row: int) -> str:
+        names = ("stage", "job", "column", *IN_HISTORY)
+        (cells,) = self.table(block, names).slice(row, 1).to_pylist()
+        known = ", ".join(f"{name} {cell}" for name, cell in cells.items())
+        return f"{super().where(block, row)} ({known})"
+
     def drawn(self) -> set[tuple[str, str]]:
         """Id and split of every task that was recorded."""
         names = ["task_id", "split", "stage"]
@@ -247,10 +280,23 @@ def _plain(field: pa.Field) -> bool:
     """
     kind, name = field.type, (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
     if isinstance(kind, pa.BaseExtensionType):
-        kind, name = kind.storage_type, kind.extension_name
+        name = kind.extension_name
+    kind = _element(kind)
+    return name in ("", *TENSORS) and (pa.types.is_primitive(kind) or pa.types.is_string(kind))
+
+
+def _pixels(field: pa.Field) -> bool:
+    """Whether it holds lists of whole numbers, which are always finite, and large."""
+    return field.type != _element(field.type) and pa.types.is_integer(_element(field.type))
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    """The type of the numbers in lists, or in lists of lists."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     while _is_list(kind):
         kind = kind.value_type
-    return name in ("", *TENSORS) and (pa.types.is_primitive(kind) or pa.types.is_string(kind))
+    return kind
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -266,8 +312,13 @@ def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _flat(column: pa.Array) -> np.ndarray:
-    """Numbers (n,), or lists as (n, width)."""
+    """Numbers (n,), or lists as (n, width); NaN for a list that is missing."""
     size, nested = len(column), False
+    if column.null_count and _is_list(column.type) and pa.types.is_floating(_element(column.type)):
+        there = _flat(column.drop_null())
+        rows = np.full((size, math.prod(there.shape[1:])), np.nan, there.dtype)
+        rows[column.is_valid().to_numpy(zero_copy_only=False)] = there.reshape(-1, rows.shape[1])
+        return rows
     while _is_list(column.type):
         column, nested = column.flatten(), True
     values = column.to_numpy(zero_copy_only=False)
@@ -276,6 +327,18 @@ def _flat(column: pa.Array) -> np.ndarray:
     if len(values) % size:
         raise ValueError("data: lists of one column differ in length")
     return np.asarray(values).reshape(size, -1)
+
+
+def _not_finite(x: np.ndarray) -> np.ndarray:
+    """(n,) bool: rows of an array (n, ...) in which float32 cannot hold a number, or it is None."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if x.dtype == object:
+            x = x.astype(np.float32)  # None becomes NaN.
+        # The sum of finite numbers may overflow, but one that is finite has no others in it.
+        if x.dtype.kind != "f" or np.isfinite(x.sum(dtype=np.float32)):
+            return np.zeros(len(x), np.bool_)
+        rows = x.astype(np.float32).reshape(len(x), -1)
+    return np.logical_or.reduce(~np.isfinite(rows), axis=1)
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -112,8 +112,8 @@ class Foreign(ParquetSource):
         if file != self.place[block][0]:
             file, books = self.place[block][0], {"number": 0, "t": -1, "over": False}
         over = np.zeros(size, np.bool_)
-        for name in ("terminated", "truncated"):
-            over |= column.get(name, over).astype(np.bool_)
+        for name in ("terminated", "truncated"):  # Where it is not known, the episode goes on.
+            over |= np.nan_to_num(column.get(name, over).astype(np.float32)) != 0
         begins = np.concatenate([[books["over"]], over[:-1]])
         for name in [n for n in KEYS if n in column]:
             last = books.get(name, column[name][0])
@@ -139,11 +139,12 @@ class Minari(Source):
 
     Args:
         dataset: what ``minari.load_dataset`` gives, or any object like it.
+        name: how messages name it.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, name: str = "") -> None:
         super().__init__()
-        self._episodes = dataset
+        self._episodes, self._name = dataset, name
         self.num_blocks = int(dataset.total_episodes)
 
     @classmethod
@@ -156,7 +157,7 @@ class Minari(Source):
                 f"data.minari: {name!r} needs the package minari; pip install 'dmrl-ray[data]'"
             ) from error
         try:
-            return cls(minari.load_dataset(name))
+            return cls(minari.load_dataset(name), name)
         except FileNotFoundError as error:
             raise ValueError(f"data.minari: {name!r} is not on this machine: {error}") from error
 
@@ -164,6 +165,9 @@ class Minari(Source):
         length = len(self._episodes[block].rewards)
         task, history = self.task_number(""), self.history_number(("",))
         return np.array([[history, block, 0, 0, task, 0, length]])
+
+    def where(self, block: int, row: int) -> str:
+        return f"data.minari: {self._name} episode {block} step {row}"
 
     def read(self, block: int) -> Block:
         episode = self._episodes[block]
@@ -177,9 +181,9 @@ class Minari(Source):
         return Block(
             obs=flat[:-1],
             action=np.asarray(episode.actions),
-            reward=np.asarray(episode.rewards, np.float32),
-            terminated=np.asarray(episode.terminations, np.bool_),
-            truncated=np.asarray(episode.truncations, np.bool_),
+            reward=np.asarray(episode.rewards),
+            terminated=np.asarray(episode.terminations),
+            truncated=np.asarray(episode.truncations),
             next_obs=flat[-1:],
             next_row=next_row,
         )

@@ -7,6 +7,10 @@ when a step in them is wanted, and the last ones are kept, up to a number of byt
 
 Rollout workers read, each for its shards, and several learners take their share of what was read:
 nothing has to be split beforehand, as by Ray Data's ``streaming_split``, and nothing remembered.
+
+Before the first draw all numbers are read once. A row with one that is not finite is left out, and
+so is the step before it where that leads to the row's observation; and of what is read whole, such
+as an episode or a trial, all of it. Nothing is joined over the gap.
 """
 
 from __future__ import annotations
@@ -14,17 +18,43 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 
 from dmrl_ray.data_files import Block, Source
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.types import Arrays, Rollout
 
 Unit: TypeAlias = Literal["episode", "trial", "history"]
 Segment: TypeAlias = tuple[int, int, bool]
 """First step, the one after the last, and whether memory is forgotten before the first."""
+
+Spans: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""First steps, and those after the last."""
+
+PLACES_NAMED = 3
+"""Rows with numbers that are not finite that are named; others are counted."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of the data that are not learned from, as some of their numbers are not finite."""
+
+    rows: int
+    of: int
+    first: tuple[str, ...]  # places and columns of the first of them
+
+    def __str__(self) -> str:
+        more = self.rows - len(self.first)
+        rest = f" and {more} more" if more else ""
+        return (
+            f"{self.rows} of {self.of} rows hold numbers that are not finite: "
+            f"{'; '.join(self.first)}{rest}"
+        )
 
 
 class Dataset:
@@ -55,6 +85,7 @@ class Dataset:
         self._obs_dtype = obs_space.dtype
         self._action_dtype = np.int64 if self._discrete else np.float32
         self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._whole_units: dict[Unit, Spans] = {}
         found = [source.pieces(block) for block in range(source.num_blocks)]
         block = np.repeat(np.arange(len(found)), [len(pieces) for pieces in found])
         pieces = np.concatenate(found) if found else np.empty((0, 7), np.int64)
@@ -80,38 +111,121 @@ class Dataset:
             unit: np.append(first[begins], self.num_steps) for unit, begins in new.items()
         }
         self.task_names = sorted(self._source.tasks)
-        self._task_of = task_rank[task[new["episode"]]]
+        self._task_of_episode = task_rank[task[new["episode"]]]
         apart = _changes(block)
         apart[1:] |= row[1:] != row[:-1] + length[:-1]
         self._piece_first = np.append(first[apart], self.num_steps)
         self._piece_block, self._piece_row = block[apart], row[apart]
 
+    @cached_property
+    def _unfit(self) -> tuple[np.ndarray, LeftOut | None]:
+        """Steps that are left out, in their order, and what to say of them."""
+        found: list[np.ndarray] = []
+        named: list[str] = []
+        rows = 0
+        for block in np.unique(self._piece_block).tolist():
+            columns = self._source.not_finite(block)
+            if not columns:
+                continue
+            row = np.flatnonzero(np.logical_or.reduce(list(columns.values())))
+            step = self._steps_at(block, row)
+            row, step = row[step >= 0], step[step >= 0]
+            rows += len(row)
+            for r in row[: PLACES_NAMED - len(named)].tolist():
+                names = ", ".join(name for name, wrong in columns.items() if wrong[r])
+                named.append(f"{self._source.where(block, r)}: {names}")
+            found.append(step)
+            if "obs" in columns:  # What leads there leads to nothing that is known.
+                blind = step[columns["obs"][row]]
+                found.append(np.setdiff1d(blind, self.starts["episode"]) - 1)
+        if not rows:
+            return np.empty(0, np.int64), None
+        return np.unique(np.concatenate(found)), LeftOut(rows, self.num_steps, tuple(named))
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What is not drawn from, if anything is not."""
+        return self._unfit[1]
+
+    @cached_property
+    def _stretches(self) -> Spans:
+        """Parts of episodes, as long as nothing in them is left out."""
+        unfit = self._unfit[0]
+        cuts = np.unique(np.concatenate([self.starts["episode"], unfit, unfit + 1]))
+        begin, end = cuts[:-1], cuts[1:]
+        fit = ~np.isin(begin, unfit)
+        if not fit.any():
+            raise ConfigError(f"data: nothing is left to learn from, as {self.left_out}")
+        return begin[fit], end[fit]
+
+    @cached_property
+    def _stretch_ends(self) -> np.ndarray:
+        """Steps in the stretches up to and with each."""
+        begin, end = self._stretches
+        ends: np.ndarray = (end - begin).cumsum()
+        return ends
+
+    @cached_property
+    def _task_of(self) -> np.ndarray:
+        """Whose each stretch is, as a place in `task_names`."""
+        episode = np.searchsorted(self.starts["episode"], self._stretches[0], "right") - 1
+        task: np.ndarray = self._task_of_episode[episode]
+        return task
+
+    def _whole(self, unit: Unit) -> Spans:
+        """Units of which nothing is left out."""
+        if unit not in self._whole_units:
+            starts = self.starts[unit]
+            fit = np.diff(np.searchsorted(self._unfit[0], starts)) == 0
+            if not fit.any():
+                raise ConfigError(
+                    f"data: no {unit} is whole, and only whole ones can be learned from, as "
+                    f"{self.left_out}"
+                )
+            self._whole_units[unit] = starts[:-1][fit], starts[1:][fit]
+        return self._whole_units[unit]
+
+    @cached_property
+    def _lives(self) -> np.ndarray:
+        """Where the whole episodes of a history begin among all whole ones, if it has any."""
+        begin, _ = self._whole("episode")
+        return np.unique(np.searchsorted(begin, self.starts["history"]))
+
     def windows(self, rng: np.random.Generator, columns: int, steps: int) -> Rollout:
-        """Steps that follow each other, from anywhere: each step is as likely as any other."""
+        """Steps that follow each other, from anywhere: each step is as likely as any other.
+
+        Where a row is left out, what follows it is another sequence.
+        """
+        (begin, end), ends = self._stretches, self._stretch_ends
         drawn = []
-        for start in rng.integers(self.num_steps, size=columns).tolist():
+        for start in rng.integers(ends[-1], size=columns).tolist():
             segments: list[Segment] = []
-            at, left = start, steps
+            i, left = int(np.searchsorted(ends, start, "right")), steps
+            at = int(end[i]) - (int(ends[i]) - start)
             while left:
-                stop = min(self._end("episode", at), at + left)
+                stop = min(int(end[i]), at + left)
                 segments.append((at, stop, True))
                 left -= stop - at
-                at = stop % self.num_steps
+                i = (i + 1) % len(begin)
+                at = int(begin[i])
             drawn.append(segments)
         return self.rollout(drawn, steps)
 
     def units(self, rng: np.random.Generator, unit: Unit, columns: int, steps: int) -> Rollout:
-        """Whole units, one behind the other and each from its beginning; the last ones are cut."""
-        starts = self.starts[unit]
+        """Whole units, one behind the other and each from its beginning; the last ones are cut.
+
+        One with a row that is left out is left out as a whole.
+        """
+        begin, end = self._whole(unit)
         drawn = []
         for _ in range(columns):
             segments: list[Segment] = []
             left = steps
             while left:
-                i = int(rng.integers(len(starts) - 1))
-                stop = min(int(starts[i + 1]), int(starts[i]) + left)
-                segments.append((int(starts[i]), stop, True))
-                left -= stop - int(starts[i])
+                i = int(rng.integers(len(begin)))
+                stop = min(int(end[i]), int(begin[i]) + left)
+                segments.append((int(begin[i]), stop, True))
+                left -= stop - int(begin[i])
             drawn.append(segments)
         return self.rollout(drawn, steps)
 
@@ -120,7 +234,8 @@ class Dataset:
     ) -> Rollout:
         """Episodes of a history in the order in which they were lived, as one sequence.
 
-        What is too short for all steps is followed by another sequence.
+        What is too short for all steps is followed by another sequence. An episode with a row that
+        is left out is left out as a whole, as those are that `every` passes over.
 
         Args:
             every: of a history only every n-th episode counts, beginning with one of the first n.
@@ -142,11 +257,11 @@ class Dataset:
 
     def _excerpt(self, rng: np.random.Generator, steps: int, every: int) -> list[tuple[int, int]]:
         """Episodes of one history, from one after which enough steps follow if there is one."""
-        episodes, histories = self.starts["episode"], self.starts["history"]
-        i = int(rng.integers(len(histories) - 1))
-        first, last = np.searchsorted(episodes, histories[i : i + 2]).tolist()
-        kept = np.arange(first + int(rng.integers(min(every, last - first))), last, every)
-        begin, end = episodes[kept], episodes[kept + 1]
+        begin, end = self._whole("episode")
+        i = int(rng.integers(len(self._lives) - 1))
+        first, last = self._lives[i : i + 2].tolist()
+        kept = slice(first + int(rng.integers(min(every, last - first))), last, every)
+        begin, end = begin[kept], end[kept]
         enough = (end - begin)[::-1].cumsum()[::-1] >= steps
         start = int(rng.integers(max(1, int(enough.sum()))))
         return list(zip(begin[start:].tolist(), end[start:].tolist(), strict=True))
@@ -162,7 +277,7 @@ class Dataset:
         """
         drawn = []
         for task in tasks:
-            begin, end = self._stretches(task, newest)
+            begin, end = self._stretches_of(task, newest)
             ends = (end - begin).cumsum()
             segments: list[Segment] = []
             left = steps
@@ -178,17 +293,18 @@ class Dataset:
 
     def tasks_of(self, newest: float) -> list[str]:
         """Tasks that `of_tasks` can draw from."""
-        return [name for name in self.task_names if len(self._stretches(name, newest)[0])]
+        return [name for name in self.task_names if len(self._stretches_of(name, newest)[0])]
 
-    def _stretches(self, task: str, newest: float) -> tuple[np.ndarray, np.ndarray]:
-        """Where the task's episodes begin and end, within the newest part of their histories."""
-        episodes, histories = self.starts["episode"], self.starts["history"]
+    def _stretches_of(self, task: str, newest: float) -> Spans:
+        """Where the task's stretches begin and end, within the newest part of their histories."""
+        (begin, end), histories = self._stretches, self.starts["history"]
         mine = np.flatnonzero(self._task_of == self.task_names.index(task))
-        of = np.searchsorted(histories, episodes[mine], "right")
+        begin, end = begin[mine], end[mine]
+        of = np.searchsorted(histories, begin, "right")
         size = histories[of] - histories[of - 1]
-        begin = np.maximum(episodes[mine], histories[of] - np.ceil(size * newest).astype(np.int64))
-        kept = begin < episodes[mine + 1]
-        return begin[kept], episodes[mine + 1][kept]
+        begin = np.maximum(begin, histories[of] - np.ceil(size * newest).astype(np.int64))
+        kept = begin < end
+        return begin[kept], end[kept]
 
     def rollout(self, drawn: Sequence[Sequence[Segment]], steps: int) -> Rollout:
         """Segments, end to end in their columns, `steps` in each; their successors are the true."""
@@ -270,6 +386,14 @@ class Dataset:
             found.append((int(self._piece_block[i]), row, size, at - start))
             at, i = at + size, i + 1
         return found
+
+    def _steps_at(self, block: int, row: np.ndarray) -> np.ndarray:
+        """(n,) numbers of the steps in some rows of a block; -1 for rows of other stages."""
+        mine = np.flatnonzero(self._piece_block == block)
+        mine = mine[self._piece_row[mine].argsort()]
+        i = mine[np.maximum(np.searchsorted(self._piece_row[mine], row, "right") - 1, 0)]
+        step = self._piece_first[i] + row - self._piece_row[i]
+        return np.where((row >= self._piece_row[i]) & (step < self._piece_first[i + 1]), step, -1)
 
     def _next(self, step: int) -> np.ndarray:
         """The observation after a step whose successor is not told; its own if it is the last."""

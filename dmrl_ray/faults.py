@@ -17,6 +17,7 @@ import numpy as np
 
 from dmrl_ray.buffers import first_not_finite
 from dmrl_ray.episodes import Episodes
+from dmrl_ray.errors import NumericalError
 from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
 from dmrl_ray.types import Array, EnvironmentFault, Reference, Rollout, Split, Task
 
@@ -149,6 +150,24 @@ def check_finite(
             f"{name_of(family)}: {name} of column {column} at step {t} is {value}, on task "
             f"{task.id}; environments must return finite numbers"
         )
+
+
+def diverged(update: int | None = None, adaptation_step: int = 0) -> NumericalError:
+    """The error of a policy whose actions are not finite, though all that it met is.
+
+    Args:
+        update: after which it acted, where that is known.
+        adaptation_step: likewise.
+    """
+    after = "" if update is None else f" after update {update}"
+    sizes = "algorithm.lr"
+    if adaptation_step:
+        after += f" and adaptation step {adaptation_step}"
+        sizes += " or the step size of adaptation"
+    return NumericalError(
+        f"the policy diverged{after}: its actions are not finite numbers, though the observations "
+        f"and rewards are; lower {sizes}, or check the size of the rewards"
+    )
 
 
 def check_lengths(family: TaskDistribution, episodes: Episodes) -> None:

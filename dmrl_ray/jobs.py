@@ -298,6 +298,7 @@ def _record(
         run.add_episodes(spec, report.episodes)
         if report.steps is not None:
             run.add_steps(spec, report.steps)
+        run.add_left_out(spec, report.left_out)
     metrics["time/collect_s"] = max(report.seconds for report in reports)
     metrics["time/shards_s"] = sum(report.seconds for report in reports)
     metrics["time/env_s"] = sum(report.env_s for report in reports)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmrl_ray.arrays import TensorStream, host
-from dmrl_ray.faults import answer_of, check_finite
+from dmrl_ray.faults import answer_of, check_finite, diverged
 from dmrl_ray.policy import ActorCritic, Previous, mask_previous
 from dmrl_ray.rollout import STATE, Actor, Sampler
 from dmrl_ray.tasks import TaskDistribution
@@ -237,9 +237,11 @@ class ResidentSampler(Sampler):
             for start, stop in pairwise(bounds)
         ]
         total = rollout.obs.sum() + rollout.final_obs.sum() + rollout.reward.sum()
+        assert acted.pi is not None
+        sums = [x.double().expand(len(columns)) for x in (total, acted.pi.sum())]
         seen = [*acted.success, *(() if acted.seen is None else (acted.seen,))]
-        told = [*earned, *(s.double() for s in seen), total.double().expand(len(columns))]
-        *told, totals = host(torch.stack(told))
+        told = [*earned, *(s.double() for s in seen), *sums]
+        *told, totals, acts = host(torch.stack(told))
         successes = told[len(earned) :]
         for i, (start, stop) in enumerate(pairwise(bounds)):
             self.episodes.add(told[i], stop - start)
@@ -248,8 +250,16 @@ class ResidentSampler(Sampler):
             if i < len(acted.ends):
                 step = self._steps_done + stop
                 self.episodes.end(columns, step, self._pending_task_of, greedy=greedy)
+        if np.isnan(acts[0]) and self._diverged_first(rollout, acted.pi):
+            raise diverged(rollout.policy_version, rollout.adaptation_step)
         if not np.isfinite(totals[0]):
             check_finite(self.distribution, rollout.map(host), self.episodes, self._steps_done)
+
+    def _diverged_first(self, rollout: Rollout, pi: Tensor) -> bool:
+        """Whether the policy's answer is not a number before anything that it was shown is not."""
+        step = int(torch.isnan(pi).flatten(1).any(1).int().argmax())
+        before = rollout.obs[: step + 1].sum() + rollout.reward[:step].sum()
+        return bool(torch.isfinite(before))
 
     def _before(self) -> tuple[Array, Array, Array]:
         return self._previous_action, self._previous_reward, self._previous_done

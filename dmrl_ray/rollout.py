@@ -20,7 +20,7 @@ from torch import Tensor
 from dmrl_ray.arrays import host
 from dmrl_ray.buffers import Buffers
 from dmrl_ray.episodes import Episodes
-from dmrl_ray.faults import answer_of, check_finite, fault, first_obs
+from dmrl_ray.faults import answer_of, check_finite, diverged, fault, first_obs
 from dmrl_ray.heads import CategoricalHead, GaussianHead, SquashedGaussianHead
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
@@ -166,6 +166,7 @@ class Sampler:
 
         Raises:
             EnvironmentFault: the family raised, or an observation or reward is not finite.
+            NumericalError: all they are, but what the policy makes of them is not.
         """
         greedy = self._greedy if greedy is None else greedy
         before = (self._previous_action, self._previous_reward, self._previous_done)
@@ -175,13 +176,20 @@ class Sampler:
             buffers.teach(math.ceil(teacher * self.num_envs))
         with torch.no_grad():
             pi, features, peeks = self._act(
-                policy, actor or policy, buffers, greedy=greedy, with_value=with_value
+                policy,
+                actor or policy,
+                buffers,
+                adaptation_step,
+                greedy=greedy,
+                with_value=with_value,
             )
             acted = perf_counter()
             log_prob = policy.policy_head.log_prob(pi, torch.from_numpy(buffers.action))
             rollout = buffers.finish(self._task_index, self.policy_version, adaptation_step)
             rollout.log_prob = log_prob.numpy()
             check_finite(self.distribution, rollout, self.episodes, self._steps_done)
+            if torch.isnan(pi.sum()):  # Discrete actions do not show it.
+                raise diverged(self.policy_version, adaptation_step)
             if with_value:
                 both = values(
                     policy, rollout, features, peeks, self._carried(), self.memory_spans_trial
@@ -238,6 +246,7 @@ class Sampler:
         policy: ActorCritic,
         actor: Actor,
         buffers: Buffers,
+        adaptation_step: int,
         *,
         greedy: bool,
         with_value: bool,
@@ -266,6 +275,8 @@ class Sampler:
             if keep_features:
                 features.append(feature)
             buffers.action[t] = action.numpy()
+            if not (self._discrete or np.isfinite(buffers.action[t]).all()):
+                raise self._whose_fault(buffers, t, adaptation_step)
             self.inference_s += perf_counter() - began
             if buffers.taught:
                 buffers.follow(t, answer_of(self.distribution, self.env.oracle_action))
@@ -341,6 +352,13 @@ class Sampler:
         if not self.memory_spans_trial:
             buffers.reset[t + 1] = done
         return ended
+
+    def _whose_fault(self, buffers: Buffers, t: int, adaptation_step: int) -> Exception:
+        """Of an action at step t that is not finite: the environment's if it began there."""
+        buffers.cut(t)
+        rollout = buffers.finish(self._task_index, self.policy_version, adaptation_step)
+        check_finite(self.distribution, rollout, self.episodes, self._steps_done)
+        return diverged(self.policy_version, adaptation_step)
 
     def _carried(self) -> Carried:
         """What the policy would be shown at the step after the last one."""

@@ -6,8 +6,9 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from dmrl_ray.checkpoint import FileRecord
 from dmrl_ray.commits import committed_parts
 from dmrl_ray.config import RunConfig
+from dmrl_ray.dataset import LeftOut
 from dmrl_ray.display import Display
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.held_out import evaluation_tasks
@@ -146,6 +148,12 @@ class Run:
     def add_steps(self, spec: JobSpec, steps: Steps) -> None:
         """Rows of the transitions table."""
         self.writer.add("transitions", {**steps, "stage": spec.stage, "job": spec.name})
+
+    def add_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
+        """Say what a job does not learn from, as an event and on the screen."""
+        for found in left_out:
+            self.event("data_skipped", spec.stage, spec.name, **asdict(found))
+            self.display.message(f"{spec.stage}: left out of the data, as {found}")
 
     def add_metrics(
         self, spec: JobSpec, policy_version: int, env_steps: int, metrics: dict[str, float]

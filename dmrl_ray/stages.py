@@ -121,8 +121,10 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     if foreign_of(spec) is not None:
         run.connect()
     with run.committing(snapshot):
-        for i, (rows, trained, *recorded) in run.workers.map(method, calls):
+        for i, (rows, trained, left_out, *recorded) in run.workers.map(method, calls):
             job = open_specs[i]
+            if job.name == specs[0].name:  # All learn from the same data.
+                run.add_left_out(job, left_out)
             for part in recorded[0] if recorded else ():
                 run.add_steps(job, part)
             run.add_episodes(job, rows)

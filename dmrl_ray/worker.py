@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from dmrl_ray.algorithms.adaptation import play_stream
+from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.arrays import host
 from dmrl_ray.calls import AdaptCall, CollectCall, CollectReport, EvaluateCall
+from dmrl_ray.dataset import LeftOut
 from dmrl_ray.faults import sample
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.learner import Learner
@@ -99,6 +101,7 @@ class RolloutWorker:
             sampler.inference_s,
             task_rows([*rows["task"], *(tasks if spec.record else ())]),
             recorded,
+            _left_out(algorithm) if shard == iteration == 0 else (),
         )
         return report, trial, after
 
@@ -181,26 +184,29 @@ class RolloutWorker:
         episodes["trial"] = rows["column"].astype(np.int64) // (sampler.num_envs // num)
         return episodes
 
-    def train(self, spec: JobSpec, weights: Arrays, updates: int) -> tuple[Columns, Arrays]:
+    def train(
+        self, spec: JobSpec, weights: Arrays, updates: int
+    ) -> tuple[Columns, Arrays, tuple[LeftOut, ...]]:
         """A small job whole: a shard collected and learned from, `updates` times.
 
         Returns the rows of its episodes, with the number of updates done before as their
-        adaptation step, and the weights at its end.
+        adaptation step, the weights at its end, and what it left out of data.
         """
         foreign = foreign_of(spec)
         if foreign is not None:
             with closing(foreign):
-                return foreign.train(weights, updates)
-        return self.train_recorded(spec, weights, updates)[:2]
+                return (*foreign.train(weights, updates), ())
+        return self.train_recorded(spec, weights, updates)[:3]
 
     def train_recorded(
         self, spec: JobSpec, weights: Arrays, updates: int
-    ) -> tuple[Columns, Arrays, list[Steps]]:
+    ) -> tuple[Columns, Arrays, tuple[LeftOut, ...], list[Steps]]:
         """The same, and every step in the order of learning, if the job is recorded."""
         learner = Learner(spec)
         learner.load_weights(weights)
         parts: list[Columns] = []
         steps: list[Steps] = []
+        left_out: tuple[LeftOut, ...] = ()
         state: Arrays = {}
         env_steps = 0
         for iteration in range(updates + 1):
@@ -210,6 +216,7 @@ class RolloutWorker:
                 report.episodes["adaptation_step"], iteration
             )
             parts.append(report.episodes)
+            left_out += report.left_out
             if report.steps is not None:
                 steps.append({**report.steps, "adaptation_step": iteration})
             if iteration < updates:
@@ -217,7 +224,7 @@ class RolloutWorker:
             env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
-        return rows, learner.weights(), steps
+        return rows, learner.weights(), left_out, steps
 
     def _program(self, spec: JobSpec, weights: Weights, device: str | None = None) -> Program:
         key = spec.key if device is None else (*spec.key, device)
@@ -251,6 +258,12 @@ class RolloutWorker:
         for cache in (self._programs, self._samplers, self._loaded):
             for key in [k for k in cache if k[: len(spec.key)] == spec.key]:
                 del cache[key]
+
+
+def _left_out(algorithm: Algorithm) -> tuple[LeftOut, ...]:
+    """What an algorithm does not learn from, of the data that it has opened."""
+    found = [dataset.left_out for dataset in algorithm.datasets]
+    return tuple(left_out for left_out in found if left_out is not None)
 
 
 class LocalWorkers:

@@ -396,6 +396,11 @@ def test_other_breaches_of_the_contract_are_told(fault, parts):
     refused(run(f"tasks.fault={fault}"), 5, "task family 'broken': ", *parts)
 
 
+def test_a_step_size_that_makes_the_policy_diverge_is_not_blamed_on_the_family():
+    answer = run("algorithm.lr=1e300")
+    refused(answer, 7, "the policy diverged after update 1: ", "lower algorithm.lr")
+
+
 def test_a_run_whose_family_was_repaired_goes_on():
     assert run("tasks.fault=step").exit_code == 5
     source = Path("family.py").read_text()

@@ -1,5 +1,6 @@
 """What is drawn from a dataset is what was recorded, in order, whatever the files."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from gymnasium.spaces import Box, Discrete
 from dmrl_ray.data_files import Recorded
 from dmrl_ray.data_sources import DataSettings, Foreign, Minari, source_of
 from dmrl_ray.dataset import Dataset
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.writer import RunWriter
 from tests.test_recording import make_record, recorded
 from tests.test_worker import RECURRENT, make_spec
@@ -239,10 +241,14 @@ def test_episodes_of_minari_have_their_last_successor():
         def __getitem__(self, i):
             return episodes[i]
 
-    data = Dataset(Minari(Fake()), *LINE)
+    data = Dataset(Minari(Fake(), "line"), *LINE)
     rollout = data.rollout([[(0, 2, True), (2, 5, True)]], 5)
     assert rollout.next_obs()[:, 0, 0].tolist() == [21, 22, 31, 32, 33]
     assert rollout.terminated[:, 0].tolist() == [False, True, False, False, True]
+    episodes[1].rewards[2] = np.nan
+    assert Dataset(Minari(Fake(), "line"), *LINE).left_out.first == (
+        "data.minari: line episode 1 step 2: reward",
+    )
 
 
 def test_a_missing_package_is_named_with_its_extra():
@@ -274,3 +280,107 @@ def test_what_does_not_fit_the_family_is_refused(folder, tmp_path):
         Dataset(Recorded((str(folder),), "other"), *CART)
     with pytest.raises(ValueError, match="no column 'o' for 'obs'"):
         Foreign((foreign(tmp_path, obs=[[0.0]], action=[0]),), {"obs": "o"})
+
+
+ROWS = {
+    "obs": [[float(i)] for i in range(9)],
+    "action": [i % 3 for i in range(9)],
+    "reward": [1.0] * 9,
+    "truncated": [i % 3 == 2 for i in range(9)],
+    "next_obs": [[float(i + 1)] if i % 3 == 2 else None for i in range(9)],
+}
+
+
+def holed(tmp_path, **changes):
+    """Three episodes of three steps, observed as 0, 1, 2, ..., with some cells changed."""
+    columns = {name: list(cells) for name, cells in ROWS.items()}
+    for name, cells in changes.items():
+        for row, value in cells.items():
+            columns[name][row] = value
+    return Dataset(Foreign((foreign(tmp_path, **columns),), {}), *LINE)
+
+
+def seen(rollout):
+    """The observations that are acted on, in all columns."""
+    return {float(x) for x in rollout.obs[:-1].flatten()}
+
+
+def all_finite(rollout):
+    arrays = (rollout.obs, rollout.reward, rollout.final_obs, rollout.next_obs())
+    return all(np.isfinite(array).all() for array in arrays)
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value", "left"),
+    [
+        ("obs", 4, [np.nan], {0, 1, 2, 5, 6, 7, 8}),  # 3 leads there
+        ("obs", 4, None, {0, 1, 2, 5, 6, 7, 8}),
+        ("obs", 3, [np.inf], {0, 1, 2, 4, 5, 6, 7, 8}),  # begins an episode
+        ("obs", 4, [1e300], {0, 1, 2, 5, 6, 7, 8}),  # float32 cannot hold it
+        ("next_obs", 5, [-np.inf], {0, 1, 2, 3, 4, 6, 7, 8}),
+        ("reward", 4, np.nan, {0, 1, 2, 3, 5, 6, 7, 8}),
+        ("reward", 4, None, {0, 1, 2, 3, 5, 6, 7, 8}),
+        ("action", 4, None, {0, 1, 2, 3, 5, 6, 7, 8}),
+        ("truncated", 4, None, {0, 1, 2, 3, 5, 6, 7, 8}),
+    ],
+)
+def test_steps_that_are_not_finite_are_not_drawn_and_nothing_is_joined_over_them(
+    tmp_path, column, row, value, left
+):
+    data = holed(tmp_path, **{column: {row: value}})
+    rng = np.random.default_rng(0)
+    for rollout in (data.windows(rng, 50, 6), data.of_tasks(rng, data.task_names * 50, 6)):
+        assert seen(rollout) == left
+        assert all_finite(rollout)
+        joined = ~rollout.reset_state[1:]
+        assert (np.diff(rollout.obs[:-1, :, 0], axis=0)[joined] == 1).all()
+    for rollout in (data.units(rng, "episode", 50, 6), data.histories(rng, 50, 6, every=1)):
+        assert seen(rollout) == {0, 1, 2, 6, 7, 8}
+        assert all_finite(rollout)
+    assert data.left_out.rows == 1
+    assert data.left_out.of == 9
+    place = f"{tmp_path}/theirs.parquet row {row}: {column}"
+    assert data.left_out.first == (place,)
+
+
+def test_a_trial_with_a_gap_is_left_out_as_a_whole(tmp_path):
+    columns = {**ROWS, "trial": [0] * 6 + [1] * 3, "reward": [1.0, np.nan, *[1.0] * 7]}
+    data = Dataset(Foreign((foreign(tmp_path, **columns),), {}), *LINE)
+    assert seen(data.units(np.random.default_rng(0), "trial", 20, 5)) == {6, 7, 8}
+
+
+def test_the_first_rows_that_are_left_out_are_named_and_the_others_counted(tmp_path):
+    data = holed(tmp_path, obs={1: [np.nan], 8: [np.nan]}, reward=dict.fromkeys((1, 3, 7), np.nan))
+    first = ("theirs.parquet row 1: obs, reward", "theirs.parquet row 3: reward")
+    assert str(data.left_out).startswith("4 of 9 rows hold numbers that are not finite: ")
+    assert all(place in str(data.left_out) for place in first)
+    assert str(data.left_out).endswith("row 7: reward and 1 more")
+
+
+def test_recorded_rows_are_named_with_their_stage_and_column(answers, tmp_path):
+    steps, trial = answers[0]
+    broken = {**steps, "reward": np.where(np.arange(len(steps["t"])) == 25, np.nan, 1.0)}
+    data = opened(write(tmp_path / "run", [(broken, trial), *answers[1:]]))
+    (place,) = data.left_out.first
+    known = r"\(stage seen, job seen, column 5, trial 0, episode 0, t 5\): reward$"
+    assert re.search(r"run/\S+\.parquet row 25 " + known, place)
+    assert data.left_out.of == 480
+
+
+def test_data_of_which_nothing_is_left_are_refused_by_their_name(tmp_path):
+    rng = np.random.default_rng(0)
+    data = holed(tmp_path, reward=dict.fromkeys(range(9), np.nan))
+    with pytest.raises(ConfigError, match=r"data: nothing is left .* 9 of 9 rows .*theirs.parquet"):
+        data.windows(rng, 1, 1)
+    data = holed(tmp_path, reward=dict.fromkeys((0, 4, 8), np.nan))
+    with pytest.raises(ConfigError, match=r"data: no episode is whole.* 3 of 9 .*theirs.parquet"):
+        data.units(rng, "episode", 1, 1)
+
+
+def test_what_is_left_out_depends_neither_on_memory_nor_on_what_was_drawn(tmp_path):
+    data = holed(tmp_path, obs={4: [np.nan]})
+    other = Dataset(data._source, *LINE, memory_bytes=1)
+    for one, two in zip(draw(data), draw(data), strict=True):
+        same(one, two)
+    for one, two in zip(draw(data, 3), draw(other, 3), strict=True):
+        same(one, two)

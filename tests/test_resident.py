@@ -13,7 +13,7 @@ from dmrl_ray.display import Display
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.envs.point_goal import PointGoal
-from dmrl_ray.errors import ConfigError
+from dmrl_ray.errors import ConfigError, NumericalError
 from dmrl_ray.learner import Learner
 from dmrl_ray.policy import ActorCritic, previous_inputs
 from dmrl_ray.resident import ResidentSampler
@@ -266,6 +266,14 @@ def test_what_is_not_finite_is_told_with_its_task():
     with pytest.raises(
         EnvironmentFault, match=r"reward of column 2 at step 2 is nan, on task [0-9a-f]{16};"
     ):
+        sampler.rollout(network, 4)
+
+
+@pytest.mark.parametrize("family", ["point_goal", "bandit"])
+def test_a_policy_that_diverged_is_blamed_and_not_its_environment(family):
+    _, network, sampler = made(family, "mlp")
+    torch.nn.init.constant_(network.policy_head.layer.weight, torch.nan)
+    with pytest.raises(NumericalError, match="the policy diverged after update "):
         sampler.rollout(network, 4)
 
 

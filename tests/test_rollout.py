@@ -7,6 +7,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
+from dmrl_ray.errors import NumericalError
 from dmrl_ray.policy import ActorCritic, previous_inputs
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
@@ -395,10 +396,12 @@ def test_the_same_stream_gives_the_same_rollout():
     assert not np.array_equal(one.obs, different.obs)
 
 
+@pytest.mark.parametrize("discrete", [True, False])
 @pytest.mark.parametrize("what", ["obs", "reward"])
-def test_a_value_that_is_not_finite_names_column_step_and_task(what):
-    family = Walk(poison=(0, 1, what))
-    policy = make_policy(family)
+def test_a_value_that_is_not_finite_names_column_step_and_task(what, discrete):
+    # What the policy would do next is not finite either, and that is not its fault.
+    family = Walk(discrete, poison=(0, 1, what))
+    policy = make_policy(family, sees_previous=True)
     tasks = [task("fine"), task("bad", limit=3)]
     sampler = make_sampler(family, tasks, policy)
     step = 1 if what == "obs" else 0  # an observation is the input of the step after
@@ -528,3 +531,24 @@ def test_shards_of_other_lengths_are_filled_up_with_steps_that_do_not_count():
     np.testing.assert_array_equal(whole[0].reward[:2, :2], short.reward)
     np.testing.assert_array_equal(whole[0].next_obs()[:2, :2], short.next_obs())
     assert np.isfinite(whole[0].obs).all()
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_policy_that_diverged_is_blamed_before_an_environment_meets_its_actions(discrete, greedy):
+    family = Walk(discrete)
+    policy = make_policy(family)
+    torch.nn.init.constant_(policy.policy_head.layer.weight, np.inf)
+    sampler = make_sampler(family, policy=policy, greedy=greedy)
+    sampler.policy_version = 7
+    with pytest.raises(NumericalError, match=r"diverged after update 7: .* lower algorithm\.lr, "):
+        sampler.rollout(policy, 3)
+    assert np.isfinite(sampler.env.felt).all()
+    assert discrete or not sampler.env.felt
+
+
+def test_where_an_adapted_policy_diverged_its_step_size_is_named_too():
+    policy = make_policy(Walk(False))
+    torch.nn.init.constant_(policy.policy_head.layer.weight, np.nan)
+    with pytest.raises(NumericalError, match=r"update 0 and adaptation step 2: .*size of adapt"):
+        make_sampler(Walk(False), policy=policy).rollout(policy, 3, adaptation_step=2)

@@ -213,7 +213,7 @@ def test_a_small_job_whole_is_the_same_job_step_by_step():
     _, (task,) = tasks_of(PointGoal, 1, horizon=5)
     spec = make_spec({"type": "point_goal", "horizon": 5}, fixed_tasks=(task,), split="test")
     initial = weights(spec, 3).arrays
-    rows, trained = RolloutWorker().train(spec, initial, 2)
+    rows, trained, _ = RolloutWorker().train(spec, initial, 2)
     learner, worker, state = Learner(spec), RolloutWorker(), {}
     learner.load_weights(initial)
     for i in range(2):
@@ -248,7 +248,7 @@ def test_a_small_job_is_the_same_on_a_worker_that_did_it_before():
     _, (task,) = tasks_of(PointGoal, 1, horizon=5)
     spec = make_spec({"type": "point_goal", "horizon": 5}, fixed_tasks=(task,), split="test")
     worker = RolloutWorker()
-    (rows, trained), (again, trained_again) = (
+    (rows, trained, _), (again, trained_again, _) = (
         worker.train(spec, weights(spec, 0).arrays, 2) for _ in range(2)
     )
     for name in rows:

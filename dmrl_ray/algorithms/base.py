@@ -10,6 +10,7 @@ import numpy as np
 from dmrl_ray.algorithms.adaptation import Adaptation, Continued
 from dmrl_ray.algorithms.descent import Descent
 from dmrl_ray.config import ContinuedTraining
+from dmrl_ray.dataset import Dataset
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution
@@ -56,6 +57,9 @@ class Algorithm(Descent, Adaptation):
 
     run_folder: str = ""
     """Of the run, for what earlier stages of it recorded."""
+
+    datasets: tuple[Dataset, ...] = ()
+    """What it has opened to learn from."""
 
     def __init__(
         self, config: Descent.Config, distribution: TaskDistribution, policy: ActorCritic

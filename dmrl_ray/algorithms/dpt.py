@@ -109,7 +109,7 @@ class DPT(Offline):
         """Transitions of a task in each column, and best actions on the same task."""
         newest = 1.0 if self.config.experts else self.config.newest
         if not self._tasks:
-            self._tasks = sorted({*self.dataset.task_names} & {*self.experts.tasks_of(newest)})
+            self._tasks = sorted({*self.dataset.tasks_of(1.0)} & {*self.experts.tasks_of(newest)})
         if not self._tasks:
             raise ValueError("algorithm.experts: its tasks are none of the tasks in data")
         names = [self._tasks[i] for i in rng.integers(len(self._tasks), size=columns)]

@@ -23,18 +23,20 @@ from dmrl_ray.types import Rollout, Task, Trial
 
 
 def open_dataset(algorithm: Algorithm, settings: DataSettings) -> Dataset:
-    """What `settings` name, for the algorithm's task family.
+    """What `settings` name, for the algorithm's task family; it is among the algorithm's datasets.
 
     Raises:
         ValueError: it is not there, or does not fit the family.
     """
     family = algorithm.distribution
-    return Dataset(
+    dataset = Dataset(
         source_of(settings, algorithm.run_folder),
         family.observation_space,
         family.action_space,
         memory_bytes=settings.memory_mb << 20,
     )
+    algorithm.datasets = (*algorithm.datasets, dataset)
+    return dataset
 
 
 class Offline(Algorithm):

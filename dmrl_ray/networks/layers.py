@@ -63,9 +63,16 @@ class ImageLayerNorm(nn.Module):
 
 
 def _normalized(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
-    if norm.training and norm.weight.requires_grad:
-        return nn.modules.batchnorm._BatchNorm.forward(norm, x)
     mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    if norm.training and norm.weight.requires_grad:
+        before = mean.clone(), variance.clone()
+        y = nn.modules.batchnorm._BatchNorm.forward(norm, x)
+        # A batch that is not finite gives no gradient step, and shall leave nothing here either.
+        for running, kept in zip((mean, variance), before, strict=True):
+            running.copy_(torch.where(torch.isfinite(running), running, kept))
+        return y
     return nn.functional.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
 
 

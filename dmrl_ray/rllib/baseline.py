@@ -26,6 +26,7 @@ from ray.tune.registry import register_env
 
 from dmrl_ray.calls import CollectReport, EvaluateCall
 from dmrl_ray.connection import cause_of, first_sentence
+from dmrl_ray.errors import NumericalError
 from dmrl_ray.foreign import ForeignAlgorithm
 from dmrl_ray.recording import episode_rows, evaluation_rows, task_rows
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
@@ -255,14 +256,14 @@ def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """Tell what RLlib wraps: a fault of the family, or a process that was lost."""
+    """Tell what RLlib wraps: a fault of the family or policy, or a process that was lost."""
     try:
         yield
     except RayError as error:
         raise cause_of(error) from error
     except RuntimeError as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, EnvironmentFault):
+        while cause is not None and not isinstance(cause, EnvironmentFault | NumericalError):
             cause = cause.__cause__
         if cause is None:
             raise

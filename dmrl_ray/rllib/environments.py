@@ -21,7 +21,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from ray.tune.registry import register_env
 
-from dmrl_ray.faults import answer_of, first_obs, sample
+from dmrl_ray.faults import answer_of, diverged, first_obs, sample
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.settings import Component, Settings
 from dmrl_ray.spec import load_family
@@ -133,6 +133,8 @@ class Columns:
     ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step in every column; where trials end, what follows them waits for `proceed`."""
         if isinstance(self.family.action_space, Box):
+            if not np.isfinite(action).all():
+                raise diverged()
             action = np.clip(action, -1.0, 1.0)
         answer = answer_of(self.family, self._env.step, action)
         obs, reward, terminated, truncated, infos = answer

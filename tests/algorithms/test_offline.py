@@ -157,6 +157,55 @@ def test_distillation_reads_one_task_in_order_of_learning(run):
             at = max(at, min(version[key]))
 
 
+@pytest.fixture(scope="module")
+def gaps(run, tmp_path_factory):
+    """The histories as a file of others, with three numbers that are not finite."""
+    steps = load(run, table="transitions").query("stage == 'histories'")
+    steps = steps.sort_values(["job", "column", "trial", "episode", "t"]).reset_index(drop=True)
+    steps["history"] = steps.groupby(["job", "column"]).ngroup()
+    steps["task_id"] = steps.groupby("task_id").ngroup()
+    names = ["obs", "action", "reward", "terminated", "truncated", "next_obs", "task_id"]
+    steps = steps[[*names, "history", "trial", "episode"]]
+    steps.loc[7, "reward"] = np.nan
+    steps.loc[100, "reward"] = np.inf
+    steps.at[40, "obs"] = np.where(np.arange(25) == 3, np.nan, steps.at[40, "obs"])
+    path = tmp_path_factory.mktemp("gaps") / "steps.parquet"
+    steps.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_rows_that_are_not_finite_are_not_learned_from(name, gaps):
+    spec = job_spec(configured(name, f"files: {gaps}"), "learned")
+    metrics, learner = train(spec, 5)
+    assert all(np.isfinite(list(m.values())).all() for m in metrics)
+    assert not any(m["skipped_batches"] for m in metrics)
+    assert all(np.isfinite(array).all() for array in learner.weights().values())
+    used = RolloutWorker()
+    collect(spec, used, 1, 3)
+    for one, other in zip(collect(spec, used), collect(spec, RolloutWorker()), strict=True):
+        np.testing.assert_array_equal(one.obs, other.obs)
+
+
+def test_what_is_left_out_of_the_data_is_told_once_by_every_stage(gaps, tmp_path):
+    tuned = f"""\
+  tuned: {{type: finetune, init_from: learned, tasks: 2, updates: 2,
+    algorithm: {{type: trial_cloning, data: {{files: {gaps}}}}}}}
+"""
+    config = configured("trial_cloning", f"files: {gaps}", tuned)
+    stages = {name: stage for name, stage in config.stages.items() if name in ("learned", "tuned")}
+    folder = play(config.model_copy(update={"stages": stages}), tmp_path / "run")
+    events = load(folder, table="events").query("event == 'data_skipped'")
+    assert events["stage"].tolist() == ["learned", "tuned"]
+    told = json.loads(events["detail"].iloc[0])
+    assert told["rows"] == 3
+    assert [place.split("row ")[1] for place in told["first"]] == [
+        "7: reward",
+        "40: obs",
+        "100: reward",
+    ]
+
+
 def dpt(run, encoder="{type: gru, size: 8}"):
     spec = spec_of("dpt", run)
     network = parse_config(HEAD, "x", [f"network.encoder={encoder}"]).network

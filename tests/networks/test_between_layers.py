@@ -73,6 +73,17 @@ def test_statistics_of_a_frozen_encoder_stand_still(kind):
         assert torch.equal(x, state[name]), name
 
 
+@pytest.mark.parametrize("kind", [MLP, CNN])
+def test_a_batch_that_is_not_finite_leaves_the_statistics_finite(kind):
+    encoder = encoder_of(kind, batch_norm=True).train()
+    for bad in (np.nan, np.inf):
+        encoder(torch.full_like(inputs(kind), bad), None, (), None)
+    assert all(torch.isfinite(x).all() for x in encoder.state_dict().values())
+    state = {name: x.clone() for name, x in encoder.state_dict().items()}
+    encoder(inputs(kind), None, (), None)
+    assert any(not torch.equal(x, state[n]) for n, x in encoder.state_dict().items() if "run" in n)
+
+
 def test_dropout_leaves_its_share_of_units_out_of_a_gradient_step_alone():
     encoder = make(MLP, sizes=(1000,), dropout=0.3, activation="sigmoid")
     dropped = encoder.train()(sequence(), None, (), None)[0] == 0
