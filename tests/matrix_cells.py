@@ -46,7 +46,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "distillation": {"minibatches": 2},
     "dpt": {"minibatches": 2},
     "maml": OUTER,
-    "maml_within": OUTER | {"type": "maml", "steps_per_adaptation": 5},
+    "maml_within": {
+        "type": "maml",
+        "steps_per_adaptation": 5,
+        "episodes_per_task": COPIES,
+        "epochs": 1,
+    },
     "anil": OUTER | {"type": "maml", "adapt": ["policy_head"]},
     "promp": OUTER,
     "cavia": OUTER,
