@@ -66,7 +66,7 @@ def run(
     ] = None,
     address: Address = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with OUT if it is begun.")
+        bool, typer.Option("--resume", help="Go on with OUT if it is begun, by CONFIG.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
     verbose: Verbose = False,
@@ -83,7 +83,7 @@ def run(
         folder = out.absolute()
         with _resumable(folder), _places_told(config, overrides or ()), Display() as display:
             if resume and (folder / "run.json").exists():
-                controller.resume(folder, address=address, display=display)
+                controller.resume(folder, config=settings, address=address, display=display)
             else:
                 controller.run(
                     settings, folder, address=address, overwrite=overwrite, display=display
@@ -92,15 +92,19 @@ def run(
 
 
 @app.command()
-def resume(run: RunName, address: Address = None, verbose: Verbose = False) -> None:
-    """Go on with a run from its last commit."""
+def resume(
+    run: RunName, overrides: Overrides = None, address: Address = None, verbose: Verbose = False
+) -> None:
+    """Go on with a run from its last commit; stages.NAME.env_steps=MORE trains for longer."""
     with errors_told(verbose):
         folder = _find_run(run)
         from dmrl_ray import controller
         from dmrl_ray.display import Display
+        from dmrl_ray.yaml_config import places_told
 
-        with _resumable(folder), Display() as display:
-            controller.resume(folder, address=address, display=display)
+        told = places_told(folder / "config.yaml", overrides or ())
+        with _resumable(folder), told, Display() as display:
+            controller.resume(folder, overrides=overrides or (), address=address, display=display)
         _show_end(folder)
 
 

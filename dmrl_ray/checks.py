@@ -9,7 +9,7 @@ from torch import nn
 
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RolloutSettings, RunConfig, Stage
-from dmrl_ray.data_sources import DataSettings
+from dmrl_ray.data_sources import recordings_of
 from dmrl_ray.errors import Misfit
 from dmrl_ray.foreign import check_foreign, foreign_of
 from dmrl_ray.held_out import check_seen
@@ -164,11 +164,7 @@ def _check_data(config: RunConfig, name: str, program: Program) -> None:
     recorded = isinstance(stage, (Pretrain, Finetune)) and stage.record
     if recorded and not algorithm.recordable:
         raise ValueError("record: this algorithm does not play by the environment's rewards alone")
-    learns_from = {
-        field: data
-        for field in type(algorithm.config).model_fields
-        if isinstance(data := getattr(algorithm.config, field), DataSettings)
-    }
+    learns_from = recordings_of(algorithm.config)
     for field, data in learns_from.items():
         if data.stage is None or data.runs:
             open_dataset(algorithm, data)

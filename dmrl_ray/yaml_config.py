@@ -93,24 +93,25 @@ def _document(text: str, name: str, overrides: Overrides) -> Document:
 
 def resolved(config: RunConfig) -> str:
     """The complete YAML of a config, every default written out; reads back to an equal config."""
-    return dump(_plain(expanded(config)))
+    return dump(plain(expanded(config)))
 
 
 def expanded(settings: AnySettings) -> AnySettings:
     """The same settings, every component with all its settings, defaults included."""
-    return type(settings).model_validate(_plain(settings))
+    return type(settings).model_validate(plain(settings))
 
 
-def _plain(value: object) -> Any:
+def plain(value: object) -> Any:
+    """Settings as YAML has them: mappings, lists, texts and numbers."""
     if isinstance(value, Component):
-        return {"type": value.type} | _plain(value.settings)
+        return {"type": value.type} | plain(value.settings)
     if isinstance(value, BaseModel):
         names = sorted(type(value).model_fields, key=lambda name: name != "type")
-        return {name: _plain(getattr(value, name)) for name in names}
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return to_jsonable_python(value)
 
 

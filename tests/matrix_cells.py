@@ -290,7 +290,7 @@ class CopyingDisplay(Display):
         if stage != self._watched or self._copy.exists():
             return
         commit = newest_commit(self._folder)
-        if not self._within_job or (commit is not None and commit.state["job"] is not None):
+        if not self._within_job or (commit is not None and stage in commit.state["jobs"]):
             shutil.copytree(self._folder, self._copy)
 
 

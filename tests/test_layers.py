@@ -15,7 +15,7 @@ LAYERS = [
     "algorithms",
     "spec transfer recording calls foreign averaging worker learner",
     "stages placement checks jobs run cluster connection pool worker_actor ray_learners display",
-    "controller",
+    "continuation controller",
     "__main__ results report_tables report rllib",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

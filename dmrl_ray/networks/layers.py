@@ -67,16 +67,12 @@ def _normalized(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
     assert mean is not None
     assert variance is not None
     if norm.training and norm.weight.requires_grad:
-        after = mean.clone(), variance.clone()  # autograd keeps what is given here
-        momentum = 0.1 if norm.momentum is None else norm.momentum
-        y = nn.functional.batch_norm(
-            x, *after, norm.weight, norm.bias, training=True, momentum=momentum, eps=norm.eps
-        )
+        before = mean.clone(), variance.clone()
+        y = nn.modules.batchnorm._BatchNorm.forward(norm, x)
         # A batch that is not finite gives no gradient step, and shall leave nothing here either.
-        for running, moved in zip((mean, variance), after, strict=True):
-            running.copy_(torch.where(torch.isfinite(moved), moved, running))
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
+        # Autograd, which does not read them, would take a change of them for one of its inputs'.
+        for running, kept in zip((mean, variance), before, strict=True):
+            running.data.copy_(torch.where(torch.isfinite(running), running, kept))
         return y
     return nn.functional.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
 

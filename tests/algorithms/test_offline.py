@@ -12,7 +12,7 @@ from torch import nn
 
 from dmrl_ray import controller
 from dmrl_ray.algorithms.minibatches import previous_in
-from dmrl_ray.config import Settings
+from dmrl_ray.config import Component, Settings
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.learner import Learner
@@ -194,7 +194,8 @@ def test_what_is_left_out_of_the_data_is_told_once_by_every_stage(gaps, tmp_path
 """
     config = configured("trial_cloning", f"files: {gaps}", tuned)
     stages = {name: stage for name, stage in config.stages.items() if name in ("learned", "tuned")}
-    folder = play(config.model_copy(update={"stages": stages}), tmp_path / "run")
+    alone = {"stages": stages, "algorithm": Component(type="ppo")}  # every stage has its own
+    folder = play(config.model_copy(update=alone), tmp_path / "run")
     events = load(folder, table="events").query("event == 'data_skipped'")
     assert events["stage"].tolist() == ["learned", "tuned"]
     told = json.loads(events["detail"].iloc[0])
