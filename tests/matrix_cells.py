@@ -47,8 +47,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "dpt": {"minibatches": 2},
     "maml": OUTER,
     "maml_within": {
-        **{"type": "maml", "episodes_per_task": COPIES, "epochs": 1},
+        "type": "maml",
         "steps_per_adaptation": 5,
+        "episodes_per_task": COPIES,
+        "epochs": 1,
     },
     "anil": OUTER | {"type": "maml", "adapt": ["policy_head"]},
     "promp": OUTER,
