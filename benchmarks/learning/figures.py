@@ -120,7 +120,7 @@ def sources(config: RunConfig, name: str) -> Iterator[str]:
 def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
     """Environment steps and seconds of training, of each seed."""
     ended = events[events["stage"].isin(list(stages)) & (events["event"] == "job_finished")]
-    ended = ended.drop_duplicates(["run_id", "job"], keep="last")  # One may be trained on later.
+    ended = ended.drop_duplicates(["run_id", "stage"], keep="last")  # One may be trained on later.
     details = pd.DataFrame([json.loads(detail) for detail in ended["detail"]])
     sums = details.groupby(ended["run_id"].to_numpy(), sort=False)[["env_steps", "seconds"]].sum()
     return {
