@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dmrl_ray.losses.averages import standardized
 from dmrl_ray.losses.distributions import (
     categorical_entropy,
     categorical_log_prob,
@@ -387,3 +388,21 @@ def test_the_baseline_names_the_argument_of_the_wrong_shape(name):
     tensors[name] = tensors[name][:, :1]
     with pytest.raises(ValueError, match=f"^{name}.* has shape"):
         linear_baseline(**tensors, gamma=0.9)
+
+
+def test_a_scale_by_hand():
+    # The mean of 1, 2, 6 is 3 and their deviation sqrt((4 + 1 + 9) / 2) = sqrt(7).
+    expected = torch.tensor([-2.0, -1.0, 3.0]) / 7**0.5
+    torch.testing.assert_close(standardized(torch.tensor([1.0, 2.0, 6.0])), expected)
+    x, mask = torch.tensor([1.0, 50.0, 2.0, 6.0]), torch.tensor([True, False, True, True])
+    counted = torch.stack([expected[0], torch.tensor(0.0), *expected[1:]])
+    torch.testing.assert_close(standardized(x, mask), counted)
+    torch.testing.assert_close(standardized(x[:, None], mask[:, None], dim=(0,))[:, 0], counted)
+
+
+@pytest.mark.parametrize("dim", [None, (0, 2)])
+def test_a_single_number_has_the_scale_zero(dim):
+    x, mask = torch.tensor([[[5.0], [7.0]]]), torch.tensor([[[True], [False]]])
+    one = x[:, :1]
+    assert torch.equal(standardized(one, dim=dim), torch.zeros_like(one))
+    assert torch.equal(standardized(x, mask, dim), torch.zeros_like(x))

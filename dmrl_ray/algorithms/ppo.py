@@ -17,7 +17,7 @@ from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.algorithms.base import Algorithm, continued
 from dmrl_ray.algorithms.minibatches import in_columns, previous_in, shown, step_through
 from dmrl_ray.arrays import as_kind_of
-from dmrl_ray.losses.averages import counted_mean
+from dmrl_ray.losses.averages import counted_mean, standardized
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.losses.returns import generalized_advantage
 from dmrl_ray.networks.base import Memory
@@ -155,11 +155,11 @@ class PPO(Algorithm):
 
     def _batch(self, rollout: Rollout) -> dict[str, Tensor]:
         """Everything the loss reads, (T, B, ...); without memory every step is its own column."""
-        advantage, counted = rollout.advantage, rollout.counted(rollout.advantage)
+        mask = None if rollout.all_count else rollout.mask
         batch = {
             **shown(self.policy, rollout),
             **{name: getattr(rollout, name) for name in self.labels},
-            "advantage": (advantage - counted.mean()) / (counted.std() + 1e-8),
+            "advantage": standardized(rollout.advantage, mask),
             "target": self.policy.normalize_value(rollout.value_target),
         }
         if self.policy.recurrent:

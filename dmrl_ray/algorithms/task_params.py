@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from dmrl_ray.arrays import as_kind_of
+from dmrl_ray.losses.averages import standardized
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss
 from dmrl_ray.losses.returns import (
     generalized_advantage,
@@ -199,19 +200,6 @@ def trial_advantages(rollouts: list[Rollout], *, gamma: float, gae_lambda: float
     advantage = trial_advantage(reward, value, gamma=gamma, gae_lambda=gae_lambda, mask=counted)
     advantage = standardized(advantage, counted)
     return list(torch.split(advantage, [rollout.num_steps for rollout in rollouts]))
-
-
-def standardized(x: Tensor, mask: Tensor | None, dim: tuple[int, ...] | None = None) -> Tensor:
-    """With mean 0 and standard deviation 1 over the entries that count, along `dim`."""
-    if mask is None:
-        if dim is None:
-            return (x - x.mean()) / (x.std() + 1e-8)
-        return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 1e-8)
-    every = dim or tuple(range(x.dim()))
-    count = mask.sum(every, keepdim=True)
-    off = (x - (x * mask).sum(every, keepdim=True) / count.clamp_min(1)) * mask
-    std = (off.square().sum(every, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-    return off / (std + 1e-8)
 
 
 def task_mask(rollout: Rollout, params: Parameters) -> Tensor | None:

@@ -7,7 +7,9 @@ from torch import nn
 
 from dmrl_ray.algorithms.ppo import PPO
 from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.spec import JobSpec, build, get_weights, set_weights
+from dmrl_ray.learner import Learner
+from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
+from dmrl_ray.worker import CollectCall, RolloutWorker
 
 
 class TwoRates(PPO):
@@ -94,3 +96,29 @@ def test_a_loss_whose_parts_are_all_frozen_moves_nothing():
     loss = sum(p.sum() for p in algorithm.policy.parameters())
     assert algorithm.step_optimizer(loss, ("value_head",)) == 0
     assert all(torch.equal(p, before[n]) for n, p in algorithm.policy.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "encoder", "num_envs"),
+    [
+        ({"type": "maml", "episodes_per_task": 1}, "mlp", 4),
+        ({"type": "maml", "episodes_per_task": 1, "steps_per_adaptation": 1}, "mlp", 1),
+        ({"type": "ppo", "num_steps": 1}, "mlp", 1),
+        ({"type": "rl2"}, "gru", 1),
+    ],
+    ids=["maml", "maml within a trial", "ppo", "rl2"],
+)
+def test_a_single_step_of_experience_can_be_learned_from(algorithm, encoder, num_envs):
+    pulls = 2 if "steps_per_adaptation" in algorithm else 1
+    parts = (
+        {"type": "bandit", "arms": 2, "pulls": pulls},
+        {"type": "actor_critic", "encoder": {"type": encoder}},
+        algorithm,
+    )
+    parts = (Component.model_validate(part) for part in parts)
+    learner = Learner(JobSpec("s", "s", 0, *parts, RolloutSettings(shards=1, num_envs=num_envs)))
+    weights = Weights(0, learner.weights())
+    trial = RolloutWorker().collect(CollectCall(learner.spec, 0, 0, 0), weights, {})[1]
+    metrics = learner.update(0, 0, [trial])
+    assert not metrics.get("skipped_batches")
+    assert all(np.isfinite(x).all() for x in learner.weights().values())
