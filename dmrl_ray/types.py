@@ -176,10 +176,15 @@ class Rollout:
         return rows if self.all_count else rows[self.mask.reshape(-1)]
 
     def mean_return(self) -> float:
-        """Counted reward per episode, or per environment where episodes go on in later rollouts."""
-        total = self.reward.sum(0) if self.all_count else (self.reward * self.mask).sum(0)
+        """Counted reward per episode, or per environment where episodes go on in later rollouts.
+
+        Environments that had played all their episodes before are left out.
+        """
+        total, played = self.reward.sum(0), self.num_columns
+        if not self.all_count:
+            total, played = (self.reward * self.mask).sum(0), int(self.mask.any(0).sum())
         ended = int(((self.terminated | self.truncated) & self.mask).sum())
-        return float(total.mean()) * (self.num_columns / max(ended, self.num_columns))
+        return float(total.mean()) * (self.num_columns / max(ended, played, 1))
 
     def padded(self, num_steps: int) -> Rollout:
         """The same with steps that do not count behind it, up to `num_steps`."""
