@@ -32,7 +32,7 @@ from dmrl_ray.algorithms.trust_region import trust_region_step
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
 from dmrl_ray.settings import Number
-from dmrl_ray.types import Rollout, Trial
+from dmrl_ray.types import Trial
 
 READ = ("obs", "action", "log_prob", "advantage")
 """What the losses of policies without memory read of a rollout, beside what counts of it."""
@@ -93,11 +93,23 @@ class MAML(GradientAdaptation):
     def outer_loss(
         self, path: list[Parameters], trial: Trial, advantages: list[Tensor] | None = None
     ) -> Tensor:
-        """Of the rollouts that count, with their advantages if they are not the trial's own."""
+        """Of the rollouts that count, with their advantages if they are not the trial's own.
+
+        A step weighs the same wherever a trial was cut, and tasks count alike, also where their
+        episodes have other lengths.
+        """
         advantages = advantages or self.advantages(trial)
-        count = len(advantages)
-        parts = zip(path[-count:], trial[-count:], advantages, strict=True)
-        return torch.stack([self._surrogate(*part) for part in parts]).mean()
+        counted, start = trial[-len(advantages) :], path[0]
+        adapted = zip(path[-len(advantages) :], counted, strict=True)
+        log_prob = torch.cat([task_log_prob(self.policy, *pair) for pair in adapted])
+        acted = torch.cat([by_task(rollout.log_prob, start) for rollout in counted])
+        advantage = torch.cat([by_task(x, start) for x in advantages])
+        mask = task_mask(counted, start)
+        dim = None if mask is None else (0, 2)
+        if self.config.outer == "clip":
+            clip = self.config.clip
+            return ppo_clip_loss(log_prob, acted, advantage, clip=clip, mask=mask, dim=dim).mean()
+        return likelihood_ratio_loss(log_prob, acted, advantage, mask=mask, dim=dim).mean()
 
     def advantages(self, trial: Trial) -> list[Tensor]:
         """(T, B) of the rollouts that count: the adapted ones, or all within one trial."""
@@ -105,17 +117,6 @@ class MAML(GradientAdaptation):
             return [trial[-1].advantage]
         gamma, gae_lambda = self.config.outer_gamma, self.config.gae_lambda
         return trial_advantages(trial, gamma=gamma, gae_lambda=gae_lambda)
-
-    def _surrogate(self, params: Parameters, rollout: Rollout, advantage: Tensor) -> Tensor:
-        log_prob = task_log_prob(self.policy, params, rollout)
-        acted, advantage = by_task(rollout.log_prob, params), by_task(advantage, params)
-        mask = task_mask(rollout, params)
-        # Tasks count alike, also where their episodes have other lengths.
-        dim = None if mask is None else (0, 2)
-        if self.config.outer == "clip":
-            clip = self.config.clip
-            return ppo_clip_loss(log_prob, acted, advantage, clip=clip, mask=mask, dim=dim).mean()
-        return likelihood_ratio_loss(log_prob, acted, advantage, mask=mask, dim=dim).mean()
 
     def pis(self, path: list[Parameters], trial: Trial) -> list[Tensor]:
         """(T, N, E, P) distributions of the actions of each rollout."""
@@ -169,12 +170,10 @@ class MAML(GradientAdaptation):
             pis = self.pis(path, trial)
             if not acted:
                 acted.extend(pi.detach() for pi in pis)
-            kls = [
-                counted_mean(head.kl(old, pi), task_mask(rollout, path[0]))
-                for old, pi, rollout in zip(acted, pis, trial, strict=True)
-            ]
-            counted = kls[-1:] if self.config.steps_per_adaptation is None else kls
-            return self.outer_loss(path, trial), torch.stack(counted).mean()
+            counted = trial if self.config.steps_per_adaptation is not None else trial[-1:]
+            pairs = list(zip(acted, pis, strict=True))[-len(counted) :]
+            kls = torch.cat([head.kl(old, pi) for old, pi in pairs])
+            return self.outer_loss(path, trial), counted_mean(kls, task_mask(counted, path[0]))
 
         moving = [
             parameter

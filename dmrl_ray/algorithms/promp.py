@@ -48,8 +48,12 @@ class ProMP(MAML):
         pis = self.pis(path[:-1], trial[:-1])
         if not self._acted:  # The first outer step starts from the parameters that acted.
             self._acted = [pi.detach() for pi in pis]
-        kls = [
-            counted_mean(head.kl(old, pi), task_mask(rollout, path[0]))
-            for old, pi, rollout in zip(self._acted, pis, trial[:-1], strict=True)
+        before = trial[:-1]
+        kls = [head.kl(old, pi) for old, pi in zip(self._acted, pis, strict=True)]
+        if self.config.steps_per_adaptation is not None:  # A step weighs the same wherever it is.
+            return counted_mean(torch.cat(kls), task_mask(before, path[0]))
+        means = [
+            counted_mean(kl, task_mask([rollout], path[0]))
+            for kl, rollout in zip(kls, before, strict=True)
         ]
-        return torch.stack(kls).mean()
+        return torch.stack(means).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -115,7 +116,7 @@ def task_gradients(
     """
     log_prob = task_log_prob(policy, params, rollout)
     acted, advantage = (by_task(x, params) for x in (rollout.log_prob, rollout.advantage))
-    mask = task_mask(rollout, params)
+    mask = task_mask([rollout], params)
     # Tasks do not share these parameters, so the gradient of the sum holds every task's own.
     loss = likelihood_ratio_loss(log_prob, acted, advantage, mask=mask, dim=(0, 2)).sum()
     gradients = torch.autograd.grad(
@@ -202,9 +203,11 @@ def trial_advantages(rollouts: list[Rollout], *, gamma: float, gae_lambda: float
     return list(torch.split(advantage, [rollout.num_steps for rollout in rollouts]))
 
 
-def task_mask(rollout: Rollout, params: Parameters) -> Tensor | None:
-    """(T, N, E) steps that count; None is all."""
-    return None if rollout.all_count else by_task(rollout.mask, params)
+def task_mask(rollouts: Sequence[Rollout], params: Parameters) -> Tensor | None:
+    """(T, N, E) steps that count, of rollouts one after the other; None is all."""
+    if all(rollout.all_count for rollout in rollouts):
+        return None
+    return torch.cat([by_task(rollout.mask, params) for rollout in rollouts])
 
 
 def by_task(x: Tensor, params: Parameters) -> Tensor:

@@ -313,6 +313,54 @@ def test_within_a_trial_every_rollout_counts():
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
 
+def cut_trial(maml, played=((2, 4, 6), (6, 6, 6), (1, 1, 3))):
+    """A trial whose first three columns of each task play so many steps, and the others none."""
+    trial = one_trial(maml)
+    last = torch.zeros(len(played), COLUMNS)
+    last[:, :3] = torch.tensor(played)
+    start = 0
+    for i, rollout in enumerate(trial):
+        steps = torch.arange(start, start + rollout.num_steps).unsqueeze(1)
+        trial[i] = replace(rollout, mask=steps < last.flatten(), all_count=False)
+        start += rollout.num_steps
+    return trial
+
+
+@pytest.mark.parametrize("outer", ["clip", "vpg"])
+def test_a_step_weighs_the_same_wherever_a_trial_was_cut_and_tasks_count_alike(outer):
+    maml = make_maml(tasks="bandit", steps_per_adaptation=4, outer=outer)  # pieces of 4 and of 2
+    path = maml.path(one_trial(maml))  # under which every ratio is one
+    for trial, counts in ((one_trial(maml), (24, 24, 24)), (cut_trial(maml), (12, 18, 5))):
+        advantages = [torch.ones(r.reward.shape, requires_grad=True) for r in trial]
+        loss = maml.outer_loss(path, trial, advantages)
+        weight = -torch.cat(torch.autograd.grad(loss, advantages)).unflatten(1, (3, COLUMNS))
+        mask = torch.cat([r.mask for r in trial]).unflatten(1, (3, COLUMNS))
+        each = 1 / (3 * torch.tensor(counts)).reshape(1, 3, 1)
+        torch.testing.assert_close(weight, mask * each)
+
+
+def test_a_trust_region_is_measured_over_all_steps_of_a_trial():
+    maml = make_maml(tasks="bandit", steps_per_adaptation=4, outer="trpo")
+    trial = cut_trial(maml)
+    before = [pi.detach() for pi in maml.pis(maml.path(trial), trial)]
+    metrics = maml._trust_region(trial)
+    after = maml.pis(maml.path(trial), trial)
+    kl = torch.cat([maml.policy.policy_head.kl(*pair) for pair in zip(before, after, strict=True)])
+    counted = torch.cat([r.mask for r in trial])
+    assert metrics["kl"] == pytest.approx(kl.flatten(1)[counted].mean().item(), rel=1e-4)
+    assert metrics["kl"] > 0
+
+
+def test_a_mean_return_is_of_the_environments_that_still_played():
+    maml = make_maml(tasks="bandit", steps_per_adaptation=4)
+    first, last = cut_trial(maml)
+    first.reward[:] = last.reward[:] = 1.0
+    # Nine columns play 2, 4, 4; 4, 4, 4; 1, 1, 3 of the first four steps, four the last two.
+    assert first.mean_return() == pytest.approx(27 / 9)
+    assert last.mean_return() == pytest.approx(2.0)
+    assert last.map(torch.Tensor.numpy).uncounted().mean_return() == 0.0
+
+
 def paying(rewards):
     """Two rollouts of a trial whose columns are paid these rewards at every step."""
     maml = make_maml(tasks="bandit", steps_per_adaptation=3)

@@ -1,5 +1,7 @@
 """ProMP is MAML with a penalty before adaptation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adaptation_cases import (
@@ -114,3 +116,17 @@ def test_the_shares_of_several_learners_average_to_the_whole_penalty():
     for name, whole in gradients[0, 1].items():
         average = (gradients[0, 2][name] + gradients[1, 2][name]) / 2
         torch.testing.assert_close(average, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_penalty_within_a_trial_is_a_mean_over_its_steps():
+    promp = make_algorithm("promp", SMALL, "bandit", steps_per_adaptation=2)
+    trial = one_trial(promp)
+    mask = torch.zeros_like(trial[1].mask)
+    mask[0, 0] = True  # Of the second piece a single step counts.
+    trial[1] = replace(trial[1], mask=mask, all_count=False)
+    path = promp.path(trial)
+    promp._acted = [pi.detach() + torch.randn_like(pi) for pi in promp.pis(path, trial)[:-1]]
+    pairs = zip(promp._acted, promp.pis(path, trial), strict=False)
+    kl = torch.cat([promp.policy.policy_head.kl(*pair) for pair in pairs]).flatten(1)
+    counted = torch.cat([r.mask for r in trial[:-1]])
+    torch.testing.assert_close(promp._kl(path, trial), kl[counted].mean())
