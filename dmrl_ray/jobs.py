@@ -39,6 +39,8 @@ from typing import Any
 
 import numpy as np
 
+from dmrl_ray.algorithms.adaptation import Adaptation
+from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.calls import CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.config import By, Pretrain, settled
 from dmrl_ray.foreign import ForeignAlgorithm, foreign_of
@@ -248,13 +250,16 @@ def tasks_at_once(family: TaskDistribution, copies: int, episodes: int) -> int:
 
 
 def selection_score(spec: JobSpec, rows: Columns) -> float:
-    """What models are chosen by: the mean over a trial if memory adapts, else its last step's.
+    """What models are chosen by: the mean over the episodes of trials.
 
-    Scores where the family knows them, returns where not.
+    Of who takes steps of `adapt` the last episode of every environment counts alone: what they make
+    of a task, and not what finding it out costs. Scores where the family knows them, returns where
+    not.
     """
     values = rows["return"] if np.isnan(rows["score"]).any() else rows["score"]
-    if not (foreign_of(spec) or spec.algorithm.load()).memory_spans_trial:
-        values = values[rows["adaptation_step"] == rows["adaptation_step"].max()]
+    kind = spec.algorithm.load()
+    if issubclass(kind, Algorithm) and kind.adapt is not Adaptation.adapt:
+        values = values[rows["episode"] == rows["episode"].max()]
     return float(values.mean())
 
 

@@ -11,7 +11,7 @@ from dmrl_ray import controller
 from dmrl_ray.calls import CollectCall
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.display import Display
-from dmrl_ray.jobs import tasks_at_once
+from dmrl_ray.jobs import selection_score, tasks_at_once
 from dmrl_ray.learner import Learner
 from dmrl_ray.results import load
 from dmrl_ray.spec import JobSpec, Weights, load_family
@@ -125,6 +125,22 @@ def test_advantages_do_not_depend_on_where_a_rollout_was_cut():
     advantage = trial[0].advantage
     first, second = advantage[100:200].mean(), advantage[400:500].mean()
     assert abs(first - second) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("kind", "score"), [("maml", 5.0), ("pearl", 5.0), ("ppo", 3.25), ("rl2", 3.25)]
+)
+def test_models_are_chosen_by_what_all_environments_come_to_not_by_the_longest_lived(kind, score):
+    # Two environments, whose second episodes return 4 and 6; one of them went on for longer.
+    played = {
+        "episode": np.array([0, 0, 1, 1]),
+        "adaptation_step": np.array([0, 0, 1, 3]),
+        "return": np.array([1.0, 2.0, 4.0, 6.0]),
+        "score": np.full(4, np.nan),
+    }
+    parts = (Component.model_validate(part) for part in (WALK, MLP, {"type": kind}))
+    spec = JobSpec("stage", "stage", 0, *parts, RolloutSettings())
+    assert selection_score(spec, played) == score
 
 
 def test_episodes_name_the_version_that_acted(tmp_path):
