@@ -212,11 +212,17 @@ class ActorCritic(nn.Module):
         """From returns to the critic's units."""
         return value if self.value_norm is None else self.value_norm.normalize(value)
 
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Between what some of its parameters stay, by their names."""
+        gaussian = isinstance(self.policy_head, GaussianHead)
+        return {"policy_head.log_std": LOG_STD_BOUNDS} if gaussian else {}
+
     @torch.no_grad()
     def project(self) -> None:
         """Put parameters that left their bounds back on them, where gradients still pass."""
-        if isinstance(self.policy_head, GaussianHead):
-            self.policy_head.log_std.clamp_(*LOG_STD_BOUNDS)
+        for name, bounds in self.bounds.items():
+            self.get_parameter(name).clamp_(*bounds)
 
     def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
         """Take a rollout's statistics in; called by the learner after its gradient steps."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 
 from dmrl_ray.algorithms.parts import check_prefixes
 from dmrl_ray.algorithms.task_actor import Recordings, task_actor
+from dmrl_ray.algorithms.task_optimizer import Descending, TaskOptimizer
 from dmrl_ray.algorithms.task_params import (
     Parameters,
     fitted_advantage,
@@ -163,25 +164,15 @@ def leaves(params: Parameters) -> Parameters:
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-@dataclass(frozen=True)
-class Descending:
-    """Parameters of each task in the middle of their optimisation."""
-
-    params: Parameters
-    first: Parameters  # AdamW's moments, empty before the first step
-    second: Parameters
-    steps: int = 0
-
-
 class Continued(Adaptation):
     """Training goes on, on each task by itself: a policy-gradient step after every round.
 
-    SGD or AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101, algorithm 2), with decoupled weight
-    decay. It adapts any policy whose actor is differentiable in plain operations.
+    It adapts any policy whose actor is differentiable in plain operations.
 
     Args:
         policy: what every task starts from.
-        settings: of the steps.
+        settings: of the rounds, and of what moves.
+        optimizer: of the steps.
         gamma: discount of the returns.
         memory_spans_trial: of the policy.
 
@@ -196,6 +187,7 @@ class Continued(Adaptation):
         self,
         policy: ActorCritic,
         settings: ContinuedTraining,
+        optimizer: TaskOptimizer,
         *,
         gamma: float,
         memory_spans_trial: bool,
@@ -204,6 +196,7 @@ class Continued(Adaptation):
         check_prefixes("by.trainable", settings.trainable, per_task(policy, 1))
         self.policy = policy
         self.settings = settings
+        self.optimizer = optimizer
         self.gamma = gamma
         self.memory_spans_trial = memory_spans_trial
         self._recordings: Recordings = {}
@@ -213,7 +206,7 @@ class Continued(Adaptation):
         return self.settings.episodes
 
     def initial_state(self, sampler: Sampler, num_tasks: int) -> Descending:
-        return Descending(per_task(self.policy, num_tasks), {}, {})
+        return Descending(per_task(self.policy, num_tasks))
 
     def rounds(self, episodes: int) -> list[int]:
         return [1] * episodes
@@ -231,19 +224,15 @@ class Continued(Adaptation):
 
     def adapt(self, state: Descending, experience: Rollout) -> Descending:
         """One gradient step on every task at once."""
-        settings, params = self.settings, dict(state.params)
-        moving = [name for name in params if name.startswith(settings.trainable)]
-        gradients = task_gradients(self.policy, params, experience, moving, create_graph=False)
-        steps, first, second = state.steps + 1, dict(state.first), dict(state.second)
-        with torch.no_grad():
-            for name, gradient in gradients.items():
-                direction = gradient
-                if settings.optimizer == "adamw":
-                    zero = torch.zeros_like(gradient)
-                    first[name] = first.get(name, zero).lerp(gradient, 0.1)
-                    second[name] = second.get(name, zero).lerp(gradient.square(), 0.001)
-                    scale = (second[name] / (1 - 0.999**steps)).sqrt() + 1e-8
-                    direction = first[name] / (1 - 0.9**steps) / scale
-                direction = direction + settings.weight_decay * params[name]
-                params[name] = params[name] - settings.lr * direction
-        return Descending(leaves(params), first, second, steps)
+        moving = [name for name in state.params if name.startswith(self.settings.trainable)]
+        gradients = task_gradients(
+            self.policy, state.params, experience, moving, create_graph=False
+        )
+        return self.step(state, gradients)
+
+    def step(self, state: Descending, gradients: Parameters) -> Descending:
+        """One step of the optimiser along these gradients, within the parameters' bounds."""
+        moved = self.optimizer.step(state, gradients)
+        bounds = self.policy.bounds
+        bounded = {n: moved.params[n].clamp(*bounds[n]) for n in gradients if n in bounds}
+        return replace(moved, params=leaves(moved.params | bounded))

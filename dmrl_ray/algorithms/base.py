@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from dmrl_ray.algorithms.adaptation import Adaptation, Continued
-from dmrl_ray.algorithms.descent import Descent
+from dmrl_ray.algorithms.descent import EPS, Descent
+from dmrl_ray.algorithms.task_optimizer import TaskOptimizer
 from dmrl_ray.config import ContinuedTraining
 from dmrl_ray.dataset import Dataset
 from dmrl_ray.policy import ActorCritic
@@ -130,10 +131,21 @@ def continued(
     """
     algorithm.check_continued()
     config = algorithm.config
-    own = ContinuedTraining(
-        optimizer="sgd" if config.optimizer == "sgd" else "adamw",
-        lr=config.lr,
-        weight_decay=config.weight_decay,
+    if settings is None:
+        optimizer = TaskOptimizer(
+            config.optimizer,
+            algorithm.learning_rate,
+            config.weight_decay,
+            eps=EPS,
+            max_grad_norm=config.max_grad_norm,
+        )
+    else:
+        lr = settings.lr
+        optimizer = TaskOptimizer(settings.optimizer, lambda _: lr, settings.weight_decay)
+    return Continued(
+        algorithm.policy,
+        settings or ContinuedTraining(),
+        optimizer,
+        gamma=gamma,
+        memory_spans_trial=algorithm.memory_spans_trial,
     )
-    spans = algorithm.memory_spans_trial
-    return Continued(algorithm.policy, settings or own, gamma=gamma, memory_spans_trial=spans)

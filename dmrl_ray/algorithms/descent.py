@@ -23,6 +23,9 @@ from dmrl_ray.config import Settings
 from dmrl_ray.optimizers import SGD, Adam, AdamW
 from dmrl_ray.policy import ActorCritic
 
+EPS = 1e-5  # as in OpenAI Baselines; PyTorch has 1e-8
+"""Added to the root of Adam's second moment."""
+
 
 class Descent:
     """What every algorithm's update ends in.
@@ -99,7 +102,7 @@ class Descent:
             self.optimizer = SGD(groups, config.lr, weight_decay=decay)
         else:
             kind = Adam if config.optimizer == "adam" else AdamW
-            self.optimizer = kind(groups, config.lr, eps=1e-5, weight_decay=decay, fused=True)
+            self.optimizer = kind(groups, config.lr, eps=EPS, weight_decay=decay, fused=True)
 
     def step_optimizer(self, loss: Tensor, parts: tuple[str, ...] = ("",)) -> Tensor:
         """One gradient step; returns the gradient's norm before clipping.

@@ -1,11 +1,14 @@
 """One `adapt` for every method, called by collection, evaluation and streams of tasks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from dmrl_ray.algorithms.adaptation import play_stream
 from dmrl_ray.algorithms.base import continued
+from dmrl_ray.algorithms.task_optimizer import shortened
 from dmrl_ray.algorithms.task_params import per_task, task_gradients
 from dmrl_ray.config import Component, ContinuedTraining, RolloutSettings
 from dmrl_ray.envs.point_goal import PointGoal
@@ -186,10 +189,31 @@ def test_only_the_context_of_cavia_adapts_in_a_stream():
     assert {n for n, p in agent.state.items() if not torch.equal(p[0], p[1])} == {"context"}
 
 
-def test_ppo_adapts_by_its_own_optimiser():
-    settings = {"type": "ppo", "lr": 0.02, "weight_decay": 0.3}
-    found = make_algorithm(settings).own_adaptation().settings
-    assert (found.optimizer, found.lr, found.weight_decay) == ("adamw", 0.02, 0.3)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_training_that_goes_on_by_its_own_optimiser_takes_the_steps_of_training(optimizer):
+    # Gradients that are shortened and one that is not; some so small that Adam's eps is felt.
+    settings = {"optimizer": optimizer, "lr": 0.3, "weight_decay": 0.01}
+    algorithm = make_algorithm({"type": "ppo", **settings})
+    algorithm.prepare_training()
+    algorithm.policy.policy_head.log_std.data.fill_(1.0)  # as large as it may be
+    adaptation = algorithm.own_adaptation()
+    state = adaptation.initial_state(None, 1)
+    named = {n: p for n, p in algorithm.policy.named_parameters() if n in state.params}
+    state = replace(state, params={n: p.detach().clone() for n, p in state.params.items()})
+    for size in (1.0, 10.0, 1e-6):
+        gradients = {n: size * torch.randn_like(p) for n, p in named.items()}
+        gradients["policy_head.log_std"] = torch.full((2,), -size)  # and would get larger
+        algorithm.step_optimizer(sum((named[n] * g).sum() for n, g in gradients.items()))
+        state = adaptation.step(state, {n: g.unsqueeze(0) for n, g in gradients.items()})
+        for name, parameter in named.items():
+            torch.testing.assert_close(state.params[name][0], parameter.detach(), msg=name)
+
+
+def test_the_gradient_of_each_task_is_shortened_by_itself():
+    gradients = {"a": torch.tensor([[3.0], [0.3]]), "b": torch.tensor([[4.0], [0.4]])}
+    found = shortened(gradients, 1.0)
+    torch.testing.assert_close(found["a"], torch.tensor([[0.6], [0.3]]))
+    torch.testing.assert_close(found["b"], torch.tensor([[0.8], [0.4]]))
 
 
 def test_a_policy_with_memory_takes_the_steps_of_its_fused_kernel():
