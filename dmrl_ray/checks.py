@@ -93,7 +93,9 @@ def _check_stage(config: RunConfig, name: str) -> None:
     if check_foreign(spec, stage, start):
         return
     program = build(spec)
+    asked = None
     if isinstance(stage, (Pretrain, Finetune)):
+        asked = program.algorithm.asked
         program.algorithm.prepare_training(spec.trainable)
         _check_learning(program, spec, stage)
     _check_acting(program, spec, stage)
@@ -102,7 +104,7 @@ def _check_stage(config: RunConfig, name: str) -> None:
         _check_start(program, spec, start)
     elif source is not None and source.startswith(RLLIB):
         rllib_start(source, program.policy)
-    rehearse(program, spec)
+    rehearse(program, spec, asked)
 
 
 def _check_learners(config: RunConfig) -> None:

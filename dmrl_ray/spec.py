@@ -12,12 +12,12 @@ import torch
 from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.algorithms.base import Algorithm, continued
 from dmrl_ray.config import By, Component, RolloutSettings
-from dmrl_ray.faults import check_spaces, fault, name_of, sample
+from dmrl_ray.faults import answer_of, check_spaces, fault, name_of, sample
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.resident import ResidentSampler
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.settings import SHORT_NAMES, import_class
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
 from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream, storable
 
 
@@ -208,22 +208,47 @@ def _load(setting: str, component: Component, base: type) -> Any:
     return kind
 
 
-def rehearse(program: Program, spec: JobSpec) -> None:
+def rehearse(program: Program, spec: JobSpec, asked: str | None = None) -> None:
     """Two steps in one column: most families that are broken show it here, before anything starts.
+
+    Args:
+        program: of the job.
+        spec: of the job.
+        asked: a method of its environments that the algorithm learns from.
 
     Raises:
         EnvironmentFault: the family broke its contract.
+        ValueError: it leaves out what is asked.
     """
     family, policy = program.distribution, program.policy
     stream = random_stream(spec.seed, *spec.key, "rehearse")
     tasks = [task for split in SPLITS for task in sample(family, stream, 1, split)]
     sampler = program.sampler(len(tasks))
     sampler.start(stream, 0)
+    sampler.env.remembers = asked is not None
     sampler.begin_trial(tasks, policy)
+    if asked is not None:
+        _ask(program, spec, sampler.env, asked)
     sampler.rollout(policy, 2, with_value=False)
     if program.algorithm.continues_episodes:
         storable(sampler.get_state())  # for a commit
     sampler.env.close()
+
+
+def _ask(program: Program, spec: JobSpec, env: TaskVectorEnv, method: str) -> None:
+    """See that a method which families may leave out is there."""
+    family = program.distribution
+    try:
+        answer_of(family, getattr(env, method))
+    except EnvironmentFault as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+        why = f" ({error.__cause__})" if str(error.__cause__) else ""
+        raise ValueError(
+            f"algorithm.type: {spec.algorithm_name} learns from what environments answer to "
+            f"{method}, which {name_of(family)} leaves out{why}; use another algorithm, or a "
+            "family that has it"
+        ) from error
 
 
 @contextmanager

@@ -155,9 +155,24 @@ class Observe(TaskDistribution):
         parts = {"obs": inner.observation_space}
         task = inner.sample(np.random.default_rng(0), 1, "train")
         for name in show:
-            width = len(task_vector(task[0])) if name == "task" else self._belief_width(task)
+            width = self._task_width(task[0]) if name == "task" else self._belief_width(task)
             parts[name] = Box(-np.inf, np.inf, (width,), np.float32)
         return Packed(parts)
+
+    def _task_width(self, task: Task) -> int:
+        try:
+            width = len(task_vector(task))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"tasks.show: parameters of family {self.family!r} are not all numbers; leave out "
+                f"task ({error})"
+            ) from None
+        if not width:
+            raise ValueError(
+                f"tasks.show: tasks of family {self.family!r} have no parameters to show; let "
+                "something vary, or leave out task"
+            )
+        return width
 
     def _belief_width(self, task: list[Task]) -> int:
         env = self.inner.make_vec(1)
@@ -167,9 +182,10 @@ class Observe(TaskDistribution):
         try:
             env.reset()
             return env.belief().shape[1]
-        except NotImplementedError:
+        except NotImplementedError as error:
+            why = f" ({error})" if str(error) else ""
             raise ValueError(
-                f"tasks.show: family {self.family!r} has no belief; show the task instead"
+                f"tasks.show: family {self.family!r} has no belief{why}; show the task instead"
             ) from None
 
     def make_vec(self, num_envs: int) -> ObserveVectorEnv:
@@ -188,4 +204,4 @@ class Observe(TaskDistribution):
 def task_vector(task: Task) -> np.ndarray:
     """(P,) float32 a task's parameters, in order of their names."""
     parts = [np.ravel(np.asarray(task.params[name], np.float32)) for name in sorted(task.params)]
-    return np.concatenate(parts)
+    return np.concatenate([np.empty(0, np.float32), *parts])

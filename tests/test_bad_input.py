@@ -219,6 +219,7 @@ def test_a_name_that_is_unknown_is_told_with_a_known_one(change, parts):
     assert not begun()
 
 
+MANY_PULLS = "tasks={type: bandit, pulls: 100000}"
 FINE_TUNED = "stages.fine={{type: finetune, init_from: train, {}}}"
 ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}}}}}"
 
@@ -233,6 +234,26 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}
         (
             ["algorithm={type: cavia, episodes_per_task: 4}"],
             ["run.yaml:2:1: network.context: ", "found one of width 0"],
+        ),
+        (
+            ["algorithm={type: distillation}", "network.encoder=gru"],
+            [
+                "command line: algorithm.type: distillation learns",
+                "oracle_action",
+                "'broken' leaves out",
+            ],
+        ),
+        (
+            ["algorithm={type: dpt}", "network.encoder=gru", "tasks=two_step"],
+            ["algorithm.type: dpt learns", "best_action", "'two_step' leaves out; use another"],
+        ),
+        (
+            ["algorithm={type: distillation}", "network.encoder=gru", MANY_PULLS],
+            ["algorithm.type: ", "oracle_action", "leaves out (an index table is for at most"],
+        ),
+        (
+            ["tasks={type: observe, of: {type: gym, id: CartPole-v1}}"],
+            ["tasks.show: tasks of family 'gym:CartPole-v1' have no parameters", "vary"],
         ),
         (
             ["network.encoder={type: cnn}"],

@@ -80,6 +80,11 @@ class Algorithm(Descent, Adaptation):
         return 0
 
     @property
+    def asked(self) -> str | None:
+        """The method by which environments say what to learn in `collect`, if one must."""
+        return None
+
+    @property
     def evaluation_episodes(self) -> int:
         """Episodes of each environment in a trial, when evaluating."""
         return self.distribution.episodes_per_trial

@@ -53,6 +53,10 @@ class Distillation(RL2):
         return super().schedules(config) + (["teacher"] if config.teacher else [])
 
     @property
+    def asked(self) -> str:
+        return "oracle_action"
+
+    @property
     def epochs(self) -> int:
         """Passes over each batch."""
         return self.config.epochs

@@ -78,6 +78,10 @@ class DPT(Offline):
             raise ValueError("algorithm.data: dpt plays discrete actions only; record a stage")
 
     @property
+    def asked(self) -> str | None:
+        return None if self.config.data else "best_action"
+
+    @property
     def experts(self) -> Dataset:
         """Whose actions are the best."""
         if self._experts is None:

@@ -128,7 +128,7 @@ def test_names_lengths_and_references_are_the_familys():
 
 
 def test_a_family_without_a_belief_is_told():
-    with pytest.raises(ValueError, match=r"point_goal.*no belief; show the task"):
+    with pytest.raises(ValueError, match=r"point_goal.*no belief .*half circle.*; show the task"):
         shown(GOALS, "belief")
 
 
