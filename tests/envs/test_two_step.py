@@ -40,7 +40,7 @@ def win_stay(env, choice, reward):
 def test_the_oracle_action_earns_the_reference():
     family, *_, reward = played(5000, oracle)
     total = reward.sum(axis=0)
-    reference = family.reference(None).oracle[0]
+    reference = family.reference(Task("a", "two_step", "test", {})).oracle[0]
     assert total.mean() == pytest.approx(reference, abs=4 * total.std() / np.sqrt(5000))
 
 
