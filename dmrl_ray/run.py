@@ -128,8 +128,7 @@ class Run:
         """Rows of the episodes table."""
         if len(rows["return"]) == 0:
             return
-        known = ~np.isnan(rows["success"])
-        success = rows["success"] > 0 if known.all() else None
+        success = pa.array(rows["success"] > 0, mask=np.isnan(rows["success"]))
         score = None if np.isnan(rows["score"]).all() else rows["score"]
         self.writer.add(
             "episodes",
