@@ -9,10 +9,9 @@ from torch import nn
 
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RolloutSettings, RunConfig, Stage
-from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.errors import Misfit
 from dmrl_ray.foreign import check_foreign, foreign_of
-from dmrl_ray.held_out import check_seen
+from dmrl_ray.held_out import check_seen, data_of
 from dmrl_ray.learner import compiled
 from dmrl_ray.placement import check_gpu
 from dmrl_ray.settings import at_default, did_you_mean
@@ -164,11 +163,7 @@ def _check_data(config: RunConfig, name: str, program: Program) -> None:
     recorded = isinstance(stage, (Pretrain, Finetune)) and stage.record
     if recorded and not algorithm.recordable:
         raise ValueError("record: this algorithm does not play by the environment's rewards alone")
-    learns_from = {
-        field: data
-        for field in type(algorithm.config).model_fields
-        if isinstance(data := getattr(algorithm.config, field), DataSettings)
-    }
+    learns_from = data_of(algorithm.config)
     for field, data in learns_from.items():
         if data.stage is None or data.runs:
             open_dataset(algorithm, data)

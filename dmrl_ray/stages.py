@@ -20,8 +20,10 @@ from dmrl_ray.config import (
     settled,
 )
 from dmrl_ray.foreign import foreign_of
+from dmrl_ray.held_out import data_of
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.jobs import evaluation_calls, run_job, tasks_at_once
+from dmrl_ray.lineage import learned_from
 from dmrl_ray.recording import mean_of_known
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, Weights, build
@@ -87,7 +89,9 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
     """One job on the training tasks; leaves the policies `best` and `last`."""
     initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
-    progress = run_job(run, _placed(run, name), stage, initial)
+    spec = _placed(run, name)
+    _note_data(run, spec)
+    progress = run_job(run, spec, stage, initial)
     run.drop(f"{name}.learner")
     run.drop(f"{name}.shards")
     run.state["job"] = None
@@ -107,6 +111,7 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     """One job for each held-out task, all of them side by side over the workers."""
     weights = run.workers.put(_policy(run, name, stage, stage.checkpoint).arrays)
     spec = _placed(run, name)
+    _note_data(run, spec)
     tasks = run.tasks(stage.split, stage.tasks)
     specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
     finished: list[str] = list(run.state["job"] or [])
@@ -288,6 +293,18 @@ def evaluate(run: Run, name: str, stage: Evaluate) -> None:
 def _placed(run: Run, name: str) -> JobSpec:
     """The job of a stage that trains, which may learn from what earlier stages recorded."""
     return replace(job_spec(run.config, name), run_folder=str(run.writer.folder))
+
+
+def _note_data(run: Run, spec: JobSpec) -> None:
+    """What a stage learns from besides what it plays: its tasks, and where it was recorded."""
+    if run.state["job"] is not None:  # It is noted already.
+        return
+    for field, data in data_of(spec.algorithm.settings).items():
+        found = learned_from(data, run.writer.folder)
+        tasks = sorted(found.tasks)
+        run.add_trained_on(spec.stage, [t for t, _ in tasks], [split for _, split in tasks])
+        told = {"runs": found.runs, "complete": found.complete, "allowed_by": found.allowed_by}
+        run.event("learned_from", spec.stage, setting=field, tasks=len(tasks), **told)
 
 
 def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Weights:

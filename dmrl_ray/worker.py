@@ -99,7 +99,7 @@ class RolloutWorker:
             time.monotonic() - start,
             sampler.env_s,
             sampler.inference_s,
-            task_rows([*rows["task"], *(tasks if spec.record else ())]),
+            task_rows([*rows["task"], *sampler.episodes.begun()]),
             recorded,
             _left_out(algorithm) if shard == iteration == 0 else (),
         )
