@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dmrl_ray.config import Adapt, Finetune, Pretrain, RunConfig, Settings, Stage
-from dmrl_ray.data_sources import DataSettings
+from dmrl_ray.config import Adapt, Finetune, Pretrain, RunConfig, Stage
+from dmrl_ray.data_sources import DataSettings, recordings_of
 from dmrl_ray.faults import sample
 from dmrl_ray.lineage import learned_from, line_of
 from dmrl_ray.tasks import TaskDistribution
@@ -23,12 +23,6 @@ def evaluation_tasks(family: TaskDistribution, seed: int, split: Split, n: int) 
         stream = random_stream(seed, "evaluation tasks", split, block)
         tasks += sample(family, stream, TASK_BLOCK, split)
     return tasks[:n]
-
-
-def data_of(algorithm: Settings) -> dict[str, DataSettings]:
-    """The data that an algorithm learns from, by the setting that names them."""
-    values = {field: getattr(algorithm, field) for field in type(algorithm).model_fields}
-    return {field: data for field, data in values.items() if isinstance(data, DataSettings)}
 
 
 def check_seen(
@@ -81,7 +75,7 @@ def _recorded(config: RunConfig, data: DataSettings, family: TaskDistribution) -
 def _starts(config: RunConfig, stage: Stage) -> list[str | None]:
     """The stages that a stage starts from, or learns from the recordings of."""
     algorithm = getattr(stage, "algorithm", None) or config.algorithm
-    data = data_of(algorithm.settings) if isinstance(stage, (Pretrain, Finetune)) else {}
+    data = recordings_of(algorithm.settings) if isinstance(stage, (Pretrain, Finetune)) else {}
     return [getattr(stage, "init_from", None), *(d.stage for d in data.values() if not d.runs)]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmrl_ray.commits import committed_parts
+from dmrl_ray.commits import committed_parts, settings_changed
 from dmrl_ray.data_files import Recorded
 from dmrl_ray.data_sources import DataSettings
-from dmrl_ray.tables import fits, schema_of
+from dmrl_ray.tables import check_columns
 from dmrl_ray.yaml_text import parse
 
 _TRIES = 5
@@ -80,7 +80,7 @@ class Lineage:
         return Trained(frozenset(tasks), complete, allowed_by)
 
 
-def line_of(starts: dict[str, Sequence[str | None]], stage: str) -> list[str]:
+def line_of(starts: Mapping[str, Sequence[str | None]], stage: str) -> list[str]:
     """A stage and those that its policy goes back to, newest first.
 
     Args:
@@ -126,10 +126,14 @@ def learned_from(data: DataSettings, run: Path) -> Trained:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """The settings of a run as they are written; empty if there are none."""
+    """The settings that a run goes on with, as they are written; empty if there are none."""
     path = run / "config.yaml"
-    data = parse(str(path), path.read_text()).data if path.is_file() else None
-    return data if isinstance(data, dict) else {}
+    document = parse(str(path), path.read_text() if path.is_file() else "")
+    if not isinstance(document.data, dict):
+        return {}
+    for override in settings_changed(run):
+        document.override(override)
+    return document.data
 
 
 def _rows(run: Path, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -145,8 +149,5 @@ def _rows(run: Path, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]
 
 def _part(path: Path, table: str, columns: Sequence[str]) -> pa.Table:
     file = pq.ParquetFile(path)
-    for name in columns:  # Before any data is touched: reading an extension type may run code.
-        if not fits(table, name, file.schema_arrow.field(name).type):
-            wanted = schema_of(table).field(name).type
-            raise ValueError(f"{path}: column {name!r} is not {wanted}")
+    check_columns(path, file.schema_arrow, table)  # Before any data: some types run code.
     return file.read(list(columns)).select(list(columns))

@@ -19,7 +19,7 @@ from dmrl_ray.commits import committed_parts
 from dmrl_ray.lineage import Lineage
 from dmrl_ray.lineage import run_config as run_config
 from dmrl_ray.statistics import method_interval, policy_interval
-from dmrl_ray.tables import HISTORY, IN_HISTORY, fits, schema_of
+from dmrl_ray.tables import HISTORY, IN_HISTORY, check_columns, schema_of
 
 MEASURES = ("return", "score", "success")
 EXPERIENCE = ("experience_episodes", "experience_steps")
@@ -108,20 +108,10 @@ def _read_part(path: Path, table: str) -> pa.Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         # Before any data is touched: reading an extension type may run code.
-        _check(path, file.schema_arrow, table)
+        check_columns(path, file.schema_arrow, table)
         return file.read(use_threads=False).replace_schema_metadata()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is damaged: {error}") from error
-
-
-def _check(path: Path, found: pa.Schema, table: str) -> None:
-    schema = schema_of(table)
-    for field in found:
-        named = field.metadata and b"ARROW:extension:name" in field.metadata
-        if named or not fits(table, field.name, field.type):
-            known = field.name in schema.names
-            wanted = schema.field(field.name).type if known else "a plain type"
-            raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
 def adaptation(frame: pd.DataFrame, by: Sequence[str] = ("stage",)) -> pd.DataFrame:

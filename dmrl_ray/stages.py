@@ -19,8 +19,8 @@ from dmrl_ray.config import (
     Stage,
     settled,
 )
+from dmrl_ray.data_sources import recordings_of
 from dmrl_ray.foreign import foreign_of
-from dmrl_ray.held_out import data_of
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.jobs import evaluation_calls, run_job, tasks_at_once
 from dmrl_ray.lineage import learned_from
@@ -87,14 +87,12 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
 
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
-    """One job on the training tasks; leaves the policies `best` and `last`."""
+    """One job on the training tasks; leaves the policies `best` and `last`, and all that training
+    on takes."""
     initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
     spec = _placed(run, name)
     _note_data(run, spec)
     progress = run_job(run, spec, stage, initial)
-    run.drop(f"{name}.learner")
-    run.drop(f"{name}.shards")
-    run.state["job"] = None
     run.event(
         "job_finished",
         name,
@@ -114,12 +112,12 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     _note_data(run, spec)
     tasks = run.tasks(stage.split, stage.tasks)
     specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
-    finished: list[str] = list(run.state["job"] or [])
+    finished: list[str] = list(run.state["jobs"].get(name, []))
     open_specs = [s for s in specs if s.name not in finished]
     steps = 0
 
     def snapshot() -> None:
-        run.state["job"] = list(finished)
+        run.state["jobs"][name] = list(finished)
 
     calls = [(s, weights, stage.updates) for s in open_specs]
     method = "train_recorded" if stage.record else "train"
@@ -147,7 +145,7 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
                 workers_alive=(run.workers.alive, run.workers.total),
             )
             run.tick(snapshot)
-    run.state["job"] = None
+    run.state["jobs"].pop(name, None)
 
 
 def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
@@ -297,14 +295,21 @@ def _placed(run: Run, name: str) -> JobSpec:
 
 def _note_data(run: Run, spec: JobSpec) -> None:
     """What a stage learns from besides what it plays: its tasks, and where it was recorded."""
-    if run.state["job"] is not None:  # It is noted already.
+    if spec.stage in run.state["jobs"]:  # It is noted already.
         return
-    for field, data in data_of(spec.algorithm.settings).items():
+    for field, data in recordings_of(spec.algorithm.settings).items():
         found = learned_from(data, run.writer.folder)
         tasks = sorted(found.tasks)
         run.add_trained_on(spec.stage, [t for t, _ in tasks], [split for _, split in tasks])
-        told = {"runs": found.runs, "complete": found.complete, "allowed_by": found.allowed_by}
-        run.event("learned_from", spec.stage, setting=field, tasks=len(tasks), **told)
+        run.event(
+            "learned_from",
+            spec.stage,
+            setting=field,
+            runs=found.runs,
+            tasks=len(tasks),
+            complete=found.complete,
+            allowed_by=found.allowed_by,
+        )
 
 
 def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Weights:

@@ -96,14 +96,17 @@ class Reference:
         no better than the random policy: there is nothing to tell them apart by.
         """
         index = np.minimum(episode, len(self.random) - 1)
-        low, high = self.random[index], self.oracle[index]
-        span = np.where(high > low, high - low, np.nan)
-        return np.asarray((episode_return - low) / span)
+        return np.asarray((episode_return - self.random[index]) / self._span()[index])
 
     @property
     def tells(self) -> bool:
         """Whether every episode has a score."""
-        return bool((self.oracle > self.random).all())
+        return bool(np.isfinite(self._span()).all())
+
+    def _span(self) -> np.ndarray:
+        size = np.maximum(np.abs(self.random), np.abs(self.oracle))
+        span = self.oracle - self.random
+        return np.where(span > 1e-9 * size, span, np.nan)  # Both may be sums with rounding errors.
 
 
 @dataclass

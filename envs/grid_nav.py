@@ -6,7 +6,7 @@ VariBAD's GridNavi (Zintgraf et al. 2020, arXiv:1910.08348, sec. 5.1).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -175,14 +175,8 @@ class GridNav(TaskDistribution):
         self.max_episode_steps = HORIZON
         self.episodes_per_trial = config.episodes
         self._searches = {
-            split: search(tuple(self.goals(split).tolist()), config.episodes) for split in SPLITS
-        }
-        self._references = {
-            split: Reference(
-                random_return(config.episodes, self.goals(split)),
-                search_returns(order, config.episodes).mean(axis=1),
-            )
-            for split, order in self._searches.items()
+            split: search(tuple(self.goals(split).tolist()), min(config.episodes, 2))
+            for split in SPLITS
         }
 
     def make_vec(self, num_envs: int) -> GridNavVectorEnv:
@@ -204,7 +198,14 @@ class GridNav(TaskDistribution):
         The oracle does not know the goal, but which goals the split has, and is best on their
         average: see `search`.
         """
-        return self._references[task.split]
+        return _reference(self._searches[task.split], self.config.episodes)
+
+
+@lru_cache(maxsize=4)
+def _reference(order: tuple[int, ...], episodes: int) -> Reference:
+    return Reference(
+        random_return(episodes, np.array(order)), search_returns(order, episodes).mean(axis=1)
+    )
 
 
 def random_return(episodes: int, goals: np.ndarray = GOALS) -> np.ndarray:
@@ -266,8 +267,7 @@ def search(goals: tuple[int, ...], episodes: int) -> tuple[int, ...]:
         best = (*best, nearest)
 
     def value(order: tuple[int, ...]) -> float:
-        # What is met after two episodes is met on one straight path in any order.
-        return float(search_returns(order, min(episodes, 2)).sum())
+        return float(search_returns(order, episodes).sum())
 
     while True:
         better = max(_rearranged(best), key=value, default=best)

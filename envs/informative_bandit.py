@@ -7,7 +7,7 @@ must give up a reward to learn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -53,7 +53,7 @@ class InformativeBanditVectorEnv(RememberingVectorEnv):
         self.next_target = self.target.copy()
         self.t = np.zeros(num_envs, np.int64)
         targets = targets or dict.fromkeys(SPLITS, tuple(range(CANDIDATES)))
-        self._asks = np.array([plan(pulls, targets[split])[1] for split in SPLITS])
+        self._plans = [(pulls, targets[split]) for split in SPLITS]
         self._targets = np.zeros((len(SPLITS), CANDIDATES), np.bool_)
         for i, split in enumerate(SPLITS):
             self._targets[i, list(targets[split])] = True
@@ -99,6 +99,10 @@ class InformativeBanditVectorEnv(RememberingVectorEnv):
         chance = self.possible / self.possible.sum(axis=1, keepdims=True)
         return np.concatenate([chance, self.observe()], axis=1, dtype=np.float32)
 
+    @cached_property
+    def _asks(self) -> np.ndarray:
+        return np.array([plan(*planned)[1] for planned in self._plans])
+
     def oracle_action(self) -> np.ndarray:
         """(B,) the target if it is known, else the informative arm or the first candidate left."""
         count = self.possible.sum(axis=1)
@@ -141,13 +145,6 @@ class InformativeBandit(TaskDistribution):
             split: tuple(drawn_from(CANDIDATES, config.held_out, split).tolist())
             for split in SPLITS
         }
-        self._references = {
-            split: Reference(
-                np.array([random_return(config.pulls, targets)]),
-                np.array([plan(config.pulls, targets)[0]]),
-            )
-            for split, targets in self._targets.items()
-        }
 
     def make_vec(self, num_envs: int) -> InformativeBanditVectorEnv:
         """A vector environment whose columns play bandits."""
@@ -165,7 +162,9 @@ class InformativeBandit(TaskDistribution):
         The oracle does not know the target, but which targets the split has, and is Bayes-optimal
         on their average.
         """
-        return self._references[task.split]
+        pulls, targets = self.config.pulls, self._targets[task.split]
+        random = random_return(pulls, targets)
+        return Reference(np.array([random]), np.array([plan(pulls, targets)[0]]))
 
 
 def random_return(pulls: int, targets: tuple[int, ...]) -> float:

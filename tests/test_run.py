@@ -52,10 +52,10 @@ def test_success_and_score_of_an_episode_do_not_depend_on_the_rows_beside_it(run
 
 
 def test_a_rollback_before_the_first_commit_forgets_everything(run):
-    run.state["job"] = {"updates": 3}
+    run.state["jobs"]["meta"] = {"updates": 3}
     run.save("meta.best", {"weight": np.zeros(3)})
     run.rollback()
-    assert run.state == {"done": [], "job": None, "versions": {}}
+    assert run.state == {"done": [], "jobs": {}, "versions": {}, "changed": {}}
     assert run.files == {}
 
 
