@@ -175,7 +175,7 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     returns: list[np.ndarray] = []
     steps = 0
     if stage.change == "ignore":
-        returns.append(_play_streams(run, spec, stage, weights, tasks))
+        returns.append(_play_streams(run, spec, stage, weights, policy.version, tasks))
     restarted = spec.name if stage.change == "told" else f"{spec.name}.restarted"
     for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
         calls = evaluation_calls(
@@ -197,12 +197,12 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
             returns.append(rows["return"])
             steps += int(rows["length"].sum())
         reward, regret = _joined([results[i][1] for i in range(len(calls))], stage)
-        _report_regret(run, replace(spec, name=job), reward, regret)
+        _report_regret(run, replace(spec, name=job), policy.version, reward, regret)
     run.display.update(name, steps, return_=float(returns[0].mean()))
 
 
 def _play_streams(
-    run: Run, spec: JobSpec, stage: Adapt, weights: Any, tasks: list[Task]
+    run: Run, spec: JobSpec, stage: Adapt, weights: Any, version: int, tasks: list[Task]
 ) -> np.ndarray:
     """The agent that nobody tells of changes; its returns."""
     program = build(spec)
@@ -223,7 +223,7 @@ def _play_streams(
     returns = np.concatenate([results[i][0]["return"] for i in range(len(calls))])
     by_change = zip(*(results[i][1] for i in range(len(calls))), strict=True)
     reward, regret = _joined([part for parts in by_change for part in parts], stage)
-    _report_regret(run, spec, reward, regret)
+    _report_regret(run, spec, version, reward, regret)
     return returns
 
 
@@ -245,7 +245,9 @@ def _joined(parts: list[SinceChange], stage: Adapt) -> tuple[np.ndarray, np.ndar
     return joined[0], joined[1]
 
 
-def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarray) -> None:
+def _report_regret(
+    run: Run, spec: JobSpec, version: int, reward: np.ndarray, regret: np.ndarray
+) -> None:
     """Reward and regret per step since a change, as metrics whose `env_steps` is that step.
 
     The first task of a stream is met without a change before it: it has metrics of its own,
@@ -263,7 +265,7 @@ def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarr
                 low, high = t_interval(known) if len(known) > 1 else (np.nan, np.nan)
                 name = f"{measure}_{part}"
                 figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
-                run.add_metrics(spec, 0, u + 1, figures)
+                run.add_metrics(spec, version, u + 1, figures)
 
 
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:

@@ -155,3 +155,17 @@ def test_models_are_chosen_by_returns_unless_every_task_has_a_score(tmp_path):
     assert {"validation_return", "validation_score"} & names == {"validation_return"}
     (best,) = load(folder, "events").query("event == 'best_policy'")["detail"]
     assert json.loads(best)["score"] == pytest.approx(rows["return"].mean())
+
+
+def test_what_evaluate_plays_is_told_like_what_a_stage_plays(tmp_path):
+    config = TWO_STAGES.replace("env_steps: 40", "env_steps: 120")
+    folder = tmp_path / "run"
+    controller.run(parse_config(config, "c.yaml", ["seed=3"]), folder, display=Display(quiet=True))
+    asked = {"stage": None, "split": "test", "tasks": 4, "trials": 1, "checkpoint": "last"}
+    frame = controller.evaluate(folder, **asked)
+    stage = load(folder).query("stage == 'held_out'")
+    assert stage.columns.drop(["job", "change", "time"]).isin(frame.columns).all()
+    assert set(frame["run_id"]) == set(stage["run_id"])
+    assert set(frame["seed"]) == {3}
+    assert set(frame["policy_version"]) == {3}
+    assert set(frame["env_steps"]) == {120}
