@@ -45,8 +45,9 @@ median one of the last interval, in standard deviations of a value.
 "Exponential" is skewed, "often 0" is uniform on [0, 1] in three of ten tasks and else 0,
 "4 episodes" is the share of successes among the four of a task. "Pairs" are differences of two
 policies' outcomes, of which that share is not 0: as often won as lost, so that the true difference
-is 0, or won only. `policy_interval` is exact for 0/1 outcomes, that of Bonett and Price for pairs,
-Student's t for fewer than 8 tasks, and the studentised bootstrap for the others.
+is 0, or won only; "returns" are the first of these, not known to be outcomes. `policy_interval` is
+exact for 0/1 outcomes, that of Bonett and Price for pairs, Student's t for fewer than 8 tasks, and
+the studentised bootstrap for the others, with Student's t where most values are one value.
 
 """
 SEEDS_HEAD = """
@@ -126,6 +127,7 @@ for _rate in (0.02, 0.04, 0.1, 0.3):
     _fair, _better = partial(_pairs, rate=_rate, won=0.5), partial(_pairs, rate=_rate, won=1.0)
     VALUES[f"pairs, {_rate}"] = _fair, 0.0, _rate**0.5
     VALUES[f"pairs won, {_rate}"] = _better, _rate, (_rate * (1 - _rate)) ** 0.5
+    VALUES[f"returns, {_rate}"] = _fair, 0.0, _rate**0.5
 
 
 def coverage(

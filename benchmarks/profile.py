@@ -18,11 +18,11 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from dmrl_ray.commits import load_run_config
 from dmrl_ray.config import Pretrain
 from dmrl_ray.places import find_run
 from dmrl_ray.results import load
 from dmrl_ray.stages import job_spec
-from dmrl_ray.yaml_config import load_config
 
 Shares: TypeAlias = dict[str, dict[str, float]]
 """By process, then by what it did."""
@@ -94,7 +94,7 @@ def sums(metrics: pd.DataFrame) -> pd.Series[Any]:
 
 def tables(folder: Path) -> Iterator[str]:
     """A table in Markdown for every stage that trained."""
-    config = load_config(folder / "config.yaml")
+    config = load_run_config(folder)
     metrics = load(folder, table="metrics")
     for name, stage in config.stages.items():
         here = metrics[metrics["stage"] == name]

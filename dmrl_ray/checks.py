@@ -9,11 +9,12 @@ from torch import nn
 
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.config import RLLIB, Adapt, Finetune, Pretrain, RolloutSettings, RunConfig, Stage
-from dmrl_ray.data_sources import DataSettings
+from dmrl_ray.data_sources import recordings_of
 from dmrl_ray.errors import Misfit
 from dmrl_ray.foreign import check_foreign, foreign_of
 from dmrl_ray.held_out import check_seen
 from dmrl_ray.learner import compiled
+from dmrl_ray.memory import Part, estimate, machine_bytes, refusal
 from dmrl_ray.placement import check_gpu
 from dmrl_ray.settings import at_default, did_you_mean
 from dmrl_ray.spec import (
@@ -22,6 +23,7 @@ from dmrl_ray.spec import (
     build,
     get_weights,
     load_family,
+    outline,
     rehearse,
     set_weights,
 )
@@ -29,8 +31,11 @@ from dmrl_ray.stages import job_spec
 from dmrl_ray.transfer import rllib_start
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> list[Part]:
     """Find what does not fit together before anything starts.
+
+    Returns:
+        What the stage that needs most memory holds.
 
     Raises:
         Misfit: all that was found, each with its stage and setting.
@@ -38,20 +43,47 @@ def check(config: RunConfig) -> None:
     """
     problems: dict[str, str] = {}  # sentence, and the first stage that it is of
 
-    def attempt(stage: str, step: Callable[[], object]) -> None:
+    def attempt(stage: str, step: Callable[[], object]) -> bool:
         try:
             step()
         except ValueError as error:
             problems.setdefault(str(error), stage)
+            return False
+        return True
 
     attempt("", lambda: load_family(config.tasks))
-    for name in config.stages if not problems else ():
+    held: dict[str, list[Part]] = {}
+    # What cannot be made, or would not fit into memory, is not made.
+    known = not problems
+    names = [n for n in config.stages if known and attempt(n, partial(_measure, config, n, held))]
+    too_large = _too_large(held)
+    for setting, (name, text) in too_large.items():
+        problems.setdefault(text, "" if setting.startswith("tasks.") else name)
+    for name in names if not too_large else ():
         attempt(name, partial(_check_stage, config, name))
     attempt("", partial(_check_learners, config))
     attempt("", partial(_check_shared, config))
     attempt("", partial(check_gpu, config))
     if problems:
         raise Misfit([(stage, text) for text, stage in problems.items()])
+    return max(held.values(), key=lambda parts: sum(p.about_bytes for p in parts), default=[])
+
+
+def _measure(config: RunConfig, name: str, held: dict[str, list[Part]]) -> None:
+    """Note what a stage holds; of other libraries' algorithms nothing is known."""
+    spec = job_spec(config, name)
+    if foreign_of(spec) is None:
+        held[name] = estimate(outline(spec), spec, config.stages[name], config.learners.num)
+
+
+def _too_large(held: dict[str, list[Part]]) -> dict[str, tuple[str, str]]:
+    """By setting to lower: the first stage that does not fit into this machine, and why."""
+    limit, found = machine_bytes(), dict[str, tuple[str, str]]()
+    for name, parts in held.items():
+        text = refusal(parts, limit)
+        if text is not None:
+            found.setdefault(text.partition(": ")[0], (name, text))
+    return found
 
 
 def _check_stage(config: RunConfig, name: str) -> None:
@@ -164,11 +196,7 @@ def _check_data(config: RunConfig, name: str, program: Program) -> None:
     recorded = isinstance(stage, (Pretrain, Finetune)) and stage.record
     if recorded and not algorithm.recordable:
         raise ValueError("record: this algorithm does not play by the environment's rewards alone")
-    learns_from = {
-        field: data
-        for field in type(algorithm.config).model_fields
-        if isinstance(data := getattr(algorithm.config, field), DataSettings)
-    }
+    learns_from = recordings_of(algorithm.config)
     for field, data in learns_from.items():
         if data.stage is None or data.runs:
             open_dataset(algorithm, data)

@@ -6,10 +6,13 @@ A run folder::
     commits/00000012.json       commit 12: state, checkpoint files in use, the table parts it added
     checkpoints/NAME-00000012.safetensors
     episodes/part-00000012-0000-4f0c8a21d3b5e697.parquet      and the other tables
-    */_*                        not part of the run: being written, or set aside
+    */_*                        not part of the run: being written, set aside, or played again since
 
 A commit record carries its own checksum and that of the record before it, so it stays small and
 still vouches for everything back to commit 1.
+
+``config.yaml`` is what the run was started with, and never written again. What has been changed
+since is in the state of every later commit, as ``{"stages.train.env_steps": 2000000}``.
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypeAlias
 
 from dmrl_ray.checkpoint import FileRecord, difference
+from dmrl_ray.config import RunConfig
 from dmrl_ray.errors import ConfigError, CorruptRun
+from dmrl_ray.yaml_config import load_config
 
 FORMAT_VERSION = 2
 Json: TypeAlias = dict[str, object]
@@ -44,11 +49,14 @@ class Commit:
     state: Json
     files: dict[str, FileRecord]  # checkpoint files in use, by name
     parts: list[FileRecord]  # table parts that this commit added
+    removed: list[str] = field(default_factory=list)  # paths of all that it or one before left out
     sha256: str = ""  # of this commit's own file; not stored in it
 
     def to_bytes(self) -> bytes:
         record = {field.name: getattr(self, field.name) for field in fields(self)}
         del record["sha256"]
+        if not self.removed:
+            del record["removed"]
         record["files"] = {name: asdict(file) for name, file in self.files.items()}
         record["parts"] = [asdict(part) for part in self.parts]
         return seal({"format_version": FORMAT_VERSION, **record})
@@ -170,19 +178,27 @@ def part_problems(folder: Path, commit: Commit) -> list[str]:
 
 
 def hidden(part: FileRecord) -> FileRecord:
-    """A part before its commit: under a name that readers skip."""
-    table, name = part.path.split("/")
-    return FileRecord(f"{table}/_{name}", part.size_bytes, part.sha256)
+    """A part before its commit, or after one has removed it."""
+    return FileRecord(hidden_path(part.path), part.size_bytes, part.sha256)
+
+
+def hidden_path(part: str) -> str:
+    """The path of a part under a name that readers skip."""
+    table, name = part.split("/")
+    return f"{table}/_{name}"
 
 
 def committed_parts(run: Path, table: str) -> list[Path]:
-    """The files of a table, those included whose commit was made but not yet followed by a rename.
+    """The files of a table as the newest commit has it, though it be not followed by renames yet.
 
     So the tables of a run agree with each other at any moment, also after a kill.
     """
     parts = {part.name: part for part in (run / table).glob("part-*.parquet")}
     with suppress(CorruptRun):
         newest = newest_commit(run)
+        for removed in newest.removed if newest is not None else ():
+            if removed.startswith(f"{table}/"):
+                parts.pop(removed.removeprefix(f"{table}/"), None)
         for part in map(hidden, newest.parts if newest is not None else ()):
             path = run / part.path
             if path.parent.name == table and path.name[1:] not in parts:
@@ -198,6 +214,29 @@ def newest_commit(run: Path) -> Commit | None:
     """
     records = sorted((run / "commits").glob("[0-9]*.json"))
     return Commit.read(records[-1]) if records else None
+
+
+def settings_changed(run: Path) -> list[str]:
+    """Settings that were changed since a run began, as the command line writes them."""
+    newest = None
+    with suppress(CorruptRun):
+        newest = newest_commit(run)
+    changed = newest.state.get("changed") if newest is not None else None
+    return as_overrides(changed) if isinstance(changed, dict) else []
+
+
+def as_overrides(changed: Mapping[str, object]) -> list[str]:
+    """Settings by their dotted names, as the command line writes them."""
+    return [f"{name}={json.dumps(value)}" for name, value in changed.items()]
+
+
+def load_run_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that a run goes on with: the one it began with, and what was changed since.
+
+    Raises:
+        ConfigError: it, or an override, cannot be used.
+    """
+    return load_config(run / "config.yaml", [*settings_changed(run), *overrides])
 
 
 def run_facts(folder: Path) -> Json:

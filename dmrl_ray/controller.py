@@ -7,13 +7,16 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
 from dmrl_ray.checks import check
+from dmrl_ray.commits import as_overrides, load_run_config
 from dmrl_ray.config import Pretrain, RunConfig
+from dmrl_ray.continuation import change, changes
 from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs import evaluate as evaluate_policy
@@ -24,7 +27,7 @@ from dmrl_ray.settings import did_you_mean
 from dmrl_ray.stages import job_spec, run_stage
 from dmrl_ray.types import Split
 from dmrl_ray.writer import RunWriter
-from dmrl_ray.yaml_config import load_config, resolved
+from dmrl_ray.yaml_config import resolved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,22 +63,43 @@ def run(
         return writer.folder
 
 
-def resume(folder: Path, *, address: str | None = None, display: Display) -> Path:
+def resume(
+    folder: Path,
+    *,
+    config: RunConfig | None = None,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    display: Display,
+) -> Path:
     """Go on with a run from its newest complete commit, and return its folder.
+
+    Args:
+        folder: of the run.
+        config: what it is to go by, as far as a run may change; its own config if None.
+        overrides: settings of its own config to change, likewise.
+        address: of a Ray cluster.
+        display: what is shown.
 
     Raises:
         ConfigError: the folder is no run, or a newer version's.
+        Misfit: the config differs from the run's where a run may not change.
         CorruptRun: none of its commits is complete.
         Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
     """
     with RunWriter.open(folder) as writer:
-        config = load_config(writer.folder / "config.yaml")
-        writer.keep = config.commit.keep
-        current = Run(config, writer, display, address)
+        before = load_run_config(writer.folder)
+        current = Run(before, writer, display, address)
+        changed = changes(before, config or load_run_config(folder, overrides), current.state)
+        if changed:
+            current.config = load_run_config(folder, as_overrides(changed))
+            check(current.config)
+        writer.keep = current.config.commit.keep
         for message in writer.recovery:
             current.event("recovered", message=message)
             display.message(message)
         current.event("run_resumed", commit=writer.number)
+        if changed:
+            change(current, before, changed)
         _execute(current)
         return writer.folder
 
@@ -97,7 +121,7 @@ def evaluate(
     import pandas as pd
 
     with RunWriter.open(folder) as writer:
-        config = load_config(writer.folder / "config.yaml")
+        config = load_run_config(writer.folder)
         here = config.workers.model_copy(update={"num": 0})
         config = config.model_copy(update={"workers": here})
         current = Run(config, writer, Display(quiet=True), None)
@@ -168,8 +192,7 @@ def _execute(run: Run) -> None:
 def _note_end(run: Run, event: str, **detail: str) -> None:
     """Back to the newest commit, and one more that says why the run ends there."""
     run.rollback()
-    stage = next((name for name in run.config.stages if name not in run.state["done"]), "")
-    run.event(event, stage, **detail)
+    run.event(event, run.next_stage(), **detail)
     with suppress(StorageError):
         run.commit()
 

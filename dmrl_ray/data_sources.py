@@ -78,6 +78,12 @@ class DataSettings(Settings):
         return self
 
 
+def recordings_of(algorithm: Settings) -> dict[str, DataSettings]:
+    """What an algorithm learns from, by the setting that names it."""
+    found = {name: getattr(algorithm, name) for name in type(algorithm).model_fields}
+    return {name: data for name, data in found.items() if isinstance(data, DataSettings)}
+
+
 class Foreign(ParquetSource):
     """Parquet files of others: a row is a step, and rows of an episode follow each other.
 

@@ -40,6 +40,11 @@ class ForeignAlgorithm(ABC):
         self.processes = processes
         self.version = 0  # iterations so far
 
+    @classmethod
+    def schedules(cls, config: Settings) -> list[str]:
+        """None of its settings knows the budget."""
+        return []
+
     @property
     @abstractmethod
     def memory_spans_trial(self) -> bool:

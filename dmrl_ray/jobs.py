@@ -118,6 +118,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             with _timed(spent, "time/write_s"):
                 run.tick(snapshot)
         _save_policy(run, spec, "last", learners)
+        snapshot()  # A larger budget can go on from here.
     return progress
 
 
@@ -155,6 +156,7 @@ def _run_foreign(
                     _validate(run, spec, foreign, progress, validation, stage.greedy)
             run.tick(snapshot)
         _save_policy(run, spec, "last", foreign)
+        snapshot()
     return progress
 
 
@@ -260,7 +262,7 @@ def _begin(
     run: Run, spec: JobSpec, learners: Any, initial: Arrays | None
 ) -> tuple[Progress, list[Any]]:
     """From the commit, or from the start."""
-    job = run.state["job"]
+    job = run.state["jobs"].get(spec.stage)
     if job is None:
         if initial is not None:
             learners.load_weights(initial)
@@ -348,7 +350,7 @@ def _snapshot(
     run: Run, spec: JobSpec, learners: Any, progress: Progress, states: list[Any]
 ) -> None:
     """Put the job's whole state where the next commit finds it."""
-    run.state["job"] = asdict(progress)
+    run.state["jobs"][spec.stage] = asdict(progress)
     run.save(f"{spec.stage}.learner", learners.get_state())
     shards = {
         f"{shard}/{name}": array

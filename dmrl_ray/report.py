@@ -20,6 +20,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from dmrl_ray import results
+from dmrl_ray.commits import settings_changed
 from dmrl_ray.display import short
 from dmrl_ray.report_tables import UNKNOWN, adaptation, table
 from dmrl_ray.settings import SHORT_NAMES, import_class
@@ -28,7 +29,7 @@ from dmrl_ray.statistics import policy_interval
 ADAPTATION = "Adaptation on {} tasks, by episodes and steps of the task before"
 STREAM_WINDOWS = 3
 TRAINING = ("pretrain", "finetune")
-WORTH_KNOWING = "lost|replace|skip|recover|retr|fail|error|drift|interrupt"
+WORTH_KNOWING = "lost|replace|skip|recover|retr|fail|error|drift|interrupt|exten"
 """Parts of the names of events that a reader of results should know of."""
 
 
@@ -97,6 +98,8 @@ def _facts(folder: Path, config: dict[str, Any], tables: Iterable[pd.DataFrame])
         grid.add_row(key, _types(config.get(key)))
     grid.add_row("seed", str(config.get("seed", "?")))
     grid.add_row("config", str(folder / "config.yaml"))
+    if changed := settings_changed(folder):
+        grid.add_row("changed since", ", ".join(changed))
     for key, value in facts.items() if isinstance(facts, dict) else ():
         if key not in ("seed", "name") and value not in (None, "", {}, []):
             grid.add_row(key.replace("_", " "), _flat(value))
@@ -251,8 +254,12 @@ def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table
 
 
 def _training_s(events: pd.DataFrame) -> float:
-    """Seconds that the jobs report themselves, which leave out pauses between kill and resume."""
-    details = map(json.loads, events.loc[events["event"] == "job_finished", "detail"])
+    """Seconds that the jobs report themselves, which leave out pauses between kill and resume.
+
+    A job that was trained on after its end counts all of them at its last one.
+    """
+    finished = events[events["event"] == "job_finished"].drop_duplicates("job", keep="last")
+    details = map(json.loads, finished["detail"])
     return float(sum(detail.get("seconds", 0.0) for detail in details))
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmrl_ray.commits import committed_parts
+from dmrl_ray.commits import committed_parts, settings_changed
 from dmrl_ray.data_files import Recorded
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.held_out import line_of
@@ -27,7 +27,7 @@ from dmrl_ray.statistics import (
     method_interval,
     policy_interval,
 )
-from dmrl_ray.tables import HISTORY, IN_HISTORY, fits, schema_of
+from dmrl_ray.tables import HISTORY, IN_HISTORY, check_columns, schema_of
 from dmrl_ray.yaml_text import parse
 
 MEASURES = ("return", "score", "success")
@@ -124,20 +124,10 @@ def _read_part(path: Path, table: str) -> pa.Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         # Before any data is touched: reading an extension type may run code.
-        _check(path, file.schema_arrow, table)
+        check_columns(path, file.schema_arrow, table)
         return file.read(use_threads=False).replace_schema_metadata()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is damaged: {error}") from error
-
-
-def _check(path: Path, found: pa.Schema, table: str) -> None:
-    schema = schema_of(table)
-    for field in found:
-        named = field.metadata and b"ARROW:extension:name" in field.metadata
-        if named or not fits(table, field.name, field.type):
-            known = field.name in schema.names
-            wanted = schema.field(field.name).type if known else "a plain type"
-            raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
 def adaptation(frame: pd.DataFrame, by: Sequence[str] = ("stage",)) -> pd.DataFrame:
@@ -383,10 +373,14 @@ def seen_in_training(path: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """The settings of a run as they are written; empty if there are none."""
+    """The settings that a run goes on with, as they are written; empty if there are none."""
     path = run / "config.yaml"
-    data = parse(str(path), path.read_text()).data if path.is_file() else None
-    return data if isinstance(data, dict) else {}
+    document = parse(str(path), path.read_text() if path.is_file() else "")
+    if not isinstance(document.data, dict):
+        return {}
+    for override in settings_changed(run):
+        document.override(override)
+    return document.data
 
 
 def _trained_on(

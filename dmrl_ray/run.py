@@ -6,7 +6,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
@@ -41,7 +41,8 @@ class Run:
     """What stages and jobs need of the run they belong to.
 
     Attributes:
-        state: plain JSON values, part of every commit: the stages done, the job in progress.
+        state: plain JSON values, part of every commit: the stages done, how far the jobs of
+            stages have come, how many updates made a policy, and settings changed since the start.
         files: checkpoint files in use, by name; part of every commit.
     """
 
@@ -191,9 +192,29 @@ class Run:
         """A policy of the newest commit, with the updates that made it."""
         return Weights(self.state["versions"].get(name, 0), self.load(name))
 
-    def drop(self, prefix: str) -> None:
-        """Stop using the checkpoint files whose names begin so."""
-        self.files = {k: v for k, v in self.files.items() if not k.startswith(prefix)}
+    def play_again(self, stages: Collection[str]) -> None:
+        """Stages begin anew: from the next commit on, what they left is not part of the run.
+
+        The start that one read from elsewhere stays: it might not be there any more.
+        """
+        for name in [*self.files, *self.state["versions"]]:
+            kind = name.removeprefix(f"{(stage := self._owner(name))}.")
+            if stage in stages and kind != "start":
+                self.files.pop(name, None)
+                self.state["versions"].pop(name, None)
+        for stage in stages:
+            self.state["jobs"].pop(stage, None)
+        self.state["done"] = [name for name in self.state["done"] if name not in stages]
+        self.writer.forget(stages)
+
+    def _owner(self, file: str) -> str:
+        """The stage that a checkpoint file is of; a stage's name may have dots in it."""
+        owners = [stage for stage in self.config.stages if file.startswith(f"{stage}.")]
+        return max(owners, key=len, default="")
+
+    def next_stage(self) -> str:
+        """The first that is not done; "" if all are."""
+        return next((name for name in self.config.stages if name not in self.state["done"]), "")
 
     def load(self, name: str) -> Arrays:
         """A checkpoint file of the newest commit."""
@@ -209,9 +230,11 @@ class Run:
         """Back to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
-        self.state = {"done": [], "job": None, "versions": {}}
+        self.state = {"done": [], "jobs": {}, "versions": {}, "changed": {}}
         if committed is not None:
-            self.state = json.loads(json.dumps(committed))
+            self.state |= json.loads(json.dumps(committed))
+        if job := self.state.pop("job", None):  # A folder may keep the job in progress alone.
+            self.state["jobs"] = {self.next_stage(): job}
         self.files = dict(self.writer.files)
         # As hashes: a long run draws millions of tasks.
         self._known_tasks: set[int] = set()

@@ -214,18 +214,19 @@ def _set_aside(path: Path) -> None:
 
 
 def _tidy_table(folder: Path, history: History, number: int) -> None:
-    named = {
-        part.path
-        for n in range(1, number + 1)
-        if n in history.commits
-        for part in history.commits[n].parts
-    }
+    commits = [history.commits[n] for n in range(1, number + 1) if n in history.commits]
+    named = {part.path for commit in commits for part in commit.parts}
+    removed = commits[-1].removed if commits else ()
     damaged = any(history.problems[n] for n in range(1, number + 1))
     for path in sorted(folder.iterdir()):
         match = _PART.fullmatch(path.name)
         if not match:
             continue
         is_hidden, visible = bool(match[1]), path.with_name(path.name.removeprefix("_"))
+        if f"{folder.name}/{visible.name}" in removed:
+            if not is_hidden:
+                os.rename(path, path.with_name(f"_{path.name}"))
+            continue
         # A damaged record cannot vouch for its parts; the checksum in their names does.
         stays = f"{folder.name}/{visible.name}" in named
         stays |= damaged and not is_hidden and int(match[2]) <= number

@@ -111,7 +111,30 @@ def build(spec: JobSpec, device: str | None = None) -> Program:
     Raises:
         ValueError: the parts do not fit together; the message names the setting.
     """
-    distribution = load_family(spec.tasks)
+    program = _assemble(spec, load_family(spec.tasks))
+    program.device = device
+    if device is not None:
+        program.policy.to(device)
+    return program
+
+
+def outline(spec: JobSpec) -> Program:
+    """A job's program to be measured: its tensors have shapes and take no memory.
+
+    Where a network cannot be made so, it is made as it is.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    family = load_family(spec.tasks)
+    try:
+        with torch.device("meta"):
+            return _assemble(spec, family)
+    except (RuntimeError, TypeError):  # It reads numbers that are not there.
+        return _assemble(spec, family)
+
+
+def _assemble(spec: JobSpec, distribution: TaskDistribution) -> Program:
     kind = _load("algorithm", spec.algorithm, Algorithm)
     # Orthogonal weights differ in their last bits by the number of threads that made them.
     with torch.random.fork_rng(devices=[]), one_thread():
@@ -132,7 +155,7 @@ def build(spec: JobSpec, device: str | None = None) -> Program:
             f"{columns} columns each; use a multiple of {columns}"
         )
     _check_device(spec, distribution, kind)
-    return Program(distribution, policy if device is None else policy.to(device), algorithm, device)
+    return Program(distribution, policy, algorithm)
 
 
 def _check_device(spec: JobSpec, family: TaskDistribution, algorithm: type[Algorithm]) -> None:
@@ -165,6 +188,11 @@ def load_family(component: Component) -> TaskDistribution:
         family: TaskDistribution = kind(settings)
     except (ValueError, EnvironmentFault):
         raise
+    except MemoryError as error:
+        raise ValueError(
+            f"tasks: {name_of(kind)} cannot be made in the memory of this machine; lower its "
+            f"settings: {error}"
+        ) from error
     except Exception as error:  # A family may raise anything.
         raise fault(kind, "__init__", error) from error
     check_spaces(family)

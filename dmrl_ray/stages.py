@@ -85,12 +85,10 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
 
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
-    """One job on the training tasks; leaves the policies `best` and `last`."""
+    """One job on the training tasks; leaves the policies `best` and `last`, and all that training
+    on takes."""
     initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
     progress = run_job(run, _placed(run, name), stage, initial)
-    run.drop(f"{name}.learner")
-    run.drop(f"{name}.shards")
-    run.state["job"] = None
     run.event(
         "job_finished",
         name,
@@ -109,12 +107,12 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     spec = _placed(run, name)
     tasks = run.tasks(stage.split, stage.tasks)
     specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
-    finished: list[str] = list(run.state["job"] or [])
+    finished: list[str] = list(run.state["jobs"].get(name, []))
     open_specs = [s for s in specs if s.name not in finished]
     steps = 0
 
     def snapshot() -> None:
-        run.state["job"] = list(finished)
+        run.state["jobs"][name] = list(finished)
 
     calls = [(s, weights, stage.updates) for s in open_specs]
     method = "train_recorded" if stage.record else "train"
@@ -142,7 +140,7 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
                 workers_alive=(run.workers.alive, run.workers.total),
             )
             run.tick(snapshot)
-    run.state["job"] = None
+    run.state["jobs"].pop(name, None)
 
 
 def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:

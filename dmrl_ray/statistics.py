@@ -36,8 +36,9 @@ def policy_interval(values: np.ndarray, ends: Interval | None = None) -> Interva
 
     Outcomes have the exact interval of a proportion, and their differences that of pairs, only
     where `ends` say that they are outcomes: returns of a sample may all be 0 or 1 by chance. Other
-    values have the studentised bootstrap, and fewer than `MIN_RESAMPLED` of them Student's t.
-    Values that are all the same do not show how far apart others are.
+    values have the studentised bootstrap, and fewer than `MIN_RESAMPLED` of them Student's t; where
+    most values are one value, the interval holds both. Values that are all the same do not show how
+    far apart others are.
 
     Args:
         values: (N,) one mean per task; NaN where a task's is not known.
@@ -58,8 +59,14 @@ def policy_interval(values: np.ndarray, ends: Interval | None = None) -> Interva
         return exact_interval(won, len(values))
     if ends == DIFFERENCE_OF_SHARES and won + lost + ties == len(values):
         return pairs_interval(won, lost, len(values))
-    few = len(values) < MIN_RESAMPLED
-    return _within(ends, t_interval(values) if few else studentised_interval(values))
+    low, high = t_interval(values)
+    if len(values) >= MIN_RESAMPLED:
+        resampled = studentised_interval(values)
+        # Of a few that differ, as of a single one, the bootstrap takes the skewness for known.
+        most_differ = np.unique(values, return_counts=True)[1].max() <= len(values) / 2
+        both = np.array([resampled, resampled if most_differ else (low, high)])
+        low, high = both.min(axis=0)[0], both.max(axis=0)[1]
+    return _within(ends, (low, high))
 
 
 def method_interval(table: np.ndarray, ends: Interval | None = None) -> Interval:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -125,6 +126,17 @@ def fits(table: str, column: str, kind: pa.DataType) -> bool:
     if known is None:
         return pa.types.is_primitive(kind) or pa.types.is_string(kind)
     return kind == known or kind == _OTHER_TYPE.get(column)
+
+
+def check_columns(path: Path, found: pa.Schema, table: str) -> None:
+    """Raise ValueError if the columns of a file cannot stand in a table."""
+    schema = schema_of(table)
+    for field in found:
+        named = field.metadata and b"ARROW:extension:name" in field.metadata
+        if named or not fits(table, field.name, field.type):
+            known = field.name in schema.names
+            wanted = schema.field(field.name).type if known else "a plain type"
+            raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
 def _schema(table: str) -> pa.Schema:

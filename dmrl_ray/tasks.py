@@ -211,6 +211,9 @@ class TaskDistribution(ABC):
     """True if `make_vec`'s environments can be put on a device; their episodes have all one length
     then."""
 
+    task_bytes: int = 0
+    """Of the parameters of one task, where a setting can make them many."""
+
     @abstractmethod
     def __init__(self, config: Config) -> None: ...
 

@@ -6,7 +6,7 @@ A commit, in this order, so that a stop at any moment leaves the commit whole or
                           \\                         /
               commits/N.json (fsync, link: put-if-absent, fsync)        <- the commit point
                                      |
-    _part-N-I-HASH.parquet -> part-N-I-HASH.parquet (visible to readers)
+    _part-N-I-HASH.parquet -> part-N-I-HASH.parquet (visible to readers); the reverse, if removed
     checkpoint files that no kept commit names are deleted
 """
 
@@ -18,10 +18,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from dmrl_ray.checkpoint import (
     FileRecord,
@@ -33,10 +37,18 @@ from dmrl_ray.checkpoint import (
     sync_folder,
     synced_file,
 )
-from dmrl_ray.commits import Commit, Json, commit_path, hidden, run_facts
+from dmrl_ray.commits import (
+    Commit,
+    Json,
+    commit_path,
+    committed_parts,
+    hidden,
+    hidden_path,
+    run_facts,
+)
 from dmrl_ray.errors import FolderInUse
 from dmrl_ray.run_folder import FolderLock, local_path, make_run, recover
-from dmrl_ray.tables import SCHEMAS, Cells, TableBuffer, schema_of
+from dmrl_ray.tables import SCHEMAS, Cells, TableBuffer, check_columns, schema_of
 from dmrl_ray.types import Arrays
 
 SPILL_BYTES = 64 << 20
@@ -71,7 +83,9 @@ class RunWriter:
         self._previous_sha256: str | None = None
         self._buffers = {table: TableBuffer(table) for table in SCHEMAS}
         self._spilled: list[FileRecord] = []  # parts for the next commit, written already
-        self._unpublished: list[FileRecord] = []  # committed, but still hidden
+        self._forgotten: list[str] = []  # parts that are not in the next commit
+        self._removed: list[str] = []  # parts that are not in the newest commit
+        self._renames: list[tuple[str, str]] = []  # of parts, committed but not yet done
         self._kept: list[set[str]] = []  # paths that the newest commits name, newest first
         self._saved: dict[str, int] = {}  # checkpoint files on disk: number of the commit to come
 
@@ -124,6 +138,7 @@ class RunWriter:
         self.number, self._previous_sha256 = newest.number, newest.sha256
         self.state, self.files = newest.state, newest.files
         self._epoch = newest.epoch + 1
+        self._removed = newest.removed
         self._kept = [{file.path for file in commit.files.values()} for commit in kept]
         self._saved = dict.fromkeys(set().union(*self._kept), 0)
 
@@ -145,6 +160,27 @@ class RunWriter:
         if buffer.size_bytes >= SPILL_BYTES:
             self._spilled.append(self._write_part(table, self.number + 1, buffer))
             buffer.clear()
+
+    def forget(self, stages: Collection[str]) -> None:
+        """Leave out all rows of these stages so far, from the next commit on.
+
+        Parts that hold them stay in the folder under a hidden name, so that a commit before can
+        still be gone back to; what they hold of other stages is written again.
+        """
+        for table, schema in SCHEMAS.items():
+            for path in committed_parts(self.folder, table) if "stage" in schema.names else ():
+                file = pq.ParquetFile(path)
+                check_columns(path, file.schema_arrow, table)
+                stage = file.read(["stage"], use_threads=False)["stage"]
+                gone = pc.is_in(stage, pa.array(stages, pa.string()))
+                if not pc.any(gone).as_py():
+                    continue
+                self._forgotten.append(f"{table}/{path.name.removeprefix('_')}")
+                if not pc.all(gone).as_py():
+                    rows = file.read(use_threads=False).filter(pc.invert(gone))
+                    buffer = TableBuffer(table)
+                    buffer.add({name: rows[name].combine_chunks() for name in rows.column_names})
+                    self._spilled.append(self._write_part(table, self.number + 1, buffer))
 
     def save(
         self, name: str, arrays: Arrays, metadata: Mapping[str, str] | None = None
@@ -192,7 +228,8 @@ class RunWriter:
             assert (self.folder / file.path).is_file(), f"{file.path} is not on disk"
         state = json.loads(json.dumps(state))
         parts = self._write_parts(number)
-        data = self._record(number, state, files, self._spilled + parts).to_bytes()
+        record = self._record(number, state, files, self._spilled + parts)
+        data = record.to_bytes()
         won = False
         try:
             won = put_if_absent(commit_path(self.folder, number), data)
@@ -205,8 +242,9 @@ class RunWriter:
         self._previous_sha256 = hashlib.sha256(data).hexdigest()
         for buffer in self._buffers.values():
             buffer.clear()
-        self._unpublished += self._spilled + parts
-        self._spilled = []
+        self._renames += [(hidden(part).path, part.path) for part in record.parts]
+        self._renames += [(part, hidden_path(part)) for part in self._forgotten]
+        self._removed, self._spilled, self._forgotten = record.removed, [], []
         self._publish()
         self._prune()
         return number
@@ -224,6 +262,7 @@ class RunWriter:
             state=state,
             files=dict(files),
             parts=parts,
+            removed=self._removed + self._forgotten,
         )
 
     def _write_parts(self, number: int) -> list[FileRecord]:
@@ -250,13 +289,12 @@ class RunWriter:
         return part
 
     def _publish(self) -> None:
-        while self._unpublished:
-            part = self._unpublished[0]
-            path = self.folder / part.path
-            with storage_errors(path):
-                os.rename(self.folder / hidden(part).path, path)
-            self._unpublished.pop(0)
-            sync_folder(path.parent)
+        while self._renames:
+            before, after = (self.folder / path for path in self._renames[0])
+            with storage_errors(after):
+                os.rename(before, after)
+            self._renames.pop(0)
+            sync_folder(after.parent)
 
     def _prune(self) -> None:
         self._kept = [{file.path for file in self.files.values()}, *self._kept][: self.keep]
@@ -272,9 +310,9 @@ class RunWriter:
                 os.unlink(self.folder / path)
 
     def discard(self) -> None:
-        """Drop the rows that were not committed."""
+        """Drop the rows that were not committed, and keep those that were to be forgotten."""
         self._delete([hidden(part).path for part in self._spilled])
-        self._spilled = []
+        self._spilled, self._forgotten = [], []
         for buffer in self._buffers.values():
             buffer.clear()
 

@@ -140,6 +140,7 @@ class Bandit(TaskDistribution):
         self.observation_space = Box(0.0, 1.0, (1,), np.float32)
         self.action_space = Discrete(config.arms)
         self.max_episode_steps = config.pulls
+        self.task_bytes = 8 * config.arms
 
     def make_vec(self, num_envs: int) -> BanditVectorEnv:
         """A vector environment whose columns play bandits."""

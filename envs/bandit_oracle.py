@@ -46,7 +46,7 @@ def bayes_optimal_return(arms: int, pulls: int) -> float | None:
         return known
     if pulls <= 12 or (arms == 2 and pulls <= 100):
         return exact_return(arms, pulls)
-    return gittins_return(arms, pulls) if pulls <= 200 else None
+    return gittins_return(min(arms, pulls), pulls) if pulls <= 200 else None
 
 
 def exact_return(arms: int, pulls: int) -> float:

@@ -6,6 +6,7 @@ VariBAD's GridNavi (Zintgraf et al. 2020, arXiv:1910.08348, sec. 5.1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -160,7 +161,6 @@ class GridNav(TaskDistribution):
         self.action_space = Discrete(len(MOVES))
         self.max_episode_steps = HORIZON
         self.episodes_per_trial = config.episodes
-        self._reference = Reference(random_return(config.episodes), bayes_return(config.episodes))
 
     def make_vec(self, num_envs: int) -> GridNavVectorEnv:
         """A vector environment whose columns play grids."""
@@ -177,7 +177,12 @@ class GridNav(TaskDistribution):
 
     def reference(self, task: Task) -> Reference:
         """Both ends averaged over all goals, since the oracle is optimal on average only."""
-        return self._reference
+        return _reference(self.config.episodes)
+
+
+@lru_cache(maxsize=4)
+def _reference(episodes: int) -> Reference:
+    return Reference(random_return(episodes), bayes_return(episodes))
 
 
 def random_return(episodes: int) -> np.ndarray:

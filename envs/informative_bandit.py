@@ -125,9 +125,6 @@ class InformativeBandit(TaskDistribution):
         self.observation_space = Box(0.0, 1.0, (1,), np.float32)
         self.action_space = Discrete(CANDIDATES + 1)
         self.max_episode_steps = config.pulls
-        random = config.pulls * (TARGET + 9 * OTHER + MEAN_HINT) / (CANDIDATES + 1)
-        oracle = plan(config.pulls)[0]
-        self._reference = Reference(np.array([random]), np.array([oracle]))
 
     def make_vec(self, num_envs: int) -> InformativeBanditVectorEnv:
         """A vector environment whose columns play bandits."""
@@ -141,7 +138,9 @@ class InformativeBandit(TaskDistribution):
 
     def reference(self, task: Task) -> Reference:
         """Both ends averaged over the targets, since the oracle is optimal on average only."""
-        return self._reference
+        pulls = self.config.pulls
+        random = pulls * (TARGET + 9 * OTHER + MEAN_HINT) / (CANDIDATES + 1)
+        return Reference(np.array([random]), np.array([plan(pulls)[0]]))
 
 
 @cache

@@ -147,6 +147,7 @@ class Observe(TaskDistribution):
         self.action_space = inner.action_space
         self.max_episode_steps = inner.max_episode_steps
         self.episodes_per_trial = inner.episodes_per_trial
+        self.task_bytes = inner.task_bytes
         self.observation_space: Packed = self._space(config.show)
 
     def _space(self, show: tuple[str, ...]) -> Packed:

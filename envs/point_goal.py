@@ -24,6 +24,10 @@ from .memory import RememberingVectorEnv
 STEP = 0.1
 """Length of the longest move along each axis."""
 
+LONGEST = 10_000
+"""Steps of the longest episode whose random return is known: its table grows as horizon^1.5, and
+takes 0.5 GB there."""
+
 Goals: TypeAlias = Literal["square", "semicircle"]
 
 EXTENT: dict[Goals, float] = {"square": 0.5, "semicircle": 1.0}
@@ -182,7 +186,12 @@ class PointGoal(TaskDistribution):
         return make_tasks(self.family, split, {"goal": goal})
 
     def reference(self, task: Task) -> Reference | None:
-        """The oracle knows the goal; None if the horizon is too short to be paid at all."""
+        """The oracle knows the goal.
+
+        None if the horizon is too short to be paid at all, or longer than `LONGEST`.
+        """
+        if self.config.horizon > LONGEST:
+            return None
         goal, episodes = np.asarray(task.params["goal"]), self.config.episodes
         random, oracle = (
             of(goal, self.config.horizon, self.config.sparse_radius)

@@ -120,6 +120,7 @@ class RestlessBandit(TaskDistribution):
         self.observation_space = Box(0.0, 1.0, (1,), np.float32)
         self.action_space = Discrete(2)
         self.max_episode_steps = config.pulls
+        self.task_bytes = 8 * config.pulls
 
     def make_vec(self, num_envs: int) -> RestlessBanditVectorEnv:
         """A vector environment whose columns play drifting bandits."""

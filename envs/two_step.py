@@ -6,6 +6,7 @@ the reversals within a trial of Wang et al. 2018 (doi:10.1038/s41593-018-0147-8)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -152,10 +153,14 @@ class TwoStep(TaskDistribution):
         self.observation_space = Box(0.0, 1.0, (3,), np.float32)
         self.action_space = Discrete(2)
         self.max_episode_steps = 2 * config.rounds
+        self.task_bytes = 8 * config.rounds
         if config.held_out:
-            drawn = self._draw(np.random.default_rng(0), 1000, "train")
-            parts = [self._part(task) for task in drawn]
-            if any(parts.count(split) < 10 for split in SPLITS):
+            rng, parts = np.random.default_rng(0), Counter[str]()
+            for _ in range(100):  # Few at a time, and no more than it takes: they may be long.
+                parts.update(self._part(task) for task in self._draw(rng, 10, "train"))
+                if all(parts[split] >= 10 for split in SPLITS):
+                    break
+            else:
                 raise ValueError(
                     f"tasks.held_out: {config.rounds} rounds with reversal {config.reversal:g} are "
                     "nearly always one of too few sequences to be split; use 0, or more reversals"

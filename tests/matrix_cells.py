@@ -46,7 +46,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "distillation": {"minibatches": 2},
     "dpt": {"minibatches": 2},
     "maml": OUTER,
-    "maml_within": OUTER | {"type": "maml", "steps_per_adaptation": 5},
+    "maml_within": {
+        "type": "maml",
+        "steps_per_adaptation": 5,
+        "episodes_per_task": COPIES,
+        "epochs": 1,
+    },
     "anil": OUTER | {"type": "maml", "adapt": ["policy_head"]},
     "promp": OUTER,
     "cavia": OUTER,
@@ -285,7 +290,7 @@ class CopyingDisplay(Display):
         if stage != self._watched or self._copy.exists():
             return
         commit = newest_commit(self._folder)
-        if not self._within_job or (commit is not None and commit.state["job"] is not None):
+        if not self._within_job or (commit is not None and stage in commit.state["jobs"]):
             shutil.copytree(self._folder, self._copy)
 
 

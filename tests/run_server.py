@@ -3,7 +3,7 @@
 Killing a run two hundred times must not cost two hundred imports of torch. Reads one JSON request
 a line from standard input, answers with one JSON line a message:
 
-    {"do": "run" | "resume", "config": PATH, "folder": PATH, "crash_at": N | null}
+    {"do": "run" | "resume", "config": PATH, "folder": PATH, "crash_at": N | null, "changed": [...]}
     -> {"pid": N}, then {"status": wait status, "operations": N | null}
 
 With ``crash_at`` the child kills itself before its n-th file operation inside the run folder.
@@ -51,7 +51,7 @@ def play(request: dict[str, object]) -> int:
     display = Display(quiet=True)
     try:
         if request["do"] == "resume":
-            controller.resume(folder, display=display)
+            controller.resume(folder, overrides=request.get("changed", ()), display=display)
         else:
             controller.run(load_config(Path(str(request["config"]))), folder, display=display)
     except Exception as error:

@@ -277,7 +277,7 @@ def fate(section: Section, name: str, data: str) -> str | None:
     values = other_values(section, name, base)
     if not values:
         raise LookupError(f"{section.name}.{name}: no other value can be made up; give one")
-    expected = written(json.dumps(base))
+    expected, failed = written(json.dumps(base)), None
     for value in json.loads(json.dumps(values).replace("DATA", data)):
         changed = copy.deepcopy(base)
         put(changed, f"{section.path}.{name}".strip("."), value)
@@ -291,13 +291,15 @@ def fate(section: Section, name: str, data: str) -> str | None:
             play(config, expected)
         except Differs:
             return "read"
-        except Exception:  # The check must have seen it.
-            pass
+        except Exception as error:  # The check must see it.
+            failed = error
         try:
             check(config)
         except ConfigError as error:
             if f"{name}:" in str(error).replace("'", ":") and "\n" not in str(error):
                 return "refused"
+    if failed is not None:
+        raise failed
     return None
 
 

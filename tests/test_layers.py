@@ -14,8 +14,9 @@ LAYERS = [
     "commits run_folder writer",
     "algorithms",
     "spec transfer recording calls foreign averaging worker learner",
-    "stages placement checks jobs run cluster connection pool worker_actor ray_learners display",
-    "controller",
+    "stages placement memory checks jobs run cluster connection pool worker_actor ray_learners "
+    "display",
+    "continuation controller",
     "__main__ results report_tables report rllib",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -136,6 +136,13 @@ def test_a_command_answers(command, here, small_run):
     assert call(command[3:])
 
 
+def test_the_command_that_trains_for_longer_does(here, small_run):
+    page = (ROOT / "docs" / "runs.md").read_text()
+    (command,) = re.findall(r"^python -m dmrl_ray (.*env_steps=)\S+$", page, re.M)
+    shutil.copytree(small_run, here / "runs" / "smoke")
+    assert "stage 'meta' trains for 2 environment steps" in call(shlex.split(command + "2"))
+
+
 @pytest.mark.parametrize("command", beginning("python", "-m", BENCHMARKS[0]))
 def test_learning_is_measured(command, here, monkeypatch, capsys):
     config = find_config(command[3])

@@ -416,6 +416,9 @@ def test_one_task_of_64_does_not_make_a_policy_better():
     assert found.loc["success", "mean"] == 1 / 64
     assert found.loc["success", "policy_low"] < 0 < found.loc["success", "policy_high"]
     assert np.isnan(found.loc["return", ["policy_low", "policy_high"]].tolist()).all()
+    paid = frame.assign(**{"return": frame["success"].astype(float)})
+    found = paired(paid, "rl2", "maml").set_index("measure")
+    assert found.loc["return", "policy_low"] < 0 < found.loc["return", "policy_high"]
 
 
 def test_what_cannot_be_paired_is_said():

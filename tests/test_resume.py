@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,8 +69,11 @@ class Server:
             env=environment,
         )
 
-    def start(self, do: str, folder: Path, crash_at: int | None = None) -> int:
+    def start(
+        self, do: str, folder: Path, crash_at: int | None = None, changed: Sequence[str] = ()
+    ) -> int:
         request = {"do": do, "config": str(self.config), "folder": str(folder)}
+        request["changed"] = list(changed)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({**request, "crash_at": crash_at}) + "\n")
         self.process.stdin.flush()
@@ -78,8 +82,10 @@ class Server:
     def wait(self) -> dict[str, int]:
         return self._read()
 
-    def play(self, do: str, folder: Path, crash_at: int | None = None) -> dict[str, int]:
-        self.start(do, folder, crash_at)
+    def play(
+        self, do: str, folder: Path, crash_at: int | None = None, changed: Sequence[str] = ()
+    ) -> dict[str, int]:
+        self.start(do, folder, crash_at, changed)
         return self.wait()
 
     def finish(self, folder: Path) -> None:

@@ -36,10 +36,10 @@ def test_tasks_dropped_by_a_rollback_are_written_when_they_are_met_again(run):
 
 
 def test_a_rollback_before_the_first_commit_forgets_everything(run):
-    run.state["job"] = {"updates": 3}
+    run.state["jobs"]["meta"] = {"updates": 3}
     run.save("meta.best", {"weight": np.zeros(3)})
     run.rollback()
-    assert run.state == {"done": [], "job": None, "versions": {}}
+    assert run.state == {"done": [], "jobs": {}, "versions": {}, "changed": {}}
     assert run.files == {}
 
 

@@ -238,6 +238,78 @@ def test_a_run_of_which_no_commit_is_complete_is_never_started_anew(tmp_path):
     assert values(folder) == list(range(12))
 
 
+def forget(folder, stage="s"):
+    """Leave out a stage in one commit that adds a row of another."""
+    with RunWriter.open(folder) as writer:
+        add_of(writer, "other", 100)
+        writer.forget([stage])
+        writer.commit(writer.state, writer.files)
+
+
+def add_of(writer, stage, value):
+    same = {"job": "j", "policy_version": 0, "env_steps": 0, "name": "loss"}
+    writer.add("metrics", {**same, "stage": stage, "value": [float(value)]})
+
+
+def mixed_run(folder):
+    """Two commits, whose first part holds rows of two stages."""
+    with create(folder) as writer:
+        add_of(writer, "kept", 50)
+        for number in range(2):
+            step(writer, number)
+    return folder
+
+
+def test_what_is_forgotten_is_gone_and_rows_beside_it_stay(tmp_path):
+    folder = mixed_run(tmp_path / "run")
+    forget(folder)
+    assert values(folder) == [50, 100]
+    assert continue_run(folder, 3) == []
+    assert values(folder) == [50, 100, *range(8, 12)]
+    assert verify(folder) == []
+    forget(folder)
+    assert values(folder) == [50, 100, 100]
+
+
+def test_rows_that_were_to_be_forgotten_come_back_with_the_commit_before(tmp_path):
+    folder = mixed_run(tmp_path / "run")
+    forget(folder)
+    damage(folder / "commits" / "00000003.json", bit=99)
+    assert continue_run(folder, 2)[-1] == "continuing from commit 2"
+    assert values(folder) == [50, *range(8)]
+    assert verify(folder) == []
+
+
+def test_damage_far_back_brings_no_forgotten_row_back(tmp_path):
+    folder = mixed_run(tmp_path / "run")
+    forget(folder)
+    continue_run(folder, 8)
+    damage(folder / "commits" / "00000003.json", bit=99)
+    continue_run(folder, 8)
+    assert values(folder) == [50, 100, *range(8, 32)]
+
+
+def test_readers_see_what_a_commit_forgot_before_its_files_are_renamed(tmp_path, monkeypatch):
+    folder = mixed_run(tmp_path / "run")
+    monkeypatch.setattr(RunWriter, "_publish", lambda self: None)
+    forget(folder)
+    assert values(folder) == [50, 100]
+    monkeypatch.undo()
+    RunWriter.open(folder).close()
+    assert values(folder) == [50, 100]
+    assert len(list((folder / "metrics").glob("part-*"))) == 2
+
+
+def test_rows_that_were_to_be_forgotten_stay_if_the_commit_is_given_up(tmp_path):
+    folder = mixed_run(tmp_path / "run")
+    with RunWriter.open(folder) as writer:
+        writer.forget(["s"])
+        writer.discard()
+        writer.commit(writer.state, writer.files)
+    assert values(folder) == [50, *range(8)]
+    assert list(folder.rglob("_*")) == []
+
+
 def test_files_of_others_in_a_run_folder_are_left_alone(tmp_path):
     folder = make_run(tmp_path / "run", 1)
     (folder / "metrics" / "notes.txt").touch()

@@ -60,9 +60,10 @@ def test_values_that_are_all_the_same_do_not_bound_others(value, count):
 
 
 def test_only_what_is_known_to_be_an_outcome_has_the_interval_of_one():
-    values = np.arange(16) % 4 == 0
+    values = 1.0 * (np.arange(16) % 4 == 0)
     assert policy_interval(values, SHARE) == exact_interval(4, 16)
-    assert policy_interval(values) == studentised_interval(np.sort(values.astype(float)))
+    both = t_interval(values), studentised_interval(np.sort(values))
+    assert policy_interval(values) == (min(both)[0], max(end for _, end in both))
 
 
 @pytest.mark.parametrize("won", [0.5, 0.8, 1.0])  # of the tasks that differ
@@ -74,6 +75,14 @@ def test_differences_of_outcomes_are_covered_however_rare_they_are(pairs, rate, 
     samples = rng.choice([1.0, -1.0, 0.0], (600, pairs), p=chances)
     intervals = [policy_interval(sample, DIFFERENCE_OF_SHARES) for sample in samples]
     assert coverage(intervals, rate * (2 * won - 1)) >= 0.92
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.04, 0.1, 0.3])
+def test_returns_that_seldom_differ_are_covered_where_an_interval_is_known(rate):
+    rng = np.random.default_rng(0)
+    samples = rng.choice([1.0, -1.0, 0.0], (600, 64), p=[rate / 2, rate / 2, 1 - rate])
+    intervals = [policy_interval(sample) for sample in samples if sample.any()]
+    assert coverage(intervals, 0.0) >= 0.92
 
 
 def test_a_task_that_differs_does_not_tell_two_policies_apart():

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dmrl_ray.commits import load_run_config
 from dmrl_ray.config import Evaluate, Finetune, Pretrain, RunConfig
 from dmrl_ray.results import load, starts
 from dmrl_ray.spec import load_family
 from dmrl_ray.stages import job_spec
 from dmrl_ray.statistics import method_interval
-from dmrl_ray.yaml_config import load_config
 
 KEPT = ["stage", "seed", "task_id", "trial", "adaptation_step", "episode", "return"]
 """Columns of the Parquet file beside a result."""
@@ -29,7 +29,7 @@ def figures(folders: Sequence[Path]) -> dict[str, object]:
     Args:
         folders: runs that are done, of one config and several seeds.
     """
-    config = load_config(folders[0] / "config.yaml")
+    config = load_run_config(folders[0])
     episodes = pd.concat([load(folder) for folder in folders])
     events = pd.concat([load(folder, table="events") for folder in folders])
     stages: dict[str, object] = {}
@@ -51,7 +51,7 @@ def figures(folders: Sequence[Path]) -> dict[str, object]:
 
 def write_episodes(folders: Sequence[Path], path: Path) -> None:
     """Keep the return of every seed, task and episode that a figure is made of."""
-    stages = load_config(folders[0] / "config.yaml").stages
+    stages = load_run_config(folders[0]).stages
     reported = [name for name, stage in stages.items() if isinstance(stage, (Evaluate, Finetune))]
     episodes = pd.concat([load(folder) for folder in folders])
     rows = episodes.loc[episodes["stage"].isin(reported), KEPT]
@@ -113,6 +113,7 @@ def sources(config: RunConfig, name: str) -> Iterator[str]:
 def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
     """Environment steps and seconds of training, of each seed."""
     ended = events[events["stage"].isin(list(stages)) & (events["event"] == "job_finished")]
+    ended = ended.drop_duplicates(["run_id", "stage"], keep="last")  # One may be trained on later.
     details = pd.DataFrame([json.loads(detail) for detail in ended["detail"]])
     sums = details.groupby(ended["run_id"].to_numpy(), sort=False)[["env_steps", "seconds"]].sum()
     return {
@@ -124,7 +125,7 @@ def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
 def machine(folder: Path) -> dict[str, object]:
     """What a run ran on, and with which of our commits."""
     facts = json.loads((folder / "run.json").read_text())["facts"]
-    config = load_config(folder / "config.yaml")
+    config = load_run_config(folder)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
     return {

@@ -74,6 +74,11 @@ class Algorithm(Descent, Adaptation):
         return {"sees_previous": cls.sees_previous}
 
     @property
+    def collected_steps(self) -> int:
+        """Steps of an environment in a collection, where no episode ends early; 0 if unknown."""
+        return 0
+
+    @property
     def evaluation_episodes(self) -> int:
         """Episodes of each environment in a trial, when evaluating."""
         return self.distribution.episodes_per_trial

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -66,6 +66,11 @@ class Descent:
         self.rank, self.world_size = 0, 1
         self.average_gradients: Callable[[Tensor], Tensor] | None = None
         self.skipped_batches = 0
+
+    @classmethod
+    def schedules(cls, config: Any) -> list[str]:
+        """Settings by which training changes over the budget, as `progress` counts it."""
+        return ["anneal_lr"] if config.anneal_lr else []
 
     def learning_rate(self, name: str) -> float:
         """Step size of the parameter of this name."""

@@ -13,7 +13,7 @@ take over without a jump.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -47,6 +47,10 @@ class Distillation(RL2):
     config: Config
     labels = ("oracle_action",)
     on_device = False
+
+    @classmethod
+    def schedules(cls, config: Any) -> list[str]:
+        return super().schedules(config) + (["teacher"] if config.teacher else [])
 
     @property
     def epochs(self) -> int:

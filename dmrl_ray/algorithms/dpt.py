@@ -85,6 +85,11 @@ class DPT(Offline):
             self._experts = open_dataset(self, settings) if settings else self.dataset
         return self._experts
 
+    @property
+    def collected_steps(self) -> int:
+        steps = self.num_steps
+        return steps if self.config.data else min(steps, self.distribution.trial_steps)
+
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         """Transitions of a task in each column, and the best actions in the same states."""
         if self.config.data:

@@ -104,6 +104,17 @@ class GradientAdaptation(Algorithm):
         within = self.config.steps_per_adaptation is not None
         return self.distribution.episodes_per_trial if within else self.config.evaluation_steps + 1
 
+    @property
+    def rollouts_per_trial(self) -> int:
+        """Rollouts in a trial to learn from: one before each inner step, and what comes after."""
+        return self.config.inner_steps + 1
+
+    @property
+    def collected_steps(self) -> int:
+        if self.config.steps_per_adaptation is not None:
+            return self.distribution.trial_steps
+        return self.rollouts_per_trial * self.distribution.max_episode_steps
+
     def own_adaptation(self) -> Adaptation:
         return self
 
@@ -139,10 +150,10 @@ class GradientAdaptation(Algorithm):
         moved = {name: state[name] - self.inner_rate(name) * g for name, g in gradients.items()}
         return state | moved
 
-    def collect_rounds(self, sampler: Sampler, tasks: list[Task], rounds: int) -> Trial:
-        """Trials of so many rollouts, or with `steps_per_adaptation` of the family's episodes."""
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """Act, adapt, and act again; with `steps_per_adaptation` for the family's episodes."""
         within = self.config.steps_per_adaptation is not None
-        episodes = self.distribution.episodes_per_trial if within else rounds
+        episodes = self.distribution.episodes_per_trial if within else self.rollouts_per_trial
         return list(self.play(sampler, self.begin(sampler, tasks), episodes))
 
     def inner_rate(self, name: str) -> float | Tensor:

@@ -31,9 +31,8 @@ from dmrl_ray.algorithms.task_params import (
 from dmrl_ray.algorithms.trust_region import trust_region_step
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
-from dmrl_ray.rollout import Sampler
 from dmrl_ray.settings import Number
-from dmrl_ray.types import Rollout, Task, Trial
+from dmrl_ray.types import Rollout, Trial
 
 READ = ("obs", "action", "log_prob", "advantage")
 """What the losses of policies without memory read of a rollout, beside what counts of it."""
@@ -76,10 +75,6 @@ class MAML(GradientAdaptation):
     compiles = True
     outer_parts: tuple[str, ...] = ("",)
     """Prefixes of the parameters that the outer loop moves."""
-
-    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        """Lines 5 to 8 of algorithm 3: act, adapt, and act again after the last step."""
-        return self.collect_rounds(sampler, tasks, self.config.inner_steps + 1)
 
     def update(self, trial: Trial) -> dict[str, float]:
         skipped = self.skipped_batches

@@ -25,7 +25,7 @@ class MetaSGD(MAML):
         super().__init__(config, distribution, policy)
         self.rates = nn.ParameterDict(
             {
-                _key(name): torch.full_like(parameter[0], config.inner_lr)
+                _key(name): torch.full(parameter.shape[1:], config.inner_lr)
                 for name, parameter in per_task(policy, 1).items()
                 if name.startswith(config.adapt)
             }

@@ -74,6 +74,10 @@ class Offline(Algorithm):
         steps = self.distribution.trial_steps
         return self.config.num_steps or (steps if self.policy.recurrent else min(128, steps))
 
+    @property
+    def collected_steps(self) -> int:
+        return self.num_steps
+
     def read(self, rng: np.random.Generator, columns: int) -> Trial:
         """A batch of the data: whole episodes where memory reads them, else steps as they come."""
         if self.policy.recurrent:

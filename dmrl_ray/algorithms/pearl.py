@@ -99,6 +99,10 @@ class PEARL(SAC):
     def policy_options(cls, config: Any) -> dict[str, Any]:
         return super().policy_options(config) | {"latent": config.latent}
 
+    @property
+    def collected_steps(self) -> int:
+        return self.distribution.trial_steps
+
     def own_adaptation(self) -> Adaptation:
         return self
 

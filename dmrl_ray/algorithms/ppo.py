@@ -7,7 +7,7 @@ memory starts from what the worker had. Left out: the adaptive KL penalty, value
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -93,10 +93,20 @@ class PPO(Algorithm):
             )
 
     @property
+    def collected_steps(self) -> int:
+        steps: int = getattr(self.config, "num_steps", 0)
+        return steps
+
+    @property
     def epochs(self) -> int:
         """Passes over each batch."""
         assert isinstance(self.config, ClipConfig)
         return self.config.epochs
+
+    @classmethod
+    def schedules(cls, config: Any) -> list[str]:
+        anneals = isinstance(config, ActorCriticConfig) and config.anneal_entropy
+        return super().schedules(config) + (["anneal_entropy"] if anneals else [])
 
     @property
     def entropy_weight(self) -> float:

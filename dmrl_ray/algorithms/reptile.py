@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 
 from dmrl_ray.algorithms.inner_loop import GradientAdaptation
-from dmrl_ray.rollout import Sampler
 from dmrl_ray.settings import Number
-from dmrl_ray.types import Task, Trial
+from dmrl_ray.types import Trial
 
 
 class Reptile(GradientAdaptation):
@@ -26,8 +25,10 @@ class Reptile(GradientAdaptation):
 
     config: Config
 
-    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        return self.collect_rounds(sampler, tasks, self.config.inner_steps)
+    @property
+    def rollouts_per_trial(self) -> int:
+        """One for each inner step: what comes after the last is not acted on."""
+        return self.config.inner_steps
 
     def update(self, trial: Trial) -> dict[str, float]:
         skipped = self.skipped_batches

@@ -34,6 +34,10 @@ class RL2(PPO):
     memory_spans_trial = True
     continues_episodes = False
 
+    @property
+    def collected_steps(self) -> int:
+        return self.distribution.trial_steps
+
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         return [self.with_advantage(sampler.rollout(self.policy))]

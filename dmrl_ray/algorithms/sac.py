@@ -119,6 +119,11 @@ class SAC(Algorithm):
     def policy_options(cls, config: Any) -> dict[str, Any]:
         return super().policy_options(config) | {"squashed": True}
 
+    @property
+    def collected_steps(self) -> int:
+        assert isinstance(self.config, SAC.Config)
+        return self.config.num_steps
+
     def get_state(self) -> Arrays:
         """The replay."""
         return self.replay.get_state()

@@ -11,6 +11,7 @@ Without updates of the belief and with an encoder that does not detach it, this 
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import numpy as np
@@ -94,10 +95,10 @@ class VariBAD(RL2):
                 "be scaled; set network.normalize_obs to false"
             )
         self.encoder = policy.encoder
-        self.replay = TrialReplay(config.replay_trials)
+        self.replay = TrialReplay(config.replay_trials if config.belief_updates else 1)
         if config.belief_updates:
-            shape = distribution.observation_space.shape or ()
-            width = policy.actor_input(torch.zeros(1, 1, *shape)).numel()
+            seen, shape = policy.seen, distribution.observation_space.shape or ()
+            width = math.prod(shape) if seen is None else len(seen)
             policy.auxiliary["decoder"] = TrialDecoder(
                 config.decoder, policy.encoder.latent, width, policy.policy_head.num_actions
             )

@@ -62,6 +62,11 @@ class Encoder(nn.Module):
         """The memory before the first step of a trial."""
         return ()
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of an environment's memory, once it has acted."""
+        return sum(leaf.nbytes for leaf in self.initial_memory(1))
+
     def use_plain_operations(self) -> None:
         """From now on, compute by what `torch.func.vmap` and second derivatives can take.
 

@@ -26,8 +26,9 @@ class CriticEnsemble(nn.Module):
         self.num_critics, self.num_layers = num_critics, len(sizes) + 1
         for i, size in enumerate((*sizes, out)):
             gain = math.sqrt(2) if i < len(sizes) else 1.0
-            layers = [linear(width, size, gain=gain) for _ in range(num_critics)]
-            weight = torch.stack([layer.weight.detach().T for layer in layers]).contiguous()
+            weight = torch.empty(num_critics, width, size)
+            for own in weight:
+                own.copy_(linear(width, size, gain=gain).weight.detach().T)
             self.register_parameter(f"weight{i}", nn.Parameter(weight))
             self.register_parameter(f"bias{i}", nn.Parameter(torch.zeros(num_critics, 1, size)))
             width = size

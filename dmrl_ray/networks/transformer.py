@@ -9,6 +9,7 @@ out: gates, and the paper's memory of hidden states, of which keys and values ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -63,6 +64,10 @@ class Transformer(BodyEncoder):
 
     def initial_memory(self, num: int) -> Memory:
         return torch.zeros(num, 0), torch.zeros(num, 1, dtype=torch.int64)
+
+    @property
+    def memory_bytes(self) -> int:
+        return 4 * math.prod(self.ring)
 
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None

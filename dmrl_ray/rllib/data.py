@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmrl_ray.checkpoint import atomic_folder
-from dmrl_ray.commits import run_facts
+from dmrl_ray.commits import load_run_config, run_facts
 from dmrl_ray.data_files import Block, Recorded
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.yaml_config import load_config
 
 
 def export_steps(run: Path, folder: Path, *, stage: str | None = None) -> int:
@@ -37,7 +36,7 @@ def export_steps(run: Path, folder: Path, *, stage: str | None = None) -> int:
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; name a folder that does not")
     run_facts(run)
-    stages = load_config(run / "config.yaml").stages
+    stages = load_run_config(run).stages
     recorded = [name for name, s in stages.items() if getattr(s, "record", False)]
     if stage not in recorded and (stage is not None or len(recorded) != 1):
         known = ", ".join(recorded) or "none; give a stage record: true"

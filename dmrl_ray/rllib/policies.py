@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.checkpoint import atomic_folder, load_arrays
-from dmrl_ray.commits import newest_commit, run_facts
+from dmrl_ray.commits import load_run_config, newest_commit, run_facts
 from dmrl_ray.config import Component, Pretrain, RunConfig
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.heads import SquashedGaussianHead
@@ -34,7 +34,6 @@ from dmrl_ray.spec import JobSpec, get_weights, load_family, set_weights
 from dmrl_ray.stages import job_spec
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays
-from dmrl_ray.yaml_config import load_config
 
 MODEL_FILE = "dmrl_ray.json"
 """Beside RLlib's own files: how the policy is made, readable without a pickle."""
@@ -158,7 +157,7 @@ def export_policy(
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; name a folder that does not")
     run_facts(run)
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     commit = newest_commit(run)
     files = commit.files if commit is not None else {}
     name, owner = _choose(run, config, list(files), stage, checkpoint)

@@ -23,7 +23,7 @@ OF_BELIEF = ("encoder.history.", "encoder.gaussian.", "auxiliary.")
 
 def make_spec(tasks=GRID, num_envs=8, algorithm="varibad", encoder=None, network=None, **settings):
     encoder = {"type": "belief", "history": {"type": "gru", "size": 8}} | (encoder or {})
-    if algorithm == "varibad":
+    if algorithm == "varibad" and settings.get("belief_updates") != 0:
         settings = {"replay_trials": 12, "belief_trials": 6} | settings
     parts = (
         tasks,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dmrl_ray.envs.point_goal import PointGoal, known_goal_return, random_return
+from dmrl_ray.envs.point_goal import LONGEST, PointGoal, known_goal_return, random_return
 from dmrl_ray.types import Task
 
 
@@ -158,3 +158,8 @@ def test_a_dense_belief_finds_the_angle_from_any_walk():
 def test_no_belief_is_kept_about_goals_in_a_square():
     with pytest.raises(NotImplementedError, match="half circle"):
         env_at([0.1, 0.2]).belief()
+
+
+def test_an_episode_too_long_for_the_table_of_returns_has_no_reference():
+    family = PointGoal(PointGoal.Config(horizon=LONGEST + 1))
+    assert family.reference(family.sample(np.random.default_rng(0), 1, "train")[0]) is None
