@@ -167,6 +167,11 @@ class Episodes:
         steps, episodes = (np.bincount(self._group, x).astype(np.int64) for x in had)
         return steps[self._group[columns]], episodes[self._group[columns]]
 
+    def begun(self) -> list[Task]:
+        """Tasks of the open episodes that have steps."""
+        tasks: list[Task] = self._task_of[self._length > 0].tolist()
+        return tasks
+
     def open(self) -> Open:
         """Copies of what is known of the open episodes."""
         return Open(self._task_of.copy(), self.number.copy(), self._length.copy())

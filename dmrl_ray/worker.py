@@ -72,12 +72,14 @@ class RolloutWorker:
         algorithm.progress = spec.spent(iteration, call.env_steps)
         continued = spec.record and algorithm.continues_episodes
         open_before = sampler.episodes.open() if continued else None
+        told = {task.id for task in sampler.episodes.begun()}  # by the iteration before
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
         episodes = episode_rows(
             rows, program.distribution, weights.version, scored=bool(spec.fixed_tasks)
         )
+        met = [t for t in (*rows["task"], *sampler.episodes.begun()) if t.id not in told]
         played = steps_played(trial, program.distribution)
         so_far = np.minimum(rows["step"].astype(np.int64) * columns, played)
         episodes["env_steps"] = call.env_steps + so_far * spec.rollout.shards
@@ -99,7 +101,7 @@ class RolloutWorker:
             time.monotonic() - start,
             sampler.env_s,
             sampler.inference_s,
-            task_rows([*rows["task"], *(tasks if spec.record else ())]),
+            task_rows(met),
             recorded,
             _left_out(algorithm) if shard == iteration == 0 else (),
         )

@@ -11,7 +11,7 @@ from dmrl_ray import controller
 from dmrl_ray.calls import CollectCall
 from dmrl_ray.config import Component, RolloutSettings
 from dmrl_ray.display import Display
-from dmrl_ray.jobs import selection_score, tasks_at_once
+from dmrl_ray.jobs import Validation, tasks_at_once
 from dmrl_ray.learner import Learner
 from dmrl_ray.results import load
 from dmrl_ray.spec import JobSpec, Weights, load_family
@@ -136,11 +136,10 @@ def test_models_are_chosen_by_what_all_environments_come_to_not_by_the_longest_l
         "episode": np.array([0, 0, 1, 1]),
         "adaptation_step": np.array([0, 0, 1, 3]),
         "return": np.array([1.0, 2.0, 4.0, 6.0]),
-        "score": np.full(4, np.nan),
     }
     parts = (Component.model_validate(part) for part in (WALK, MLP, {"type": kind}))
     spec = JobSpec("stage", "stage", 0, *parts, RolloutSettings())
-    assert selection_score(spec, played) == score
+    assert Validation([], "return", greedy=True).value(spec, played) == score
 
 
 def test_episodes_name_the_version_that_acted(tmp_path):
