@@ -85,14 +85,16 @@ class Buffers:
             setattr(self, name, getattr(self, name)[:num_steps])
         self.oracle_action = self.oracle_action[:num_steps]
 
-    def finish(self, task_index: np.ndarray, policy_version: int, adaptation_step: int) -> Rollout:
+    def finish(
+        self, task_index: np.ndarray, policy_version: int, adaptation_step: np.ndarray | int
+    ) -> Rollout:
         """The rollout, still without what the policy thought of it."""
         empty = np.empty((self.num_steps, 0), np.float32)
         ended = bool(self.final_step)
         return Rollout(
             task_index=task_index,
             policy_version=policy_version,
-            adaptation_step=adaptation_step,
+            adaptation_step=np.full(len(task_index), adaptation_step),
             obs=self.obs,
             final_step=np.concatenate(self.final_step) if ended else np.empty(0, np.int64),
             final_column=np.concatenate(self.final_column) if ended else np.empty(0, np.int64),

@@ -319,7 +319,7 @@ class Dataset:
         return Rollout(
             task_index=np.zeros(columns, np.int64),
             policy_version=0,
-            adaptation_step=0,
+            adaptation_step=np.zeros(columns, np.int64),
             obs=obs,
             mask=np.ones((steps, columns), np.bool_),
             all_count=True,

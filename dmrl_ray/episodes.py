@@ -36,7 +36,7 @@ class Episodes:
         self.number = np.zeros(num_envs, np.int64)
         self._rows: list[dict[str, Any]] = []
         self._group = np.arange(num_envs)
-        self._now: int | None = 0
+        self._now: np.ndarray | None = np.zeros(num_envs, np.int64)
         self._changes = np.zeros(num_envs, np.bool_)
         self._begin_counts()
         self.begin(np.empty(num_envs, object))
@@ -91,11 +91,12 @@ class Episodes:
         """Steps until every environment has played its episodes, at most `longest` each."""
         return int(((self._left * longest - self._length) * self.playing).max())
 
-    def adapted(self, adaptation_step: int | None) -> None:
-        """The agent has adapted this many times before what comes; None counts its episodes."""
-        self._now = adaptation_step
+    def adapted(self, adaptation_step: np.ndarray | int | None) -> None:
+        """Agents have adapted so often before what comes, (B,); None counts their episodes."""
+        none = adaptation_step is None
+        self._now = None if none else np.full(self.num_envs, adaptation_step)
         fresh = self._length == 0
-        self._step_before[fresh] = self.number[fresh] if self._now is None else self._now
+        self._step_before[fresh] = (self.number if self._now is None else self._now)[fresh]
 
     def add(self, reward: np.ndarray, steps: int = 1) -> None:
         """Reward of one step, or several, of every environment."""
@@ -146,7 +147,7 @@ class Episodes:
         self._task_of[ended] = task_of[ended]
         had = self._experience(ended)
         self._experience_steps[ended], self._experience_episodes[ended] = had
-        self._step_before[ended] = self.number[ended] if self._now is None else self._now
+        self._step_before[ended] = (self.number if self._now is None else self._now)[ended]
         if not self.unlimited:
             self._left[ended] -= 1
             self.playing = self._left > 0

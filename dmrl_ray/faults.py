@@ -152,17 +152,17 @@ def check_finite(
         )
 
 
-def diverged(update: int | None = None, adaptation_step: int = 0) -> NumericalError:
+def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -> NumericalError:
     """The error of a policy whose actions are not finite, though all that it met is.
 
     Args:
         update: after which it acted, where that is known.
-        adaptation_step: likewise.
+        adaptation_step: likewise; the most of any environment is told.
     """
     after = "" if update is None else f" after update {update}"
     sizes = "algorithm.lr"
-    if adaptation_step:
-        after += f" and adaptation step {adaptation_step}"
+    if most := int(np.max(adaptation_step)):
+        after += f" and adaptation step {most}"
         sizes += " or the step size of adaptation"
     return NumericalError(
         f"the policy diverged{after}: its actions are not finite numbers, though the observations "

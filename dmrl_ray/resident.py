@@ -81,7 +81,7 @@ class ResidentSampler(Sampler):
         num_steps: int | None = None,
         *,
         actor: Actor | None = None,
-        adaptation_step: int = 0,
+        adaptation_step: np.ndarray | int = 0,
         with_value: bool = True,
         greedy: bool | None = None,
         teacher: float | None = None,
@@ -181,7 +181,7 @@ class ResidentSampler(Sampler):
             return action, reward, done
         return mask_previous(action, reward, done, torch.ones_like(done))
 
-    def _storage(self, num_steps: int, adaptation_step: int) -> Rollout:
+    def _storage(self, num_steps: int, adaptation_step: np.ndarray | int) -> Rollout:
         """A rollout that is still to be filled, but for what went before it."""
         shape = (num_steps, self.num_envs)
         action, reward, done = self._before()
@@ -192,7 +192,7 @@ class ResidentSampler(Sampler):
         return Rollout(
             task_index=self._task_index,
             policy_version=self.policy_version,
-            adaptation_step=adaptation_step,
+            adaptation_step=np.full(self.num_envs, adaptation_step),
             obs=obs,
             final_step=no_index,
             final_column=no_index,

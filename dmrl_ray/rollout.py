@@ -147,7 +147,7 @@ class Sampler:
         num_steps: int | None = None,
         *,
         actor: Actor | None = None,
-        adaptation_step: int = 0,
+        adaptation_step: np.ndarray | int = 0,
         with_value: bool = True,
         greedy: bool | None = None,
         teacher: float | None = None,
@@ -158,7 +158,7 @@ class Sampler:
             policy: gives values, noise and log-probabilities.
             num_steps: T at most; needed where episodes have no end.
             actor: acts instead of `policy`, for instance with parameters of its own per task.
-            adaptation_step: adaptation steps done before, for the record.
+            adaptation_step: (B,) adaptation steps done before, for the record.
             with_value: False leaves `value` and `next_value` empty (T, 0).
             greedy: overrides what `start` was told.
             teacher: ask the environment's oracle what it would do at every step; in this share of
@@ -246,7 +246,7 @@ class Sampler:
         policy: ActorCritic,
         actor: Actor,
         buffers: Buffers,
-        adaptation_step: int,
+        adaptation_step: np.ndarray | int,
         *,
         greedy: bool,
         with_value: bool,
@@ -353,7 +353,9 @@ class Sampler:
             buffers.reset[t + 1] = done
         return ended
 
-    def _whose_fault(self, buffers: Buffers, t: int, adaptation_step: int) -> Exception:
+    def _whose_fault(
+        self, buffers: Buffers, t: int, adaptation_step: np.ndarray | int
+    ) -> Exception:
         """Of an action at step t that is not finite: the environment's if it began there."""
         buffers.cut(t)
         rollout = buffers.finish(self._task_index, self.policy_version, adaptation_step)

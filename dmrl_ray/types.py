@@ -119,7 +119,7 @@ class Rollout:
 
     task_index: Array  # (B,) int, into the tasks of the trial; columns of one task are contiguous
     policy_version: int  # Learner updates done before these actions were chosen.
-    adaptation_step: int  # Adaptation steps done before; 0 = not adapted.
+    adaptation_step: Array  # (B,) int, adaptation steps done before; 0 = not adapted
     obs: Array  # (T + 1, B, *obs_shape), the last row is what follows the last step
     final_step: Array  # (N,) int, steps at which an episode ended ...
     final_column: Array  # (N,) int, ... in these columns ...
@@ -170,7 +170,7 @@ class Rollout:
             name, value = field.name, getattr(self, field.name)
             if name.startswith("final_"):
                 cut[name] = value[ended]
-            elif name == "task_index" or name.startswith("previous_"):
+            elif name in ("task_index", "adaptation_step") or name.startswith("previous_"):
                 cut[name] = value[columns]
             elif name == "initial_state":
                 cut[name] = tuple(leaf[columns] for leaf in value)
@@ -184,6 +184,13 @@ class Rollout:
         """(N, ...): the steps of an array (T, B, ...) that count."""
         rows = array.reshape(-1, *array.shape[2:])
         return rows if self.all_count else rows[self.mask.reshape(-1)]
+
+    def tells(self) -> np.ndarray:
+        """(B,) bool, columns of the tasks of which any column has a step that counts."""
+        if self.all_count:
+            return np.ones(self.num_columns, np.bool_)
+        counted = np.bincount(self.task_index, self.mask.any(0)) > 0
+        return np.asarray(counted[self.task_index])
 
     def mean_return(self) -> float:
         """Counted reward per episode, or per environment where episodes go on in later rollouts.
@@ -250,13 +257,15 @@ class Rollout:
         tasks = np.cumsum([0] + [r.num_tasks for r in rollouts])
         for field in fields(Rollout):
             parts = [getattr(r, field.name) for r in rollouts]
-            if field.name in ("policy_version", "adaptation_step"):
+            if field.name == "policy_version":
                 continue
             if field.name == "all_count":
                 merged[field.name] = all(parts)
                 continue
             if field.name == "initial_state":
                 merged[field.name] = tuple(join(leaf) for leaf in zip(*parts, strict=True))
+            elif field.name == "adaptation_step":
+                merged[field.name] = np.concatenate(parts)
             elif field.name == "task_index":
                 merged[field.name] = np.concatenate(
                     [p + n for p, n in zip(parts, tasks, strict=False)]

@@ -441,7 +441,10 @@ def test_shards_side_by_side_keep_their_columns_and_final_observations():
 def test_a_rollout_of_some_tasks_is_what_was_put_side_by_side():
     policy = make_policy(Walk(), "lstm")
     samplers = (make_sampler(Walk(), policy=policy, seed=seed) for seed in (1, 2))
-    one, other = (sampler.rollout(policy, 8) for sampler in samplers)
+    one, other = (
+        sampler.rollout(policy, 8, adaptation_step=n * np.arange(4))
+        for n, sampler in enumerate(samplers)
+    )
     both = one.concatenate([one, other])
     assert_same_rollout(both.of_tasks(0, 4), one)
     assert_same_rollout(both.of_tasks(4, 8), other)

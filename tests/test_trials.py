@@ -128,6 +128,32 @@ def test_advantages_do_not_depend_on_where_a_rollout_was_cut():
 
 
 @pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"type": "pearl", "belief_steps": 3, "gradient_steps": 1},
+        {"type": "maml", "episodes_per_task": 1, "steps_per_adaptation": 3},
+    ],
+    ids=lambda algorithm: algorithm["type"],
+)
+def test_adaptation_steps_of_a_task_are_those_that_its_own_steps_led_to(algorithm, tmp_path):
+    # Five tasks side by side, whose episodes have 3 or 10 steps: who plays the longer ones adapts
+    # more often. With beliefs every episode ends in a step of its own.
+    tasks = {**WALK, "varying": True, "drawn": True, "episodes": 3}
+    held_out = {"type": "evaluate", **START, "tasks": 5, "record": True}
+    folder = play(tmp_path / "run", tasks, algorithm, held_out=held_out)
+    steps = rows(folder, "transitions", stage="held_out").sort_values(["column", "episode", "t"])
+    lengths = steps.groupby(["column", "episode"]).size().unstack()
+    assert lengths.sum(axis=1).nunique() > 1
+    pieces = np.ceil(lengths / 3) if algorithm["type"] == "pearl" else lengths / 3
+    before = pieces.cumsum(axis=1) - pieces
+    begun = [before.loc[key] for key in zip(steps["column"], steps["episode"], strict=True)]
+    np.testing.assert_array_equal(steps["adaptation_step"], np.floor(begun + steps["t"] / 3 + 1e-9))
+    told = rows(folder, stage="held_out").sort_values(["task_id", "episode"])
+    first = steps[steps["t"] == 0].sort_values(["task_id", "episode"])
+    assert told["adaptation_step"].tolist() == first["adaptation_step"].tolist()
+
+
+@pytest.mark.parametrize(
     ("kind", "score"), [("maml", 5.0), ("pearl", 5.0), ("ppo", 3.25), ("rl2", 3.25)]
 )
 def test_models_are_chosen_by_what_all_environments_come_to_not_by_the_longest_lived(kind, score):

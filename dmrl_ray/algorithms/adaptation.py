@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from dmrl_ray.algorithms.parts import check_prefixes
@@ -45,7 +46,7 @@ class Agent:
     """Agents in the middle of their trials, one for each task."""
 
     state: State
-    adaptation_step: int = 0  # Applications of `adapt` so far.
+    adaptation_step: np.ndarray  # (B,) applications of `adapt` that had something of the task.
     unused: Rollout | None = None  # Experience that `adapt` has not seen.
     history: Trial = field(default_factory=list)  # Since episodes began together, for baselines.
 
@@ -85,7 +86,8 @@ class Adaptation(ABC):
     def begin(self, sampler: Sampler, tasks: Sequence[Task]) -> Agent:
         """Put every environment at the start of a trial."""
         sampler.begin_trial(tasks, self.policy)
-        return Agent(self.initial_state(sampler, len(tasks)))
+        never = np.zeros(sampler.num_envs, np.int64)
+        return Agent(self.initial_state(sampler, len(tasks)), never)
 
     def play(
         self, sampler: Sampler, agent: Agent, episodes: int, *, frozen: bool = False
@@ -103,7 +105,7 @@ class Adaptation(ABC):
             while sampler.playing:
                 if agent.unused is not None and not frozen:
                     agent.state = self.adapt(agent.state, agent.unused.map(torch.as_tensor))
-                    agent.adaptation_step += 1
+                    agent.adaptation_step = agent.adaptation_step + agent.unused.tells()
                 agent.unused = self.act(sampler, agent)
                 yield agent.unused
 

@@ -126,7 +126,7 @@ class GradientAdaptation(Algorithm):
 
     def act(self, sampler: Sampler, agent: Agent) -> Rollout:
         config = self.config
-        if agent.adaptation_step:  # Acting needs no graph of the steps so far.
+        if agent.adaptation_step.any():  # Acting needs no graph of the steps so far.
             agent.state = leaves(agent.state)
         return act_per_task(
             self.policy,

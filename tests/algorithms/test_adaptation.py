@@ -148,7 +148,7 @@ def test_who_is_frozen_plays_as_if_every_episode_were_the_first():
     agent = adaptation.begin(sampler, [s[0] for s in make_streams(2, 1)])
     before = {n: p.clone() for n, p in agent.state.params.items()}
     trial = list(adaptation.play(sampler, agent, 3, frozen=True))
-    assert [r.adaptation_step for r in trial] == [0, 0, 0]
+    assert not any(r.adaptation_step.any() for r in trial)
     assert all(torch.equal(before[n], p) for n, p in agent.state.params.items())
 
 
