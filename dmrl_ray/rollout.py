@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dmrl_ray.arrays import host
 from dmrl_ray.buffers import Buffers
-from dmrl_ray.episodes import Episodes
+from dmrl_ray.episodes import Episodes, Open
 from dmrl_ray.faults import answer_of, check_finite, diverged, fault, first_obs
 from dmrl_ray.heads import CategoricalHead, GaussianHead, SquashedGaussianHead
 from dmrl_ray.networks.base import Memory
@@ -140,6 +140,10 @@ class Sampler:
             self.set_tasks(tasks)
         else:
             self.begin_trial(tasks, policy)
+
+    def open_episodes(self) -> Open | None:
+        """What `continue_episodes` would go on with; None before the first trial."""
+        return self.episodes.open() if self._has_episodes else None
 
     def rollout(
         self,

@@ -70,8 +70,7 @@ class RolloutWorker:
             random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
         )
         algorithm.progress = spec.spent(iteration, call.env_steps)
-        continued = spec.record and algorithm.continues_episodes
-        open_before = sampler.episodes.open() if continued else None
+        open_before = sampler.open_episodes() if algorithm.continues_episodes else None
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
