@@ -74,18 +74,37 @@ class Sampler:
         self._has_episodes = False
         self.fresh = False
 
-    def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
-        """Begin a collection: all randomness until the next start comes from `rng`."""
+    def start(
+        self,
+        rng: np.random.Generator,
+        policy_version: int,
+        *,
+        greedy: bool = False,
+        task_updates: int = 0,
+    ) -> None:
+        """Begin a collection.
+
+        Args:
+            rng: all randomness until the next start comes from it.
+            policy_version: updates of the policy.
+            greedy: take the most probable actions.
+            task_updates: of the policy, on these very tasks; trials go on with their experience.
+        """
         env_rng, self.rng = rng.spawn(2)
         self.env.np_random = env_rng
         self.policy_version = policy_version
         self._greedy = greedy
         self._steps_done = 0
         self.env_s = self.inference_s = 0.0
-        self.episodes.clear()
+        self.episodes.start(task_updates)
 
     def begin_trial(
-        self, tasks: Sequence[Task], policy: ActorCritic, episodes: int | None = None
+        self,
+        tasks: Sequence[Task],
+        policy: ActorCritic,
+        episodes: int | None = None,
+        *,
+        one_agent: bool = False,
     ) -> None:
         """Put every environment at the start of a trial; b of B plays task ``b * n // B`` of n.
 
@@ -93,9 +112,10 @@ class Sampler:
             tasks: n.
             policy: whose memory begins.
             episodes: that each environment plays; None sets no end.
+            one_agent: as `set_tasks`.
         """
-        self.set_tasks(tasks)
         self.episodes.begin_trial()
+        self.set_tasks(tasks, one_agent=one_agent)
         self.begin_episodes(episodes)
         self.memory = policy.initial_memory(self.num_envs)
 
@@ -111,7 +131,7 @@ class Sampler:
         shape = (self.num_envs, *self._action_shape)
         self._obs = first_obs(self.distribution, self.env)
         self.fresh = True
-        self.episodes.begin(self._pending_task_of, episodes)
+        self.episodes.begin(self._pending_task_of, episodes, forget=forget)
         self._previous_done = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
         if forget:
@@ -120,13 +140,19 @@ class Sampler:
             self._previous_reward = np.zeros(self.num_envs, np.float32)
             self._reset = np.ones(self.num_envs, np.bool_)
 
-    def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """Give every column a task that it plays from its next episode on."""
+    def set_tasks(self, tasks: Sequence[Task], *, one_agent: bool = False) -> None:
+        """Give every column a task that it plays from its next episode on.
+
+        Args:
+            tasks: n, of agents 0 to n - 1, each of which has columns of its own.
+            one_agent: one in all columns has them.
+        """
         self._task_index = np.arange(self.num_envs) * len(tasks) // self.num_envs
         self._pending_task_of = np.empty(self.num_envs, object)
         self._pending_task_of[:] = [tasks[i] for i in self._task_index.tolist()]
         self.fresh = False
-        self.episodes.assign(self._pending_task_of.tolist(), self._task_index)
+        agents = None if one_agent else self._task_index
+        self.episodes.assign(self._pending_task_of.tolist(), agents)
         answer_of(self.distribution, self.env.set_tasks, list(self._pending_task_of))
 
     @property
@@ -137,9 +163,9 @@ class Sampler:
     def continue_episodes(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
         """Go on with open episodes; a column takes its new task when its episode ends."""
         if self._has_episodes:
-            self.set_tasks(tasks)
+            self.set_tasks(tasks, one_agent=True)
         else:
-            self.begin_trial(tasks, policy)
+            self.begin_trial(tasks, policy, one_agent=True)
 
     def open_episodes(self) -> Open | None:
         """What `continue_episodes` would go on with; None before the first trial."""
@@ -229,7 +255,7 @@ class Sampler:
         if not state:
             return
         self.set_tasks(tasks_from_array(state["pending_task_of"]))
-        self.episodes.set_state(state)
+        self.episodes.set_state(state, self._pending_task_of.tolist())
         of_env = {k[4:]: v for k, v in state.items() if k.startswith("env.")}
         answer_of(self.distribution, self.env.set_state, of_env)
         leaves = sorted(k for k in state if k.startswith("memory."))

@@ -66,9 +66,10 @@ class RolloutWorker:
             columns // algorithm.columns_per_task,
             spec.split,
         )
-        sampler.start(
-            random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
-        )
+        # A job on fixed tasks goes on to learn from them; else each trial's agents are new.
+        task_updates = iteration if spec.fixed_tasks else 0
+        stream = random_stream(spec.seed, *spec.key, "collect", shard, iteration)
+        sampler.start(stream, weights.version, task_updates=task_updates)
         algorithm.progress = spec.spent(iteration, call.env_steps)
         open_before = sampler.open_episodes() if algorithm.continues_episodes else None
         trial = algorithm.collect(sampler, tasks)
@@ -92,6 +93,7 @@ class RolloutWorker:
                 open_before=open_before,
                 step_is_episode=algorithm.memory_spans_trial,
             )
+            recorded["adaptation_step"] = recorded["adaptation_step"] + task_updates
         report = CollectReport(
             episodes,
             played,
@@ -188,8 +190,7 @@ class RolloutWorker:
     ) -> tuple[Columns, Arrays, tuple[LeftOut, ...]]:
         """A small job whole: a shard collected and learned from, `updates` times.
 
-        Returns the rows of its episodes, with the number of updates done before as their
-        adaptation step, the weights at its end, and what it left out of data.
+        Returns the rows of its episodes, the weights at its end, and what it left out of data.
         """
         foreign = foreign_of(spec)
         if foreign is not None:
@@ -211,13 +212,10 @@ class RolloutWorker:
         for iteration in range(updates + 1):
             call = CollectCall(spec, 0, iteration, env_steps)
             report, trial, state = self.collect(call, Weights(iteration, learner.weights()), state)
-            report.episodes["adaptation_step"] = np.full_like(
-                report.episodes["adaptation_step"], iteration
-            )
             parts.append(report.episodes)
             left_out += report.left_out
             if report.steps is not None:
-                steps.append({**report.steps, "adaptation_step": iteration})
+                steps.append(report.steps)
             if iteration < updates:
                 learner.update(iteration, env_steps, [trial])
             env_steps += report.env_steps

@@ -258,7 +258,9 @@ def test_a_row_names_its_task_where_episodes_end_with_the_collection(algorithm):
         report, _, state = worker.collect(CollectCall(spec, 0, i, 0), weights(spec, i), state)
         names, values = (report.tasks[name].to_pylist() for name in ("task_id", "param.goal"))
         goals |= dict(zip(names, values, strict=True))
-        played = sorted(zip(report.steps["task_id"].to_pylist(), report.steps["reward"]))
+        played = sorted(
+            zip(report.steps["task_id"].to_pylist(), report.steps["reward"], strict=True)
+        )
         assert len(played) == 4 * LIMIT
         for task, reward in played:
             assert reward == np.float32(goals[task])

@@ -226,6 +226,24 @@ def test_a_small_job_whole_is_the_same_job_step_by_step():
     assert set(rows["task_id"]) == {task.id}
 
 
+def test_an_episode_counts_the_updates_before_it_began():
+    # CartPole falls after 8 steps at the earliest: collections of 5 cut every episode.
+    spec = make_spec(
+        VARIED, {"type": "ppo", "num_steps": 5}, fixed_tasks=tasks_of(CartPole, 1)[1], record=True
+    )
+    rows, _, _, steps = RolloutWorker().train_recorded(spec, Learner(spec).weights(), 9)
+    begun = {}
+    for part in steps:
+        starts = part["t"] == 0
+        keys = zip(part["column"][starts], part["episode"][starts], strict=True)
+        begun |= dict(zip(keys, part["adaptation_step"][starts], strict=True))
+    first = rows["adaptation_step"][rows["experience_episodes"] == 0]
+    assert (first == 0).all()
+    assert rows["policy_version"].min() > 0
+    assert set(rows["adaptation_step"]) <= set(begun.values())
+    assert (rows["adaptation_step"] < rows["policy_version"]).all()
+
+
 def test_schedules_of_a_small_job_run_over_its_updates():
     algorithm = {"type": "ppo", "num_steps": 20}
     plain, annealed = (
