@@ -133,11 +133,18 @@ def evaluation_rows(sampler: Sampler, *, trial: int) -> Columns:
     }
 
 
-def steps_played(trial: Trial, family: TaskDistribution) -> int:
-    """What a trial cost: also steps that do not count, where environments cannot but make them."""
-    if family.vectorized:
-        return sum(rollout.num_steps * rollout.num_columns for rollout in trial)
-    return sum(int(rollout.mask.sum()) for rollout in trial)
+def steps_made(trial: Trial, family: TaskDistribution) -> np.ndarray:
+    """(T,) what a trial had cost after each of its steps.
+
+    Also steps that do not count, where environments cannot but make them.
+    """
+    made = [
+        np.full(rollout.num_steps, rollout.num_columns)
+        if family.vectorized
+        else rollout.mask.sum(1, dtype=np.int64)
+        for rollout in trial
+    ]
+    return np.concatenate(made).cumsum()
 
 
 def since_change(
