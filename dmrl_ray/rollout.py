@@ -201,7 +201,9 @@ class Sampler:
         greedy = self._greedy if greedy is None else greedy
         before = (self._previous_action, self._previous_reward, self._previous_done)
         self.episodes.adapted(None if self.memory_spans_trial else adaptation_step)
-        buffers = Buffers(self._most_steps(num_steps), self._obs, before, self._reset, self.memory)
+        most = self._most_steps(num_steps)
+        room = self._at_once(most)
+        buffers = Buffers(most, self._obs, before, self._reset, self.memory, room=room)
         if teacher is not None:
             buffers.teach(math.ceil(teacher * self.num_envs))
         with torch.no_grad():
@@ -289,6 +291,8 @@ class Sampler:
         memory, episodes = self.memory, self.episodes
         noise = self._noise_by_step(head, buffers.num_steps, greedy)
         for t in range(buffers.num_steps):
+            if t == buffers.room:
+                buffers.grow()
             previous = buffers.previous(t) if policy.sees_previous else None
             reset = torch.from_numpy(buffers.reset[t : t + 1]) if buffers.reset[t].any() else None
             if not episodes.all_playing:
@@ -329,15 +333,19 @@ class Sampler:
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
 
-    def _noise_by_step(self, head: Head, num_steps: int, greedy: bool) -> Iterator[Tensor | None]:
-        """The noise of each step's actions: for all steps at once where it is known that they come.
+    def _at_once(self, num_steps: int) -> int:
+        """Steps to prepare for at a time: all where it is known that they come.
 
-        Where episodes may end early, noise for all of them could fill the memory.
+        Where episodes may end early, what all of them would take could fill the memory.
         """
+        known = self.episodes.unlimited or self.distribution.fixed_length
+        return num_steps if known else min(num_steps, BLOCK_STEPS)
+
+    def _noise_by_step(self, head: Head, num_steps: int, greedy: bool) -> Iterator[Tensor | None]:
+        """The noise of each step's actions."""
         if greedy:
             yield from repeat(None)
-        known = self.episodes.unlimited or self.distribution.fixed_length
-        block = num_steps if known else NOISE_STEPS
+        block = self._at_once(num_steps)
         for start in range(0, num_steps, block):
             yield from head.noise(self.rng, min(block, num_steps - start), self.num_envs)
 
@@ -412,8 +420,8 @@ class Sampler:
             setattr(self, f"_previous_{name}", kept)
 
 
-NOISE_STEPS = 64
-"""Steps for which noise is drawn at a time where episodes may end early."""
+BLOCK_STEPS = 64
+"""Steps that are prepared for at a time where episodes may end early."""
 
 STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")
 """Attributes of a sampler, each an array (B, ...): what the next step starts from."""

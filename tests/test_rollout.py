@@ -12,6 +12,7 @@ from dmrl_ray.policy import ActorCritic, previous_inputs
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
 from dmrl_ray.types import EnvironmentFault, Task, join_shards
+from tests import matrix_family as pictures
 
 NEVER = 99
 
@@ -303,6 +304,40 @@ def test_the_shot_of_a_memory_that_spans_the_trial_is_the_episode():
     sampler = make_sampler(Walk(), [task(limit=2)], policy, spans=True)
     sampler.rollout(policy, 6)
     np.testing.assert_array_equal(sampler.take_episodes()["adaptation_step"], [0, 1, 2])
+
+
+class Endless(pictures.Walk):
+    """Pictures of walks of ten steps at most, of which the family's limit says nothing."""
+
+    max_episode_steps = 10**10
+
+
+def walked(teacher=None):
+    """A rollout of two episodes in each of four environments."""
+    family = Endless(Endless.Config(seen="picture", varying=True))
+    torch.manual_seed(0)
+    spaces = family.observation_space, family.action_space
+    policy = ActorCritic(ActorCritic.Config(), *spaces, sees_previous=False)
+    sampler = Sampler(family, 4, memory_spans_trial=False)
+    sampler.start(rng(), 0)
+    sampler.begin_trial(family.sample(rng(), 4, "train"), policy, 2)
+    return sampler.rollout(policy, with_value=False, teacher=teacher)
+
+
+def test_a_rollout_takes_memory_for_the_steps_that_are_played():
+    rollout = walked()
+    assert rollout.num_steps <= 2 * pictures.LIMIT
+    assert rollout.obs.base.nbytes < 1e6
+
+
+@pytest.mark.parametrize("teacher", [None, 0.5])
+def test_a_rollout_is_the_same_however_its_memory_grew(teacher, monkeypatch):
+    at_once = walked(teacher)
+    monkeypatch.setattr("dmrl_ray.rollout.BLOCK_STEPS", 3)
+    grown = walked(teacher)
+    assert grown.num_steps > 3 * 2
+    assert not grown.all_count
+    assert_same_rollout(at_once, grown)
 
 
 def had(rows):
