@@ -18,6 +18,8 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from dmrl_ray.statistics import (
+    DIFFERENCE_OF_SHARES,
+    SHARE,
     Interval,
     method_interval,
     policy_interval,
@@ -34,14 +36,18 @@ TAILS = np.array([0.025, 0.975])
 HEAD = """# Coverage of the intervals
 
 Made by `python -m benchmarks.coverage`: {trials} samples a row, the share of 95 % intervals that
-hold the true mean (standard error {error:.3f}). A width is the median one of the last interval, in
-standard deviations of a value.
+hold the true mean (standard error {error:.3f}). A sample of values that are all the same has no
+interval, which is counted as one that does not hold it; "none" is their share. A width is the
+median one of the last interval, in standard deviations of a value.
 
 ## One policy, over tasks
 
 "Exponential" is skewed, "often 0" is uniform on [0, 1] in three of ten tasks and else 0,
-"4 episodes" is the share of successes among the four of a task. `policy_interval` is exact for 0/1
-outcomes, Student's t for fewer than 8 tasks, and the studentised bootstrap for the others.
+"4 episodes" is the share of successes among the four of a task. "Pairs" are differences of two
+policies' outcomes, of which that share is not 0: as often won as lost, so that the true difference
+is 0, or won only; "returns" are the first of these, not known to be outcomes. `policy_interval` is
+exact for 0/1 outcomes, that of Bonett and Price for pairs, Student's t for fewer than 8 tasks, and
+the studentised bootstrap for the others, with Student's t where most values are one value.
 
 """
 SEEDS_HEAD = """
@@ -89,7 +95,6 @@ OVER_VALUES: dict[str, Candidate] = {
     "Student's t": t_interval,
     "studentised": partial(studentised_interval, reps=RESAMPLES),
 }
-POLICY = OVER_VALUES | {"`policy_interval`": policy_interval}
 
 
 def _of_seed_means(candidate: Candidate, table: np.ndarray) -> Interval:
@@ -99,8 +104,8 @@ def _of_seed_means(candidate: Candidate, table: np.ndarray) -> Interval:
 METHOD: dict[str, Candidate] = {
     "pooled": lambda table: t_interval(table[~np.isnan(table)]),
     **{name: partial(_of_seed_means, candidate) for name, candidate in OVER_VALUES.items()},
-    "`method_interval`": method_interval,
 }
+USED = "`method_interval`"
 
 Draw = Callable[[np.random.Generator, "tuple[int, ...]"], np.ndarray]
 VALUES: dict[str, tuple[Draw, float, float]] = {
@@ -114,20 +119,32 @@ VALUES: dict[str, tuple[Draw, float, float]] = {
 """How values are drawn, their mean, their standard deviation."""
 
 
+def _pairs(rng: np.random.Generator, size: tuple[int, ...], rate: float, won: float) -> np.ndarray:
+    return rng.choice([1.0, -1.0, 0.0], size, p=[rate * won, rate * (1 - won), 1 - rate])
+
+
+for _rate in (0.02, 0.04, 0.1, 0.3):
+    _fair, _better = partial(_pairs, rate=_rate, won=0.5), partial(_pairs, rate=_rate, won=1.0)
+    VALUES[f"pairs, {_rate}"] = _fair, 0.0, _rate**0.5
+    VALUES[f"pairs won, {_rate}"] = _better, _rate, (_rate * (1 - _rate)) ** 0.5
+    VALUES[f"returns, {_rate}"] = _fair, 0.0, _rate**0.5
+
+
 def coverage(
     draw: Callable[[np.random.Generator], np.ndarray],
     mean: float,
     candidates: dict[str, Candidate],
     trials: int,
-) -> tuple[list[float], float]:
-    """Share of intervals that hold the mean, by candidate, and the median width of the last."""
+) -> tuple[list[float], float, float]:
+    """Share of intervals that hold the mean, by candidate, and of the last: none, median width."""
     rng = np.random.default_rng(0)
     samples = [np.asarray(draw(rng), float) for _ in range(trials)]
     shares, ends = [], np.empty((trials, 2))
     for candidate in candidates.values():
         ends = np.array([candidate(sample) for sample in samples])
         shares.append(float(np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1]))))
-    return shares, float(np.median(ends[:, 1] - ends[:, 0]))
+    width = ends[:, 1] - ends[:, 0]
+    return shares, float(np.isnan(width).mean()), float(np.nanmedian(width))
 
 
 def policy_rows(trials: int) -> list[list[str]]:
@@ -136,8 +153,10 @@ def policy_rows(trials: int) -> list[list[str]]:
     for name, (draw, mean, deviation) in VALUES.items():
         for tasks in (4, 8, 16, 64):
             sample = partial(lambda rng, draw, tasks: draw(rng, (tasks,)), draw=draw, tasks=tasks)
-            shares, width = coverage(sample, mean, POLICY, trials)
-            rows.append([name, str(tasks), *_cells(shares), f"{width / deviation:.2f}"])
+            used = partial(policy_interval, ends=_ends(name))
+            candidates = OVER_VALUES | {"`policy_interval`": used}
+            shares, none, width = coverage(sample, mean, candidates, trials)
+            rows.append([name, str(tasks), *_cells([*shares, none]), f"{width / deviation:.2f}"])
     return rows
 
 
@@ -152,7 +171,8 @@ def method_rows(trials: int) -> list[list[str]]:
             if name.startswith("0/1") and between == 1.0:  # All seeds always or never succeed.
                 continue
             table = seeds_of(name, seeds, between, shared=tasks == "shared")
-            shares, width = coverage(table, mean, METHOD, trials)
+            candidates = METHOD | {USED: partial(method_interval, ends=_ends(name))}
+            shares, _, width = coverage(table, mean, candidates, trials)
             cells = [tasks, name, str(seeds), str(between), *_cells(shares)]
             rows.append([*cells, f"{width / deviation:.2f}"])
     return rows
@@ -180,6 +200,13 @@ def seeds_of(
     return table
 
 
+def _ends(name: str) -> Interval | None:
+    """Between which the values of this name must be, where they are outcomes."""
+    if name.startswith("pairs"):
+        return DIFFERENCE_OF_SHARES
+    return SHARE if name.startswith(("0/1", "4 episodes")) else None
+
+
 def _cells(shares: Sequence[float]) -> list[str]:
     return [f"{share:.3f}" for share in shares]
 
@@ -192,9 +219,12 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def page(trials: int) -> str:
     """Both tables as Markdown."""
     text = HEAD.format(trials=f"{trials:,}", error=np.sqrt(0.95 * 0.05 / trials))
-    text += _table(("values", "tasks", *POLICY, "width"), policy_rows(trials))
+    text += _table(
+        ("values", "tasks", *OVER_VALUES, "`policy_interval`", "none", "width"),
+        policy_rows(trials),
+    )
     text += SEEDS_HEAD.format(tasks=NUM_TASKS)
-    titles = ("tasks", "values", "seeds", "between", *METHOD, "width")
+    titles = ("tasks", "values", "seeds", "between", *METHOD, USED, "width")
     return text + _table(titles, method_rows(trials))
 
 

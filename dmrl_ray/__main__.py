@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
+from dmrl_ray import __version__
+
 if TYPE_CHECKING:
     from dmrl_ray.config import RunConfig
     from dmrl_ray.types import Split
@@ -28,16 +30,56 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _complete_config(incomplete: str) -> list[str]:
+    from dmrl_ray.places import packaged_configs
+
+    files = [str(file) for file in Path().glob(f"{incomplete}*") if file.suffix == ".yaml"]
+    folders = [f"{file}/" for file in Path().glob(f"{incomplete}*") if file.is_dir()]
+    return [name for name in packaged_configs() if name.startswith(incomplete)] + files + folders
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    from dmrl_ray.places import runs_here
+
+    return [name for name in runs_here() if name.startswith(incomplete)]
+
+
+def _complete_setting(context: typer.Context, incomplete: str) -> list[str]:
+    """Dotted names of a config's settings, or the values that one can take, if they are few."""
+    from dmrl_ray.yaml_config import choices_of
+
+    name, equals, begun = incomplete.partition("=")
+    choices = choices_of(_load(context.params["config"], ()))
+    if not equals:
+        return [f"{found}=" for found in choices if found.startswith(name)]
+    return [f"{name}={value}" for value in choices.get(name, ()) if value.startswith(begun)]
+
+
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more; show tracebacks.")]
 ConfigName = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or quickstart or smoke.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, or quickstart or smoke.",
+        autocompletion=_complete_config,
+    ),
 ]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045, typer evaluates this on Python 3.10
-    typer.Argument(metavar="KEY=VALUE", help="Settings to change, as algorithm.lr=1e-3."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings to change, as algorithm.lr=1e-3.",
+        autocompletion=_complete_setting,
+    ),
 ]
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's folder, or its name or its start in runs/.")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's folder, or its name or its start in runs/.",
+        autocompletion=_complete_run,
+    ),
 ]
 Address = Annotated[
     Optional[str],  # noqa: UP045
@@ -45,8 +87,19 @@ Address = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmrl_ray {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show it, and end."),
+    ] = False,
+) -> None:
     """Make the user's own modules, in the working directory, importable."""
     try:
         here = os.getcwd()

@@ -21,6 +21,20 @@ def find_cluster(address: str | None) -> str | None:
     return None if found == "local" else found
 
 
+def packaged_configs() -> dict[str, Path]:
+    """Files of the configs that come with the package, by name."""
+    return {
+        file.stem: file
+        for root in reversed(list(dmrl_ray.__path__))
+        for file in (Path(root) / "configs").glob("*.yaml")
+    }
+
+
+def runs_here() -> dict[str, Path]:
+    """Folders of the runs in ``runs/``, by name."""
+    return {file.parent.name: file.parent for file in Path("runs").glob("*/run.json")}
+
+
 def find_config(name: str) -> Path:
     """The file of that path, or the packaged config of that name.
 
@@ -29,11 +43,7 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    found = {
-        file.stem: file
-        for root in reversed(list(dmrl_ray.__path__))
-        for file in (Path(root) / "configs").glob("*.yaml")
-    }
+    found = packaged_configs()
     if name in found:
         return found[name]
     known = f"; packaged configs: {', '.join(sorted(found)) or 'none'}"
@@ -48,7 +58,7 @@ def find_run(name: str) -> Path:
     """
     if (Path(name) / "run.json").is_file():
         return Path(name).absolute()
-    runs = {file.parent.name: file.parent for file in Path("runs").glob("*/run.json")}
+    runs = runs_here()
     found = [run for run in sorted(runs) if run.startswith(name)]
     if name in runs or len(found) == 1:
         return runs[name if name in runs else found[0]].absolute()

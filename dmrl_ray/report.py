@@ -22,11 +22,11 @@ from rich.table import Table
 from dmrl_ray import results
 from dmrl_ray.commits import settings_changed
 from dmrl_ray.display import short
-from dmrl_ray.report_tables import adaptation, table
+from dmrl_ray.report_tables import UNKNOWN, adaptation, table
 from dmrl_ray.settings import SHORT_NAMES, import_class
 from dmrl_ray.statistics import policy_interval
 
-ADAPTATION = "Adaptation on held-out tasks, by episodes and steps of the task before"
+ADAPTATION = "Adaptation on {} tasks, by episodes and steps of the task before"
 STREAM_WINDOWS = 3
 TRAINING = ("pretrain", "finetune")
 WORTH_KNOWING = "lost|replace|skip|recover|retr|fail|error|drift|interrupt|exten"
@@ -44,13 +44,15 @@ def text_report(run_folder: Path | str) -> str:
     config = results.run_config(folder)
     stages: dict[str, dict[str, Any]] = config.get("stages", {})
     parts: list[RenderableType] = [_facts(folder, config, tables.values())]
-    held_out = _held_out(tables["episodes"], stages)
-    if len(held_out):
-        parts += [ADAPTATION, *adaptation(held_out)]
+    reported = _reported(tables["episodes"], stages)
+    trained_on = reported["split"] == "train"
+    for kind, rows in (("held-out", reported[~trained_on]), ("training", reported[trained_on])):
+        if len(rows):
+            parts += [ADAPTATION.format(kind), *adaptation(rows)]
     parts += _seen(folder)
     parts += _online(tables, stages)
-    rows = [table["stage"] for table in (tables["episodes"], tables["metrics"])]
-    begun = {stage for column in rows for stage in column.unique()}
+    columns = [table["stage"] for table in (tables["episodes"], tables["metrics"])]
+    begun = {stage for column in columns for stage in column.unique()}
     trained = [n for n, s in stages.items() if n in begun and s.get("type") in TRAINING]
     if trained:
         parts += ["Training", _training_table(trained, tables)]
@@ -134,7 +136,7 @@ def _seconds(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d} h" if hours else f"{seconds / 60:.1f} min"
 
 
-def _held_out(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def _reported(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Episodes of fine-tuning and evaluation on the split that the stage reports."""
     wanted = {
         name: stage.get("split", "test")
@@ -163,14 +165,13 @@ def _online(
     parts: list[RenderableType] = []
     metrics, episodes = tables["metrics"], tables["episodes"]
     regret = metrics[metrics["name"].str.startswith("regret_")]
-    if len(regret):
-        title = "Regret per step, by steps since the task was met [95 % interval over streams]"
-        parts += [title, _regret_table(regret)]
-    online = [n for n, s in stages.items() if s.get("type") == "adapt"]
-    others = episodes[episodes["stage"].isin(set(online) - set(regret["stage"]))]
-    if len(others):
-        title = "Return, by episodes since the task was met [95 % interval over streams]"
-        parts += [title, _stream_returns_table(others)]
+    over = "since the task was met [95 % interval over streams]"
+    for stage in (n for n, s in stages.items() if s.get("type") == "adapt"):
+        rows, played = (table[table["stage"] == stage] for table in (regret, episodes))
+        if len(rows):
+            parts += [f"Regret per step of {stage}, by steps {over}", _regret_table(rows)]
+        elif len(played):
+            parts += [f"Return of {stage}, by episodes {over}", _stream_returns_table(played)]
     return parts
 
 
@@ -204,14 +205,15 @@ def _interval_cell(of_streams: pd.Series) -> str:
     if not len(of_streams):
         return ""
     low, high = policy_interval(of_streams.to_numpy())
-    mean = f"{of_streams.mean():#.4g}"
-    return mean if np.isnan(low) else f"{mean} [{low:#.4g}, {high:#.4g}]"
+    interval = UNKNOWN if np.isnan(low) else f"[{low:#.4g}, {high:#.4g}]"
+    return f"{of_streams.mean():#.4g} {interval}"
 
 
 def _regret_table(regret: pd.DataFrame) -> Table:
     """Means over windows of steps: of streams' first tasks, and of those met by a change.
 
-    An interval is the mean of its steps' intervals.
+    An interval is the mean of its steps' intervals; a step that is the same in all streams adds
+    nothing to it.
     """
     titles, windows = _windows(regret["env_steps"])
     rows = []
@@ -224,12 +226,15 @@ def _regret_table(regret: pd.DataFrame) -> Table:
 
 
 def _regret_cell(rows: pd.DataFrame, name: str) -> str:
-    mean, low, high = (
-        rows.loc[rows["name"] == name + end, "value"].mean() for end in ("", "_low", "_high")
-    )
-    if np.isnan(mean):
+    steps = rows.pivot_table("value", "env_steps", "name", dropna=False)
+    if name not in steps:
         return ""
-    return f"{mean:.3g}" + ("" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]")
+    mean = steps[name].mean()
+    ends = steps.reindex(columns=[f"{name}_low", f"{name}_high"])
+    if ends.isna().all(axis=None):
+        return f"{mean:.3g} {UNKNOWN}"
+    low, high = mean + ends.sub(steps[name], axis=0).fillna(0).mean()
+    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table:

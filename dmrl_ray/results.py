@@ -20,16 +20,26 @@ from dmrl_ray.commits import committed_parts, settings_changed
 from dmrl_ray.data_files import Recorded
 from dmrl_ray.data_sources import DataSettings
 from dmrl_ray.held_out import line_of
-from dmrl_ray.statistics import method_interval, policy_interval
+from dmrl_ray.statistics import (
+    DIFFERENCE_OF_SHARES,
+    SHARE,
+    Interval,
+    method_interval,
+    policy_interval,
+)
 from dmrl_ray.tables import HISTORY, IN_HISTORY, check_columns, schema_of
 from dmrl_ray.yaml_text import parse
 
 MEASURES = ("return", "score", "success")
 EXPERIENCE = ("experience_episodes", "experience_steps")
-SUMMARY = ("mean", "low", "high", "policy_low", "policy_high", "by_seed", "seeds", "tasks")
+_OF_POLICY = ("mean", "low", "high", "policy_low", "policy_high")
+SUMMARY = (*_OF_POLICY, "by_seed", "seeds", "tasks", "starts")
 """Columns of a mean: low and high over training seeds (NaN for one seed; with fewer than five, as
-wide as it must be), policy_low and policy_high of one policy over tasks (the mean over seeds of its
-ends), by_seed the mean of each seed, the number of seeds, and of tasks of a seed."""
+wide as it must be), policy_low and policy_high of one policy over starts (the mean over seeds of
+its ends), by_seed the mean of each seed, the number of seeds, and of a seed's tasks and starts."""
+
+_STARTS_OF = ("run_id", "seed", "stage", "split", "algorithm", "greedy")
+_IN_A_START = ("trial", "episode", "adaptation_step")
 
 _HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
 _READERS = 4
@@ -40,7 +50,8 @@ def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd
     """All committed rows of a table, over one run or many; transitions history by history.
 
     Args:
-        path: a run folder, a folder of runs, a pattern such as ``runs/*``, or a list of these.
+        path: a run folder, a folder of runs, a pattern such as ``runs/*``, or a list of these; what
+            exists is no pattern.
         table: episodes, metrics, events, tasks or transitions.
 
     Raises:
@@ -71,19 +82,21 @@ def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd
 def find_runs(path: str | Path | Iterable[str | Path]) -> list[Path]:
     """Run folders by path, folder of runs, pattern, or a list of these; each once, in order."""
     given = [path] if isinstance(path, str | Path) else list(path)
-    runs: dict[Path, None] = {}
+    runs: dict[Path, Path] = {}
     for item in map(Path, given):
         item = item.expanduser()
-        found = [Path(p) for p in sorted(glob.glob(str(item)))] or [item]
+        matches = [] if item.exists() else sorted(glob.glob(str(item)))
+        found = [Path(p) for p in matches] or [item]
         if len(found) == 1 and not _is_run(found[0]) and found[0].is_dir():
             found = sorted(found[0].iterdir())
         here = [p for p in found if _is_run(p)]
         if not here:
             raise ValueError(f"{item}: no run found there{_suggestion(item)}")
-        runs.update(dict.fromkeys(here))
+        for run in here:
+            runs.setdefault(run.resolve(), run)
     if not runs:
         raise ValueError("no run was named")
-    return list(runs)
+    return list(runs.values())
 
 
 def _is_run(folder: Path) -> bool:
@@ -120,18 +133,20 @@ def _read_part(path: Path, table: str) -> pa.Table:
 def adaptation(frame: pd.DataFrame, by: Sequence[str] = ("stage",)) -> pd.DataFrame:
     """What each application of `adapt` brings: one row per group, step and measure.
 
-    Episodes of a task are averaged first, so that every task counts once, then tasks of a seed: a
-    seed is one value of its method, whatever its number of tasks.
+    Episodes of a start are averaged first, so that a task counts as often as it was drawn, then
+    starts of a seed: a seed is one value of its method, whatever its number of tasks.
 
     Args:
         frame: rows of the table of episodes; those without a seed are of one policy.
-        by: columns that make groups, beside the algorithm.
+        by: columns that make groups, beside those that are always told apart: the split, the
+            algorithm and, of streams, the job (an agent of the stage) and the change.
 
     Returns:
-        Columns `by`, algorithm, adaptation_step, measure (return, score, success; where known) and
-        those of `SUMMARY`.
+        Columns of groups, adaptation_step, measure (return, score, success; where known) and those
+        of `SUMMARY`.
     """
-    return _summaries(frame, [*by, "algorithm", "adaptation_step"])
+    frame, keys = _told_apart(frame, by)
+    return _summaries(frame, [*keys, "adaptation_step"])
 
 
 def over_experience(
@@ -151,19 +166,22 @@ def over_experience(
     Args:
         frame: rows of the table of episodes.
         x: experience_episodes, or experience_steps in environment steps.
-        by: columns that make groups, beside the algorithm and greedy (or sampled) actions.
-        points: at most so many.
+        by: columns that make groups, beside those of `adaptation` and greedy (or sampled) actions.
+        points: at most so many, at least 2: none, and what is more.
 
     Returns:
-        Columns `by`, algorithm, greedy, `x` and to (least and greatest experience of the point in
-        the whole frame), the mean of the other measure of experience, measure and `SUMMARY`.
+        Columns of groups, greedy, `x` and to (least and greatest experience of the point in the
+        whole frame), the mean of the other measure of experience, measure and `SUMMARY`.
     """
     if x not in EXPERIENCE:
         raise ValueError(f"x: {x!r} is not one of {', '.join(EXPERIENCE)}")
+    if points < 2:
+        raise ValueError(f"points: {points} is not 2 or more, of which no experience is the first")
+    frame, groups = _told_apart(frame, by)
     point = _points(frame[x].to_numpy(float, na_value=np.nan), points)
     ends = frame.groupby(point)[x].agg(["min", "max"]).loc[point]
     joined = frame.assign(**{x: ends["min"].to_numpy(), "to": ends["max"].to_numpy()})
-    keys = [*by, "algorithm", "greedy", x, "to"]
+    keys = list(dict.fromkeys([*groups, "greedy", x, "to"]))
     (other,) = (name for name in EXPERIENCE if name != x)
     means = joined.groupby(keys, observed=True, dropna=False)[other].mean().reset_index()
     return means.merge(_summaries(joined, keys), on=keys)
@@ -172,7 +190,7 @@ def over_experience(
 def paired(frame: pd.DataFrame, a: object, b: object, by: str = "algorithm") -> pd.DataFrame:
     """Mean differences of `a` less `b` on the tasks that both met, one row per measure.
 
-    Differences are taken task by task within each seed that both were trained with, which removes
+    Differences are taken start by start within each seed that both were trained with, which removes
     what makes a task hard for everyone. All rows of the frame count: choose the stage, and the
     experience, before.
 
@@ -186,23 +204,91 @@ def paired(frame: pd.DataFrame, a: object, b: object, by: str = "algorithm") -> 
         Columns measure and those of `SUMMARY`, of the differences.
 
     Raises:
-        ValueError: one of them has no rows, or they share no seed or no task.
+        ValueError: one of them has no rows, or no seed met a task with both.
     """
-    sides = [frame[frame[by] == name] for name in (a, b)]
+    sides = [frame[(frame[by] == name).fillna(False).astype(bool)] for name in (a, b)]
     for name, side in zip((a, b), sides, strict=True):
         if not len(side):
-            known = ", ".join(map(repr, sorted(frame[by].unique())))
-            raise ValueError(f"{by}: no episode of {name!r}; there are {known}")
+            known = ", ".join(sorted(map(repr, frame[by].dropna().unique().tolist())))
+            raise ValueError(f"{by}: no episode of {name!r}; there are {known or 'none'}")
     for column in ("seed", "task_id"):
         if not set(sides[0][column]) & set(sides[1][column]):
             raise ValueError(f"{a!r} and {b!r} share no {column}, so nothing is paired")
     rows = []
     for measure in MEASURES:
-        first, second = (_seeds_by_tasks(side, measure) for side in sides)
+        first, second = (_seeds_by_starts(side, measure) for side in sides)
         difference = (first - second).dropna(how="all").dropna(axis=1, how="all")
         if difference.size:
-            rows.append((measure, *_summary(difference)))
+            ends = DIFFERENCE_OF_SHARES if measure == "success" else None
+            rows.append((measure, *_summary(difference, ends)))
+    if not rows:
+        raise ValueError(f"no seed met a task with {a!r} and with {b!r}, so nothing is paired")
     return pd.DataFrame(rows, columns=["measure", *SUMMARY])
+
+
+def starts(frame: pd.DataFrame) -> np.ndarray:
+    """Which draw of its task each episode belongs to: 0, or more where a task was drawn again.
+
+    Draws are what a mean counts: a family of few tasks draws some of them more often than others,
+    by their probabilities. Copies that play one draw side by side are as many for each, so they are
+    the greatest common divisor of the numbers of episodes that are alike. So tasks that were all
+    drawn equally often are taken for copies of one start, unless the experience of the agent tells
+    that it has none. The streams of an online stage draw a task each time that they meet it.
+
+    Args:
+        frame: rows of the table of episodes.
+
+    Returns:
+        (N,) integers.
+    """
+    policy = [name for name in _STARTS_OF if name in frame]
+    alike = [*policy, "task_id", *(name for name in _IN_A_START if name in frame)]
+    rows = frame.assign(number=0, draw=0).reset_index(drop=True)
+    if {"split", "policy_version"} <= set(frame):  # Each validation starts on the same draws.
+        alike.append("validated")
+        rows["validated"] = rows["policy_version"].where(rows["split"] == "validation")
+    streams = _of_streams(rows)
+    episodes = rows[~streams]
+    same = episodes.groupby(alike, dropna=False, observed=True)["number"]
+    episodes = episodes.assign(number=same.transform("size"), draw=same.cumcount())
+    for _, of_policy in episodes.groupby(policy, dropna=False, observed=True):
+        numbers = of_policy["number"].to_numpy()
+        copies = 1 if _plays_alone(of_policy) else np.gcd.reduce(numbers)
+        rows.loc[of_policy.index, "draw"] = of_policy["draw"] // copies
+    if streams.any():
+        met = rows[streams].sort_values(["change", "trial"])
+        order = met.groupby(["change", "trial"]).ngroup()
+        task = met.assign(order=order).groupby([*policy, "task_id"], dropna=False, observed=True)
+        rows.loc[met.index, "draw"] = task["order"].rank("dense").astype(int) - 1
+    return rows["draw"].to_numpy()
+
+
+def _plays_alone(rows: pd.DataFrame) -> bool:
+    """Whether a policy has no copies: its experience of a task is that of its own episodes.
+
+    Before any experience copies share their task alone, which is no matter where there is one.
+    """
+    if not {"episode", "experience_episodes"} <= set(rows):
+        return False
+    own = (rows["episode"] == rows["experience_episodes"]).fillna(False).all()
+    return bool(own and ((rows["episode"] > 0).any() or rows["task_id"].nunique() == 1))
+
+
+def _of_streams(frame: pd.DataFrame) -> np.ndarray:
+    if "change" not in frame:
+        return np.zeros(len(frame), np.bool_)
+    return frame["change"].notna().to_numpy(bool)
+
+
+def _told_apart(frame: pd.DataFrame, by: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The rows with their starts, and what makes groups; only of streams a job is an agent."""
+    frame = frame.assign(start=starts(frame))
+    keys = [*by, *(["split"] if "split" in frame else []), "algorithm"]
+    streams = _of_streams(frame)
+    if streams.any():
+        frame = frame.assign(job=frame["job"].where(streams))
+        keys += ["job", "change"]
+    return frame, list(dict.fromkeys(keys))
 
 
 def _points(x: np.ndarray, points: int) -> np.ndarray:
@@ -221,28 +307,36 @@ def _summaries(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     rows = []
     for key, group in frame.groupby(keys, sort=True, observed=True, dropna=False):
         for measure in MEASURES:
-            table = _seeds_by_tasks(group, measure)
+            table = _seeds_by_starts(group, measure)
             if table.size:
-                rows.append((*key, measure, *_summary(table)))
+                ends = SHARE if measure == "success" else None
+                rows.append((*key, measure, *_summary(table, ends)))
     return pd.DataFrame(rows, columns=[*keys, "measure", *SUMMARY])
 
 
-def _seeds_by_tasks(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Mean of a measure, a row per seed and a column per task; empty where it is not known."""
+def _seeds_by_starts(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Mean of a measure, a row per seed and a column per task and start; empty if not known."""
     seed = frame["seed"].to_numpy() if "seed" in frame else 0
+    start = frame["start"].to_numpy() if "start" in frame else starts(frame)
     value = frame[measure].to_numpy(float, na_value=np.nan)
-    cells = pd.DataFrame({"seed": seed, "task_id": frame["task_id"], "value": value})
-    means = cells.dropna().groupby(["seed", "task_id"], observed=True)["value"].mean()
-    return means.unstack("task_id")
+    cells = pd.DataFrame({"seed": seed, "task_id": frame["task_id"], "start": start})
+    known = cells.assign(value=value).dropna()
+    means = known.groupby(["seed", "task_id", "start"], observed=True)["value"].mean()
+    return means.unstack(["task_id", "start"])
 
 
-def _summary(table: pd.DataFrame) -> tuple[object, ...]:
+def _summary(table: pd.DataFrame, ends: Interval | None) -> tuple[object, ...]:
     """The cells of `SUMMARY`."""
     seeds = table.mean(axis=1)
     values = table.to_numpy(float)
-    policy = np.mean([policy_interval(row) for row in values], axis=0)
-    tasks = int(table.notna().sum(axis=1).min())
-    return (seeds.mean(), *method_interval(values), *policy, seeds.tolist(), len(seeds), tasks)
+    policy = np.mean([policy_interval(row, ends) for row in values], axis=0)
+    known = table.notna()
+    num_starts = int(known.sum(axis=1).min())
+    num_tasks = min(
+        len(set(table.columns[row].get_level_values("task_id"))) for row in known.to_numpy()
+    )
+    means = (seeds.mean(), *method_interval(values, ends), *policy)
+    return (*means, seeds.tolist(), len(seeds), num_tasks, num_starts)
 
 
 def seen_in_training(path: str | Path | Iterable[str | Path]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 
 from dmrl_ray.config import RLLIB, RunConfig
 from dmrl_ray.errors import ConfigError, Misfit
-from dmrl_ray.settings import Component, did_you_mean, import_class
+from dmrl_ray.settings import SHORT_NAMES, Component, did_you_mean, import_class
 from dmrl_ray.yaml_messages import NAME_PATTERN, NAME_RULE, message_of
 from dmrl_ray.yaml_text import MAX_BYTES, Document, Path, dump, parse
 
@@ -113,6 +113,30 @@ def plain(value: object) -> Any:
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return to_jsonable_python(value)
+
+
+def choices_of(settings: object, prefix: str = "") -> dict[str, list[str]]:
+    """Dotted names of all settings, each with the values that it can take, if they are few."""
+    if isinstance(settings, Component):
+        return {f"{prefix}type": [settings.type]} | choices_of(settings.settings, prefix)
+    if isinstance(settings, dict):
+        items = [choices_of(item, f"{prefix}{key}.") for key, item in settings.items()]
+    elif isinstance(settings, BaseModel):
+        items = [_choices_of_field(settings, name, prefix) for name in type(settings).model_fields]
+    else:
+        return {}
+    return {name: choices for part in items for name, choices in part.items()}
+
+
+def _choices_of_field(settings: BaseModel, name: str, prefix: str) -> dict[str, list[str]]:
+    value, annotation = getattr(settings, name), type(settings).model_fields[name].annotation
+    if isinstance(value, Component) and name in SHORT_NAMES:
+        inside = choices_of(value, f"{prefix}{name}.")
+        return inside | {f"{prefix}{name}.type": list(SHORT_NAMES[name])}
+    if isinstance(value, Component | BaseModel | dict):
+        return choices_of(value, f"{prefix}{name}.")
+    words = ["false", "true"] if annotation is bool else []
+    return {f"{prefix}{name}": words or [str(x) for x in get_args(annotation) if type(x) is str]}
 
 
 def _refuse(document: Document) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.learning.figures import cost, returns, sources, write_episodes
 from benchmarks.learning.table import COLUMNS, RESULTS, interval, number, table
+from dmrl_ray.results import adaptation
 from dmrl_ray.statistics import t_interval
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import parse_config
@@ -23,33 +24,44 @@ def test_a_trial_is_worth_the_sum_of_its_steps():
     # Task a: 1 + 3, task b: 2 + 6.
     rows = [(0, "s", "a", 0, 0, 1), (0, "s", "a", 0, 1, 3)]
     rows += [(0, "s", "b", 0, 0, 2), (0, "s", "b", 0, 1, 6)]
-    figures = returns(episodes(*rows), 1, whole=True)
+    figures = returns(episodes(*rows), whole=True)
     assert (figures["mean"], figures["tasks"]) == (6, 2)
     assert figures["per_step"] == {0: 1.5, 1: 4.5}
 
 
 def test_else_the_last_step_alone_counts():
     rows = [(0, "s", "a", 0, step, value) for step, value in enumerate((1, 3, 7))]
-    assert returns(episodes(*rows), 1, whole=False)["mean"] == 7
+    assert returns(episodes(*rows), whole=False)["mean"] == 7
 
 
 def test_a_task_drawn_twice_counts_twice():
     # Two columns a draw: a was drawn once, b twice, so (1 + 4 + 4) / 3.
     rows = [(0, "s", "a", 0, 0, value) for value in (0, 2)]
     rows += [(0, "s", "b", 0, 0, value) for value in (3, 5, 4, 4)]
-    figures = returns(episodes(*rows), 2, whole=False)
+    figures = returns(episodes(*rows), whole=False)
     assert (figures["mean"], figures["tasks"]) == (3, 3)
 
 
-def test_a_job_of_fine_tuning_counts_once_whatever_its_episodes():
-    rows = [(0, "j0", "a", 0, 1, 2)] + [(0, "j1", "b", 0, 1, 6)] * 5
-    figures = returns(episodes(*rows), None, whole=False)
-    assert (figures["mean"], figures["tasks"]) == (4, 2)
+def test_a_job_of_fine_tuning_counts_once_however_many_episodes_it_plays():
+    rows = [(0, "j0", "a", 0, 1, 2)] * 5 + [(0, "j1", "b", 0, 1, 6)] * 5
+    rows += [(0, "j2", "b", 0, 1, 7)] * 5
+    figures = returns(episodes(*rows), whole=False)
+    assert (figures["mean"], figures["tasks"]) == (5, 3)
+
+
+def test_a_benchmark_and_the_report_have_one_mean_and_interval():
+    rows = [(s, "s", t, 0, 0, s + ord(t) % 7) for s in (0, 1) for t in "aaabbcde"]
+    frame = episodes(*rows).assign(stage="s", split="test", algorithm="ppo", success=None)
+    figures = returns(frame, whole=False)
+    reported = adaptation(frame).set_index("measure").loc["return"]
+    found = [figures[name] for name in ("mean", "low", "high", "tasks")]
+    expected = [reported[name] for name in ("mean", "low", "high", "starts")]
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_every_seed_counts_the_same():
     rows = episodes((0, "s", "a", 0, 0, 1), (1, "s", "b", 0, 0, 4), (1, "s", "c", 0, 0, 6))
-    figures = returns(rows, 1, whole=False)
+    figures = returns(rows, whole=False)
     assert figures["per_seed"] == [1, 5]
     assert figures["mean"] == 3
 
@@ -57,7 +69,7 @@ def test_every_seed_counts_the_same():
 def test_seeds_on_many_tasks_are_as_uncertain_as_their_means():
     # Means 1, 2, 4 on tasks of their own: 7 / 3 +- 4.303 * 1.528 / sqrt(3).
     rows = [(s, "s", f"{s}-{t}", 0, 0, m) for s, m in enumerate((1, 2, 4)) for t in range(50)]
-    figures = returns(episodes(*rows), 1, whole=False)
+    figures = returns(episodes(*rows), whole=False)
     assert figures["low"] == pytest.approx(7 / 3 - 3.795, abs=1e-3)
     assert figures["high"] == pytest.approx(7 / 3 + 3.795, abs=1e-3)
 

@@ -272,3 +272,28 @@ def test_tasks_lists_the_families():
     answer = call("tasks")
     assert answer.exit_code == 0
     assert "bandit" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("run quick", ["quickstart"]),
+        ("run quickstart learners.th", ["learners.threads="]),
+        ("run quickstart algorithm.outer=", ["algorithm.outer=clip", "algorithm.outer=trpo"]),
+        ("run quickstart algorithm.type=ma", ["algorithm.type=maml"]),
+        ("run quickstart stages.online.change=t", ["stages.online.change=told"]),
+        ("report fi", ["fine-1"]),
+    ],
+)
+def test_configs_runs_settings_and_their_values_are_completed(here, typed, offered):
+    shell = {
+        "_DMRL_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"dmrl {typed}",
+        "COMP_CWORD": str(len(typed.split())),
+    }
+    answer = CliRunner().invoke(cli.app, [], prog_name="dmrl", env=shell)
+    assert answer.output.split()[: len(offered)] == offered
+
+
+def test_the_version_is_told():
+    assert call("--version").output == f"dmrl_ray {cli.__version__}\n"

@@ -50,9 +50,9 @@ def event(name: str, detail: str = "{}") -> dict:
     return {"stage": "meta", "job": "0", "event": name, "detail": detail, "time": START}
 
 
-def run_of(folder, **tables: list[dict]):
+def run_of(folder, config: str = CONFIG, **tables: list[dict]):
     """A committed run with these rows."""
-    with RunWriter.create(folder / "hand", CONFIG, {"host": {"cpus": 4}}) as writer:
+    with RunWriter.create(folder / "hand", config, {"host": {"cpus": 4}}) as writer:
         for table, rows in tables.items():
             for row in rows:
                 writer.add(table, {key: [value] for key, value in row.items()})
@@ -82,11 +82,11 @@ def test_each_point_of_experience_is_a_row_of_its_mean_and_interval():
     assert cells(report, "stage") == [
         *("stage", "episodes", "steps", "return [95 %]", "score [95 %]"),
     ]
-    first, second = ["0", "0", "10.00 [10.00, 10.00]"], ["20", "100", "20.00 [20.00, 20.00]"]
+    first, second = ["0", "0", "10.00 [?]"], ["20", "100", "20.00 [?]"]  # All the same.
     assert cells(report, "final") == ["final", *first, "0.30 [-0.97, 1.57]"]
     assert cells(report, "rl2, greedy") == ["rl2, greedy", *second, "0.80 [-0.47, 2.07]"]
     assert cells(report, "2 test tasks") == ["2 test tasks", "", "", "", ""]
-    assert "Intervals are over tasks. Score: 0 is random play, 1 the oracle." in report
+    assert "Intervals are over tasks. [?]: too little was played to know one. Score" in report
 
 
 def test_returns_stand_alone_where_no_score_is_known():
@@ -151,7 +151,7 @@ def test_training_and_validation_episodes_are_not_results(tmp_path):
     ]
     rows += [episode("meta", "train", 0, 0, 0.1), episode("meta", "test", 0, 0, 0.1)]
     report = text_report(run_of(tmp_path, episodes=rows))
-    assert cells(report, "tune", "Adaptation")[4] == "1.00"
+    assert cells(report, "tune", "Adaptation")[4] == "1.00 [?]"
     assert report.count("| tune ") == 2  # Under adaptation and under training.
     with pytest.raises(AssertionError):
         cells(report, "meta", "Adaptation")
@@ -162,6 +162,38 @@ def test_many_points_keep_the_first_and_the_last():
     lines = evaluation_report(pd.DataFrame(rows)).splitlines()
     points = [line.split("|")[2].strip() for line in lines if line.startswith("| ")]
     assert points == ["episodes", "0", "2", "4", "7", "9", "11"]
+    assert "Shown are 6 of 12 points" in lines[-1]
+
+
+def test_a_figure_of_fewer_tasks_says_of_how_many():
+    rows = [
+        episode("final", "test", task, 0, 0.1 * task if task < 5 else math.nan)
+        for task in range(10)
+    ]
+    line = cells(evaluation_report(pd.DataFrame(rows)), "final")
+    assert line[-1].endswith("] (5 tasks)")
+    assert "tasks" not in line[-2]
+
+
+def test_draws_of_few_tasks_are_counted_as_starts():
+    # Returns 10 and 11 of task 0, drawn seven times, and of task 1, drawn three times.
+    rows = [
+        episode("final", "test", int(n >= 7), 0, 0.5, **{"return": 10.0 + n % 2}) for n in range(10)
+    ]
+    report = evaluation_report(pd.DataFrame(rows))
+    assert cells(report, "10 starts of 2 test tasks")
+    assert "Intervals are over starts" in report
+    low, high = re.search(r"10.50 \[(\S+), (\S+)\]", report).groups()
+    assert float(low) > 10
+    assert float(high) < 11
+
+
+def test_stages_that_play_training_tasks_are_not_held_out(tmp_path):
+    config = CONFIG + "  played: {type: evaluate, init_from: meta, split: train}\n"
+    rows = [episode("played", "train", task, 0, 0.5) for task in range(4)]
+    report = text_report(run_of(tmp_path, config, episodes=rows))
+    assert "Adaptation on held-out" not in report
+    assert cells(report, "4 train tasks", "Adaptation on training tasks")
 
 
 def test_regret_is_averaged_over_windows_of_steps_for_each_agent(tmp_path):
@@ -186,6 +218,36 @@ def test_regret_is_averaged_over_windows_of_steps_for_each_agent(tmp_path):
         ["stream", "restarted", "first", *first],
         ["stream", "restarted", "later", *later],
     ]
+
+
+def test_steps_that_are_the_same_in_all_streams_leave_the_mean_in_its_interval(tmp_path):
+    # Steps 1 and 2 are 0 in every stream and have no interval; step 3 is 3 +- 1.5.
+    ends = [("", 0.0), ("_low", math.nan), ("_high", math.nan)]
+    rows = [metric("stream", "regret_first" + end, x, u, 0, 0) for u in (1, 2) for end, x in ends]
+    rows += [
+        metric("stream", "regret_first" + end, 3.0 + off, u, 0, 0)
+        for u in (3, 4, 5, 6)
+        for end, off in (("", 0), ("_low", -1.5), ("_high", 1.5))
+    ]
+    rows += [
+        metric("stream", "regret_first" + end, x, u, 0, 0)
+        for u in (7, 8, 9)
+        for end, x in (("", 1.0), ("_low", math.nan), ("_high", math.nan))
+    ]
+    found = cells(text_report(run_of(tmp_path, metrics=rows)), "stream", "Regret")
+    assert found[3:] == ["1 [0.5, 1.5]", "3 [1.5, 4.5]", "1 [?]"]
+
+
+def test_each_online_stage_has_windows_of_its_own_length(tmp_path):
+    config = CONFIG + "  short: {type: adapt, init_from: meta}\n"
+    rows = [
+        metric(stage, "regret_first", 1.0, u, 0, 0)
+        for stage, steps in (("stream", 12), ("short", 3))
+        for u in range(1, steps + 1)
+    ]
+    report = text_report(run_of(tmp_path, config, metrics=rows))
+    assert cells(report, "stage", "Regret per step of stream")[3:] == ["1-4", "5-8", "9-12"]
+    assert cells(report, "stage", "Regret per step of short")[3:] == ["1", "2", "3"]
 
 
 def test_streams_without_an_oracle_show_returns_by_episodes_since_the_change(tmp_path):

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import dmrl_ray
-from dmrl_ray.results import SUMMARY, adaptation, load, over_experience, paired
+from dmrl_ray.results import SUMMARY, adaptation, load, over_experience, paired, starts
 from dmrl_ray.statistics import policy_interval, t_interval
 from dmrl_ray.tables import SCHEMAS
 from dmrl_ray.writer import RunWriter
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "results.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, README = ((ROOT / name).read_text() for name in ("docs/results.md", "README.md"))
 
 EPISODE = {
     "stage": "test",
@@ -105,6 +106,19 @@ def test_runs_are_found_by_path_folder_pattern_and_list(tmp_path):
     assert found(tmp_path) == ["a1", "a2", "b"]
     assert found(f"{tmp_path}/a*") == ["a1", "a2"]
     assert found([tmp_path / "b", f"{tmp_path}/*"]) == ["b", "a1", "a2"]
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path):
+    plain, bracketed = (make_run(tmp_path / name / "a", {}) for name in ("s1", "s[1]"))
+    assert load(bracketed)["run_id"].tolist() == [run_id(bracketed)]
+    assert load(f"{tmp_path}/s[1]")["run_id"].tolist() == [run_id(bracketed)]
+    assert load(f"{tmp_path}/s[12]/a")["run_id"].tolist() == [run_id(plain)]
+
+
+def test_a_run_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", {})
+    monkeypatch.chdir(tmp_path)
+    assert len(load(["run", tmp_path / "run", f"{tmp_path}/../{tmp_path.name}/run"])) == 1
 
 
 def test_runs_whose_folders_have_one_name_stay_two(tmp_path):
@@ -197,10 +211,76 @@ def episodes(*rows, **same):
 def test_every_task_counts_once_in_the_adaptation_curve():
     # Step 0: task a has returns 0, 0, 0 and task b has 1; the mean over tasks is 0.5, not 0.25.
     rows = [("a", 0, 0, 0.0)] * 3 + [("b", 0, 0, 1.0), ("a", 0, 1, 3.0), ("b", 0, 1, 5.0)]
-    curve = adaptation(episodes(*rows))
+    curve = adaptation(episodes(*rows).assign(episode=[0, 1, 2, 0, 3, 3]))
     assert curve["adaptation_step"].tolist() == [0, 1]
     assert curve["mean"].tolist() == [0.5, 4.0]
     assert curve["tasks"].tolist() == [2, 2]
+
+
+def test_a_task_counts_as_often_as_it_was_drawn():
+    # Task a was drawn three times and b once, each for two copies that play side by side.
+    frame = episodes(*[("a", 0, 0, 0.0)] * 6, *[("b", 0, 0, 1.0)] * 2)
+    (row,) = adaptation(frame).to_dict("records")
+    assert (row["mean"], row["tasks"], row["starts"]) == (0.25, 2, 4)
+    assert starts(frame).tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+
+
+def test_the_mean_of_unequal_draws_is_that_of_the_family():
+    # Task 0 has probability 0.8 and return 0, the 30 others share 0.2 and return 1.
+    rng = np.random.default_rng(0)
+    drawn = np.where(rng.random(2000) < 0.8, 0, rng.integers(1, 31, 2000))
+    frame = episodes(*((str(t), 0, 0, float(t > 0)) for t in drawn))
+    (row,) = adaptation(frame).to_dict("records")
+    assert row["policy_low"] < 0.2 < row["policy_high"]
+    assert row["policy_high"] - row["policy_low"] < 0.05
+    assert row["starts"] == 2000
+
+
+def test_parallel_copies_are_one_start_unless_experience_tells_them_apart():
+    # Two episodes each: copies share what came before the second, an agent that is alone does not.
+    rows = [(task, 0, e, 1.0) for task in "ab" for e in (0, 1) for _ in range(4)]
+    frame = episodes(*rows)
+    own = frame["adaptation_step"]
+    copies = frame.assign(episode=own, experience_episodes=4 * own)
+    assert set(starts(copies)) == {0}
+    assert set(starts(copies.assign(experience_episodes=own))) == {0, 1, 2, 3}
+
+
+def test_experience_does_not_cut_copies_into_starts():
+    # Copies end at different times: of the same experience, tasks have one episode or two.
+    rows = [(task, 0, 0, 1.0) for task in "abcd" for _ in range(4)]
+    frame = episodes(*rows).assign(
+        episode=[0, 0, 1, 1] * 4,
+        greedy=True,
+        experience_steps=0,
+        experience_episodes=[0, 0, 1, 2, 0, 0, 2, 2, 0, 0, 1, 1, 0, 0, 1, 2],
+    )
+    assert (over_experience(frame)["starts"] == over_experience(frame)["tasks"]).all()
+
+
+def stream(job, change, value):
+    rows = [(f"t{n % 2}", 0, step, value) for n in range(4) for step in range(2)]
+    numbers = [n for n in range(4) for _ in range(2)]
+    return episodes(*rows, stage="stream", job=job, split="test").assign(
+        trial=numbers,
+        change=change,
+        episode=[0, 1] * 4,
+        experience_episodes=[0, 1] * 4,
+        experience_steps=[0, 9] * 4,
+        greedy=True,
+    )
+
+
+def test_agents_of_a_stream_changes_and_splits_are_never_mixed():
+    parts = [stream("stream", k, 1.0 + k) for k in (0, 1)]
+    parts += [stream("stream.restarted", 0, 3.0)]
+    tuned = [stream(f"f.{i}", None, 4.0).assign(stage="tuned") for i in range(2)]
+    parts += [*tuned, tuned[0].assign(split="validation", **{"return": 6.0})]
+    frame = pd.concat(parts, ignore_index=True)
+    for curve in (adaptation(frame, by=()), over_experience(frame, by=())):
+        assert sorted(set(curve["mean"])) == [1, 2, 3, 4, 6]
+        assert len(curve) == 2 * 5  # Jobs of fine-tuning are tasks, not agents.
+        assert (curve.loc[curve["change"].notna(), "starts"] == 4).all()
 
 
 def test_every_seed_counts_once_however_many_tasks_it_met():
@@ -240,7 +320,8 @@ def test_measures_stand_below_each_other_where_they_are_known():
 def test_an_empty_frame_has_an_empty_adaptation_curve(tmp_path):
     curve = adaptation(load(make_run(tmp_path / "run")), by=("run_id", "stage"))
     assert len(curve) == 0
-    assert list(curve.columns[:5]) == ["run_id", "stage", "algorithm", "adaptation_step", "measure"]
+    keys = ["run_id", "stage", "split", "algorithm", "adaptation_step", "measure"]
+    assert list(curve.columns[:6]) == keys
 
 
 def on_one_axis():
@@ -268,6 +349,9 @@ def test_steps_are_an_axis_too():
     assert curve["experience_episodes"].tolist() == [0, 20, 0, 1, 2]
     with pytest.raises(ValueError, match="'return' is not one of experience_episodes"):
         over_experience(on_one_axis(), "return")
+    with pytest.raises(ValueError, match="points: 1 is not 2 or more"):
+        over_experience(on_one_axis(), points=1)
+    assert over_experience(on_one_axis(), by=("algorithm",)).columns.is_unique
 
 
 def test_many_amounts_of_experience_are_joined_and_none_stays_alone():
@@ -301,15 +385,15 @@ def two_methods(tasks=16):
     rows = [
         (str(t), s, 0, hard[t] + s + 0.1 * rng.normal()) for s in range(5) for t in range(tasks)
     ]
-    maml, rl2 = episodes(*rows), episodes(*rows, algorithm="rl2")
-    return pd.concat([maml, rl2.assign(**{"return": rl2["return"] + 2})])
+    maml, rl2 = episodes(*rows, change=None), episodes(*rows, algorithm="rl2", change=None)
+    better = 2 + 0.01 * rng.normal(size=len(rows))
+    return pd.concat([maml, rl2.assign(**{"return": rl2["return"] + better})])
 
 
 def test_what_is_common_to_both_leaves_a_paired_difference():
     (row,) = paired(two_methods(), "rl2", "maml").to_dict("records")
-    assert row["mean"] == pytest.approx(2)
-    assert (row["low"], row["high"]) == pytest.approx((2, 2))
-    assert row["by_seed"] == pytest.approx([2] * 5)
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((2, 2, 2), abs=0.01)
+    assert row["by_seed"] == pytest.approx([2] * 5, abs=0.01)
     assert (row["seeds"], row["tasks"]) == (5, 16)
     alone = adaptation(two_methods())
     assert (alone["high"] - alone["low"] > 2).all()
@@ -320,7 +404,21 @@ def test_only_what_both_met_is_paired():
     lacking = (frame["algorithm"] == "rl2") & ((frame["seed"] == 4) | (frame["task_id"] == "3"))
     (row,) = paired(frame[~lacking], "rl2", "maml").to_dict("records")
     assert (row["seeds"], row["tasks"]) == (4, 15)
-    assert row["mean"] == pytest.approx(2)
+    assert row["mean"] == pytest.approx(2, abs=0.01)
+
+
+def test_one_task_of_64_does_not_make_a_policy_better():
+    rows = [(str(t), 0, 0, 0.0) for t in range(64)]
+    won = episodes(*rows, algorithm="rl2", success=True)
+    frame = pd.concat([won, won.assign(algorithm="maml", success=won["task_id"] != "7")])
+    frame["success"] = frame["success"].astype("boolean")
+    found = paired(frame, "rl2", "maml").set_index("measure")
+    assert found.loc["success", "mean"] == 1 / 64
+    assert found.loc["success", "policy_low"] < 0 < found.loc["success", "policy_high"]
+    assert np.isnan(found.loc["return", ["policy_low", "policy_high"]].tolist()).all()
+    paid = frame.assign(**{"return": frame["success"].astype(float)})
+    found = paired(paid, "rl2", "maml").set_index("measure")
+    assert found.loc["return", "policy_low"] < 0 < found.loc["return", "policy_high"]
 
 
 def test_what_cannot_be_paired_is_said():
@@ -330,6 +428,21 @@ def test_what_cannot_be_paired_is_said():
     other = frame.assign(task_id=frame["algorithm"] + frame["task_id"])
     with pytest.raises(ValueError, match="'rl2' and 'maml' share no task_id"):
         paired(other, "rl2", "maml")
+    crossed = (frame["algorithm"] == "rl2") == (
+        frame["seed"] % 2 == frame["task_id"].astype(int) % 2
+    )
+    with pytest.raises(ValueError, match="no seed met a task with 'rl2' and with 'maml'"):
+        paired(frame[crossed], "rl2", "maml")
+
+
+@pytest.mark.parametrize(
+    ("values", "known"),
+    [(["x", None], "'x'"), ([True, False], "False, True"), ([1.0, np.nan], "1.0")],
+)
+def test_what_there_is_to_pair_is_listed_plainly(values, known):
+    frame = two_methods().assign(kind=values * 80)
+    with pytest.raises(ValueError, match=f"no episode of 'b'; there are {known}$"):
+        paired(frame, "x" if "x" in values else values[0], "b", by="kind")
 
 
 def test_the_page_on_results_runs(tmp_path, monkeypatch, capsys):
@@ -339,10 +452,25 @@ def test_the_page_on_results_runs(tmp_path, monkeypatch, capsys):
     names = {}
     exec(first, names)
     assert len(names["episodes"]) == 1
+    (recipe,) = [
+        b for b in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "adaptation(" in b
+    ]
     frame = two_methods().assign(experience_episodes=2, experience_steps=20, greedy=True)
-    for block in blocks:
-        exec(block, {"episodes": frame.assign(split="test")})
-    assert "experience_episodes" in capsys.readouterr().out
+    frame = frame.assign(split="test", job="held_out")
+    # None of these is a result of the agent on held-out tasks.
+    wrong = {"return": 1e6}
+    streams = [
+        frame.assign(stage="s", job=f"s{x}", change=1, trial=0, **wrong) for x in ("", ".unadapted")
+    ]
+    mixed = pd.concat([frame, *streams, frame.assign(split="train", **wrong)], ignore_index=True)
+    for block in [*blocks, recipe.replace('dmrl_ray.load("runs/*")', "mixed")]:
+        found = {}
+        for rows in (frame, mixed):
+            names = {"episodes": rows, "mixed": rows}
+            exec(block, names)
+            found[len(rows)] = capsys.readouterr().out
+        assert len(set(found.values())) == 1
+        assert re.search("experience_episodes|measure", found[len(frame)])
 
 
 def test_the_page_on_results_explains_every_column():

@@ -5,6 +5,8 @@ import pytest
 from scipy.stats import binom
 
 from dmrl_ray.statistics import (
+    DIFFERENCE_OF_SHARES,
+    SHARE,
     exact_interval,
     method_interval,
     policy_interval,
@@ -34,8 +36,8 @@ def test_three_values_have_students_t():
 
 def test_sixteen_failures_leave_a_fifth_possible():
     # The largest rate p at which sixteen failures have probability 0.025: 1 - 0.025 ** (1 / 16).
-    assert policy_interval(np.zeros(16)) == pytest.approx((0, 1 - 0.025 ** (1 / 16)))
-    assert policy_interval(np.ones(16)) == pytest.approx((0.025 ** (1 / 16), 1))
+    assert policy_interval(np.zeros(16), SHARE) == pytest.approx((0, 1 - 0.025 ** (1 / 16)))
+    assert policy_interval(np.ones(16), SHARE) == pytest.approx((0.025 ** (1 / 16), 1))
 
 
 @pytest.mark.parametrize("trials", [2, 16, 64])
@@ -48,11 +50,55 @@ def test_the_exact_interval_covers_every_rate(trials):
     assert covered.min() >= 0.95
 
 
-def test_two_values_are_outcomes_whatever_they_are_called():
-    # Return -1 or 1 is 2 * success - 1.
-    won = np.arange(16) % 4 == 0
-    low, high = exact_interval(4, 16)
-    assert policy_interval(2.0 * won - 1) == pytest.approx((2 * low - 1, 2 * high - 1))
+@pytest.mark.parametrize("value", [0.0, 1.0, 3.0, 0.1 + 0.2])
+@pytest.mark.parametrize("count", [4, 16])
+def test_values_that_are_all_the_same_do_not_bound_others(value, count):
+    same = value * (1 + 2.3e-16 * np.arange(count))  # As sums in another order are.
+    assert np.isnan(policy_interval(same)).all()
+    assert np.isnan(t_interval(same)).all()
+    assert np.isnan(method_interval(np.tile(same, (5, 1)))).all()
+
+
+def test_only_what_is_known_to_be_an_outcome_has_the_interval_of_one():
+    values = 1.0 * (np.arange(16) % 4 == 0)
+    assert policy_interval(values, SHARE) == exact_interval(4, 16)
+    both = t_interval(values), studentised_interval(np.sort(values))
+    assert policy_interval(values) == (min(both)[0], max(end for _, end in both))
+
+
+@pytest.mark.parametrize("won", [0.5, 0.8, 1.0])  # of the tasks that differ
+@pytest.mark.parametrize("rate", [0.02, 0.04, 0.1, 0.3])
+@pytest.mark.parametrize("pairs", [4, 16, 64])
+def test_differences_of_outcomes_are_covered_however_rare_they_are(pairs, rate, won):
+    rng = np.random.default_rng(0)
+    chances = [rate * won, rate * (1 - won), 1 - rate]
+    samples = rng.choice([1.0, -1.0, 0.0], (600, pairs), p=chances)
+    intervals = [policy_interval(sample, DIFFERENCE_OF_SHARES) for sample in samples]
+    assert coverage(intervals, rate * (2 * won - 1)) >= 0.92
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.04, 0.1, 0.3])
+def test_returns_that_seldom_differ_are_covered_where_an_interval_is_known(rate):
+    rng = np.random.default_rng(0)
+    samples = rng.choice([1.0, -1.0, 0.0], (600, 64), p=[rate / 2, rate / 2, 1 - rate])
+    intervals = [policy_interval(sample) for sample in samples if sample.any()]
+    assert coverage(intervals, 0.0) >= 0.92
+
+
+def test_a_task_that_differs_does_not_tell_two_policies_apart():
+    # Two more pairs, won and lost: mean 1 / 66, variance (3 / 66 - 1 / 66^2) / 66 = 0.02614^2, and
+    # Student's t of 63 degrees of freedom is 1.998.
+    differences = np.eye(64)[0]
+    low, high = policy_interval(differences, DIFFERENCE_OF_SHARES)
+    assert (low, high) == pytest.approx((-0.0371, 0.0674), abs=2e-4)
+    assert policy_interval(-differences, DIFFERENCE_OF_SHARES) == (-high, -low)
+
+
+def test_no_interval_of_success_leaves_zero_to_one():
+    rates = np.array([1.0, 0.9375, 0.9375, 0.9375, 0.5])
+    assert t_interval(rates)[1] > 1
+    assert policy_interval(rates, SHARE)[1] == 1
+    assert method_interval(own_tasks(np.tile(rates[:, None], (1, 2))), SHARE)[1] == 1
 
 
 def test_a_skewed_mean_over_sixteen_tasks_is_covered():
@@ -129,7 +175,15 @@ def test_shared_tasks_never_narrow_what_three_seeds_show():
 
 
 def test_seeds_that_all_always_succeed_are_not_certain():
-    assert method_interval(np.ones((5, 64))) == exact_interval(64, 64)
+    assert method_interval(np.ones((5, 64)), SHARE) == exact_interval(64, 64)
+
+
+def test_a_single_task_that_seeds_share_could_be_any():
+    # Seeds hardly differ; how far this task lies from the others, none of them shows.
+    assert np.isnan(method_interval(10 + 0.01 * np.arange(5.0)[:, None])).all()
+    two = np.random.default_rng(0).normal(size=(1000, 1, 2))
+    tables = two + 0.02 * np.random.default_rng(1).normal(size=(1000, 5, 1))
+    assert coverage([method_interval(table) for table in tables], 0.0) > 0.9
 
 
 def test_one_seed_has_no_interval_over_seeds():

@@ -11,7 +11,7 @@ import pandas as pd
 
 from dmrl_ray.commits import load_run_config
 from dmrl_ray.config import Evaluate, Finetune, Pretrain, RunConfig
-from dmrl_ray.results import load
+from dmrl_ray.results import load, starts
 from dmrl_ray.spec import load_family
 from dmrl_ray.stages import job_spec
 from dmrl_ray.statistics import method_interval
@@ -39,11 +39,10 @@ def figures(folders: Sequence[Path]) -> dict[str, object]:
         spec = job_spec(config, name)
         whole = bool(spec.algorithm.load().memory_spans_trial)
         rows = episodes[episodes["stage"] == name]
-        columns = getattr(spec.algorithm.settings, "episodes_per_task", 1)
         stages[name] = {
             "method": spec.algorithm_name,
             "measure": "return of a trial" if whole else "return at the last step",
-            **returns(rows, None if isinstance(stage, Finetune) else columns, whole=whole),
+            **returns(rows, whole=whole),
             **reference_points(config, whole=whole),
             **cost(events, sources(config, name)),
         }
@@ -59,24 +58,18 @@ def write_episodes(folders: Sequence[Path], path: Path) -> None:
     rows.astype({"return": "float32"}).to_parquet(path, compression="zstd", index=False)
 
 
-def returns(rows: pd.DataFrame, columns: int | None, *, whole: bool) -> dict[str, object]:
+def returns(rows: pd.DataFrame, *, whole: bool) -> dict[str, object]:
     """Mean return with its 95 % interval over training seeds, and of each seed and step.
 
     Args:
-        columns: environments that played one drawn task side by side; None if each task has a job
-            of its own, which counts once.
         whole: sum the adaptation steps of a trial; else the last alone counts.
     """
-    keys = ["seed", "job", "task_id", "trial"]
+    rows = rows.assign(start=starts(rows))
     by_step = rows.groupby("adaptation_step")[["return", "score"]].mean().round(4)
     counted = rows if whole else rows[rows["adaptation_step"] == rows["adaptation_step"].max()]
-    draw = pd.Series(0, counted.index)
-    if columns is not None:  # Small families draw a task more than once; every draw counts.
-        draw = counted.groupby([*keys, "adaptation_step"]).cumcount() // columns
-    counted = counted.assign(draw=draw)
-    steps = counted.groupby([*keys, "draw", "adaptation_step"])["return"].mean()
-    trials = steps.groupby(["seed", "task_id", "trial", "draw"]).sum()
-    table = trials.unstack(["task_id", "trial", "draw"])
+    start = ["seed", "task_id", "start"]
+    trials = counted.groupby([*start, "adaptation_step"])["return"].mean().groupby(start).sum()
+    table = trials.unstack(["task_id", "start"])
     seeds = table.mean(axis=1)
     low, high = method_interval(table.to_numpy(float))
     return {
@@ -120,7 +113,7 @@ def sources(config: RunConfig, name: str) -> Iterator[str]:
 def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
     """Environment steps and seconds of training, of each seed."""
     ended = events[events["stage"].isin(list(stages)) & (events["event"] == "job_finished")]
-    ended = ended.drop_duplicates(["run_id", "job"], keep="last")  # One may be trained on later.
+    ended = ended.drop_duplicates(["run_id", "stage"], keep="last")  # One may be trained on later.
     details = pd.DataFrame([json.loads(detail) for detail in ended["detail"]])
     sums = details.groupby(ended["run_id"].to_numpy(), sort=False)[["env_steps", "seconds"]].sum()
     return {
