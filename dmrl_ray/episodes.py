@@ -38,8 +38,8 @@ class Episodes:
         self._rows: list[dict[str, Any]] = []
         self._now: int | None = 0
         self.start()
+        self._open_accounts()
         self.begin_trial()
-        self._next = self._account
         self.begin(np.empty(num_envs, object))
 
     def start(self, updates: int = 0) -> None:
@@ -50,6 +50,15 @@ class Episodes:
         """
         self._rows = []
         self._updates = updates
+
+    def _open_accounts(self) -> None:
+        """Nothing is known of any task."""
+        self._accounts: dict[tuple[int, str], int] = {}
+        # Steps and episodes of each account; the first is nobody's.
+        self._had: np.ndarray = np.zeros((2, 1), np.int64)
+        self._account: np.ndarray = np.zeros(self.num_envs, np.int64)
+        self._next = self._account
+        self._length: np.ndarray = np.zeros(self.num_envs, np.int64)
 
     def assign(self, tasks: Sequence[Task], agent: np.ndarray | None) -> None:
         """Tasks (B,) that environments take at their next episodes' starts.
@@ -73,12 +82,8 @@ class Episodes:
     def begin_trial(self) -> None:
         """Count episodes from 0 again, and experience unless agents have had updates from it."""
         self.number = np.zeros(self.num_envs, np.int64)
-        if self._updates:
-            return
-        self._accounts: dict[tuple[int, str], int] = {}
-        self._had = np.zeros((2, 1), np.int64)  # steps and episodes of accounts; the first is void
-        self._account = np.zeros(self.num_envs, np.int64)
-        self._length = np.zeros(self.num_envs, np.int64)
+        if not self._updates:
+            self._open_accounts()
 
     def begin(self, task_of: np.ndarray, quota: int | None = None, *, forget: bool = True) -> None:
         """Every environment starts an episode on its task; what was open is dropped.
@@ -120,9 +125,10 @@ class Episodes:
 
     def _adaptation_step(self, columns: np.ndarray) -> np.ndarray:
         """Of episodes that begin: updates on their task, and what came since in this trial."""
+        since: np.ndarray = self.number[columns] - self._forgot[columns]
         if self._now is not None:
-            return np.full(len(columns), self._updates + self._now)
-        return self._updates + self.number[columns] - self._forgot[columns]
+            since = np.full(len(columns), self._now)
+        return since + self._updates
 
     def add(self, reward: np.ndarray, steps: int = 1) -> None:
         """Reward of one step, or several, of every environment."""

@@ -93,7 +93,7 @@ class RolloutWorker:
                 open_before=open_before,
                 step_is_episode=algorithm.memory_spans_trial,
             )
-            recorded["adaptation_step"] = recorded["adaptation_step"] + task_updates
+            recorded["adaptation_step"] = np.asarray(recorded["adaptation_step"]) + task_updates
         report = CollectReport(
             episodes,
             int(made[-1]),
