@@ -58,6 +58,6 @@ class CollectReport:
     seconds: float
     env_s: float  # of them, in the environments
     inference_s: float  # of them, in the policy
-    tasks: dict[str, pa.Array]  # rows of those that the episodes name
+    tasks: dict[str, pa.Array]  # rows of those that are played and were not before
     steps: Steps | None = None  # where the job is recorded
     left_out: tuple[LeftOut, ...] = ()  # of data, from the collection of a job that is made first

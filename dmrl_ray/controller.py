@@ -13,8 +13,10 @@ from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
+
 from dmrl_ray.checks import check
-from dmrl_ray.commits import as_overrides, load_run_config
+from dmrl_ray.commits import as_overrides, committed_parts, load_run_config
 from dmrl_ray.config import Pretrain, RunConfig
 from dmrl_ray.continuation import change, changes
 from dmrl_ray.display import Display
@@ -142,7 +144,20 @@ def evaluate(
         rows = evaluate_policy(
             current, spec, policy, drawn, trials=trials, policy_version=policy.version
         )
-        return pd.DataFrame(rows).assign(stage=name, algorithm=spec.algorithm_name)
+        rows["env_steps"][:] = _env_steps(folder, name, policy.version)
+        return pd.DataFrame(rows).assign(
+            run_id=writer.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed
+        )
+
+
+def _env_steps(folder: Path, stage: str, version: int) -> int:
+    """Environment steps of a stage's training until a policy was made."""
+    wanted = [("stage", "==", stage), ("policy_version", "==", version)]
+    for part in committed_parts(folder, "metrics"):
+        rows = pq.read_table(part, columns=["env_steps"], filters=wanted)
+        if len(rows):
+            return int(rows["env_steps"][0].as_py())
+    return 0
 
 
 def facts(config: RunConfig) -> dict[str, Any]:

@@ -255,16 +255,14 @@ class Recorded(ParquetSource):
         known = ", ".join(f"{name} {cell}" for name, cell in cells.items())
         return f"{super().where(block, row)} ({known})"
 
-    def drawn(self) -> set[tuple[str, str]]:
-        """Id and split of every task that was recorded."""
-        names = ["task_id", "split", "stage"]
-        found: set[tuple[str, str]] = set()
+    def drawn(self) -> set[tuple[str, str, str, str]]:
+        """Run, stage, task and split of everything that was recorded."""
+        names = ["run_id", "stage", "task_id", "split"]
+        found: set[tuple[str, str, str, str]] = set()
         for block in range(self.num_blocks):
             rows = self.table(block, names).group_by(names).aggregate([]).select(names)
-            for task_id, split, stage in zip(*rows.to_pydict().values(), strict=True):
-                if self._stage in (None, stage):
-                    found.add((task_id, split))
-        return found
+            found.update(zip(*rows.to_pydict().values(), strict=True))
+        return {row for row in found if self._stage in (None, row[1])}
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
         super()._check(path, schema)

@@ -203,6 +203,11 @@ class Episodes:
         self._accounts = {key: number[a] for key, a in self._accounts.items() if a in number}
         self._had = self._had[:, kept]
 
+    def begun(self) -> list[Task]:
+        """Tasks of the open episodes that have steps."""
+        tasks: list[Task] = self._task_of[self._length > 0].tolist()
+        return tasks
+
     def open(self) -> Open:
         """Copies of what is known of the open episodes."""
         return Open(self._task_of.copy(), self.number.copy(), self._length.copy())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from dmrl_ray.config import Adapt, Finetune, Pretrain, RunConfig, Stage
-from dmrl_ray.data_files import Recorded
-from dmrl_ray.data_sources import DataSettings
+from dmrl_ray.data_sources import DataSettings, recordings_of
 from dmrl_ray.faults import sample
+from dmrl_ray.lineage import learned_from, line_of
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Split, Task, random_stream
 
@@ -22,21 +23,6 @@ def evaluation_tasks(family: TaskDistribution, seed: int, split: Split, n: int) 
         stream = random_stream(seed, "evaluation tasks", split, block)
         tasks += sample(family, stream, TASK_BLOCK, split)
     return tasks[:n]
-
-
-def line_of(starts: Mapping[str, str | None], stage: str) -> list[str]:
-    """A stage and those that its policy goes back to, newest first.
-
-    Args:
-        starts: of all stages, the one that each starts from.
-        stage: the newest.
-    """
-    line = [stage]
-    source = starts[stage]
-    while source is not None and source in starts and source not in line:
-        line.append(source)
-        source = starts[source]
-    return line
 
 
 def check_seen(
@@ -60,7 +46,7 @@ def check_seen(
         if not learns_from:
             raise ValueError("allow_seen: this stage learns from no recordings; leave it out")
         return
-    starts = {key: getattr(other, "init_from", None) for key, other in config.stages.items()}
+    starts = {key: _starts(config, other) for key, other in config.stages.items()}
     later = [key for key in config.stages if name in line_of(starts, key)]
     for field, data in learns_from.items():
         recorded = _recorded(config, data, family)
@@ -78,12 +64,19 @@ def check_seen(
 def _recorded(config: RunConfig, data: DataSettings, family: TaskDistribution) -> set[str]:
     """Ids of the validation and test tasks in recordings, as far as they can be known."""
     if data.runs:
-        drawn = Recorded(data.runs, data.stage).drawn()
-        return {task_id for task_id, split in drawn if split != "train"}
+        trained = learned_from(data, Path())
+        return {task_id for task_id, split in trained.tasks if split != "train"}
     stage = None if data.stage is None else config.stages[data.stage]
     if stage is None or isinstance(stage, Pretrain):  # which records its training
         return set()
     return {task.id for task in _held_out(config, stage, family)}
+
+
+def _starts(config: RunConfig, stage: Stage) -> list[str | None]:
+    """The stages that a stage starts from, or learns from the recordings of."""
+    algorithm = getattr(stage, "algorithm", None) or config.algorithm
+    data = recordings_of(algorithm.settings) if isinstance(stage, (Pretrain, Finetune)) else {}
+    return [getattr(stage, "init_from", None), *(d.stage for d in data.values() if not d.runs)]
 
 
 def _held_out(config: RunConfig, stage: Stage, family: TaskDistribution) -> list[Task]:

@@ -35,12 +35,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from dmrl_ray.calls import CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.config import By, Pretrain, settled
+from dmrl_ray.faults import reference
 from dmrl_ray.foreign import ForeignAlgorithm, foreign_of
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, build
@@ -78,7 +79,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
         return _run_foreign(run, spec, stage, initial, foreign)
     with closing(run.learners(spec)) as learners:
         progress, states = _begin(run, spec, learners, initial)
-        validation = run.tasks("validation", stage.validation_tasks)
+        validation = _validation(run, stage)
         clock = time.monotonic()
         spent = {"time/write_s": 0.0}  # by the driver, since the newest update
         in_flight: deque[tuple[int, Any]] = deque()  # acting version and calls, oldest first
@@ -115,7 +116,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
                 _record(run, spec, progress, reports, metrics, elapsed)
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted(), _timed(spent, "time/validate_s"):
-                    _validate(run, spec, learners, progress, validation, stage.greedy)
+                    _validate(run, spec, learners, progress, validation)
             with _timed(spent, "time/write_s"):
                 run.tick(snapshot)
         _save_policy(run, spec, "last", learners)
@@ -138,7 +139,7 @@ def _run_foreign(
     run.connect()
     with closing(foreign):
         progress, _ = _begin(run, spec, foreign, initial)
-        validation = run.tasks("validation", stage.validation_tasks)
+        validation = _validation(run, stage)
         clock = time.monotonic()
 
         def snapshot() -> None:
@@ -154,7 +155,7 @@ def _run_foreign(
             done = progress.env_steps >= stage.env_steps
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted():
-                    _validate(run, spec, foreign, progress, validation, stage.greedy)
+                    _validate(run, spec, foreign, progress, validation)
             run.tick(snapshot)
         _save_policy(run, spec, "last", foreign)
         snapshot()
@@ -248,15 +249,28 @@ def tasks_at_once(family: TaskDistribution, copies: int, episodes: int) -> int:
     return max(1, columns // copies)
 
 
-def selection_score(spec: JobSpec, rows: Columns) -> float:
-    """What models are chosen by: the mean over a trial if memory adapts, else its last step's.
+@dataclass(frozen=True)
+class Validation:
+    """What a model is chosen by: scores on its tasks if every one has them, else returns."""
 
-    Scores where the family knows them, returns where not.
-    """
-    values = rows["return"] if np.isnan(rows["score"]).any() else rows["score"]
-    if not (foreign_of(spec) or spec.algorithm.load()).memory_spans_trial:
-        values = values[rows["adaptation_step"] == rows["adaptation_step"].max()]
-    return float(values.mean())
+    tasks: list[Task]
+    measure: Literal["score", "return"]
+    greedy: bool
+
+    def value(self, spec: JobSpec, rows: Columns) -> float:
+        """The mean over a trial if memory adapts, else over its last adaptation step."""
+        values = rows[self.measure]
+        if not (foreign_of(spec) or spec.algorithm.load()).memory_spans_trial:
+            values = values[rows["adaptation_step"] == rows["adaptation_step"].max()]
+        return float(values.mean())
+
+
+def _validation(run: Run, stage: Pretrain) -> Validation:
+    """Decided once for the job, from its tasks and not from what was played."""
+    tasks = run.tasks("validation", stage.validation_tasks)
+    ends = [reference(run.distribution, task) for task in tasks]
+    scored = all(end is not None and end.tells for end in ends)
+    return Validation(tasks, "score" if scored else "return", stage.greedy)
 
 
 def _begin(
@@ -305,6 +319,9 @@ def _record(
 ) -> None:
     for report in reports:
         run.add_tasks(report.tasks)
+        run.add_trained_on(
+            spec.stage, report.tasks["task_id"].to_pylist(), report.tasks["split"].to_pylist()
+        )
         run.add_episodes(spec, report.episodes)
         if report.steps is not None:
             run.add_steps(spec, report.steps)
@@ -331,17 +348,17 @@ def _record(
 
 
 def _validate(
-    run: Run, spec: JobSpec, learners: Any, progress: Progress, tasks: list[Task], greedy: bool
+    run: Run, spec: JobSpec, learners: Any, progress: Progress, validation: Validation
 ) -> None:
     """Evaluate on the validation tasks; the best policy so far is kept."""
-    policy = learners.published()
-    rows = evaluate(run, spec, policy, tasks, greedy=greedy, policy_version=progress.updates)
-    score = selection_score(spec, rows)
+    policy, version, greedy = learners.published(), progress.updates, validation.greedy
+    rows = evaluate(run, spec, policy, validation.tasks, greedy=greedy, policy_version=version)
+    score = validation.value(spec, rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
     run.add_episodes(spec, rows)
-    kind = "return" if np.isnan(rows["score"]).any() else "score"
-    run.add_metrics(spec, progress.updates, progress.env_steps, {f"validation_{kind}": score})
-    if kind == "score":
+    figures = {f"validation_{validation.measure}": score}
+    run.add_metrics(spec, version, progress.env_steps, figures)
+    if validation.measure == "score":
         run.display.update(spec.stage, progress.env_steps, score=score)
     newest = not spec.algorithm.load().learns_to_act
     if newest or progress.best_score is None or score > progress.best_score:

@@ -9,17 +9,15 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmrl_ray.commits import committed_parts, settings_changed
-from dmrl_ray.data_files import Recorded
-from dmrl_ray.data_sources import DataSettings
-from dmrl_ray.held_out import line_of
+from dmrl_ray.commits import committed_parts
+from dmrl_ray.lineage import Lineage
+from dmrl_ray.lineage import run_config as run_config
 from dmrl_ray.statistics import (
     DIFFERENCE_OF_SHARES,
     SHARE,
@@ -28,7 +26,6 @@ from dmrl_ray.statistics import (
     policy_interval,
 )
 from dmrl_ray.tables import HISTORY, IN_HISTORY, check_columns, schema_of
-from dmrl_ray.yaml_text import parse
 
 MEASURES = ("return", "score", "success")
 EXPERIENCE = ("experience_episodes", "experience_steps")
@@ -342,8 +339,9 @@ def _summary(table: pd.DataFrame, ends: Interval | None) -> tuple[object, ...]:
 def seen_in_training(path: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     """How many of the tasks that stages report on were trained on.
 
-    A policy has seen the tasks of the training episodes of all stages that it goes back to, and
-    those in the recordings that they learned from.
+    A policy has seen the tasks that all stages that it goes back to were trained on: those played
+    in training, those in the recordings that they learned from, and those that the recorded
+    policies were trained on.
 
     Args:
         path: as of `load`.
@@ -356,7 +354,7 @@ def seen_in_training(path: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     """
     rows = []
     for run in find_runs(path):
-        config, episodes = run_config(run), load(run)
+        config, episodes, lineage = run_config(run), load(run), Lineage(run)
         for name, stage in config.get("stages", {}).items():
             split = stage.get("split", "test")
             here = episodes[(episodes["stage"] == name) & (episodes["split"] == split)]
@@ -365,55 +363,12 @@ def seen_in_training(path: str | Path | Iterable[str | Path]) -> pd.DataFrame:
             tasks = set(here["task_id"])
             drawn = stage.get("streams", 1) * stage.get("tasks_per_stream", 1)
             starts = stage.get("tasks", drawn)
-            seen, complete, allowed_by = _trained_on(run, config, episodes, name)
+            if stage.get("type") == "finetune":  # Of which some jobs may be open.
+                starts = here["job"].nunique()
+            trained = lineage.of(name)
+            seen = {task_id for task_id, _ in trained.tasks}
             found = (split, len(tasks), max(starts, len(tasks)), len(tasks & seen))
-            rows.append((here["run_id"].iloc[0], name, *found, complete, allowed_by))
+            marks = (trained.complete, trained.allowed_by)
+            rows.append((lineage.run_id, name, *found, *marks))
     names = ("run_id", "stage", "split", "tasks", "starts", "seen", "complete", "allowed_by")
     return pd.DataFrame(rows, columns=names)
-
-
-def run_config(run: Path) -> dict[str, Any]:
-    """The settings that a run goes on with, as they are written; empty if there are none."""
-    path = run / "config.yaml"
-    document = parse(str(path), path.read_text() if path.is_file() else "")
-    if not isinstance(document.data, dict):
-        return {}
-    for override in settings_changed(run):
-        document.override(override)
-    return document.data
-
-
-def _trained_on(
-    run: Path, config: dict[str, Any], episodes: pd.DataFrame, name: str
-) -> tuple[set[str], bool, str]:
-    """Ids of tasks, whether these are all, and which stage allowed it, for a stage's policy."""
-    stages: dict[str, dict[str, Any]] = config["stages"]
-    seen: set[str] = set()
-    complete, allowed_by = True, ""
-    for source in line_of({key: stage.get("init_from") for key, stage in stages.items()}, name):
-        stage = stages[source]
-        allowed_by = source if stage.get("allow_seen") else allowed_by
-        complete = complete and (stage.get("init_from") or source) in stages
-        if stage.get("type") == "pretrain":
-            mine = (episodes["stage"] == source) & (episodes["split"] == "train")
-            seen |= set(episodes.loc[mine, "task_id"])
-        if stage.get("type") not in ("pretrain", "finetune"):
-            continue
-        algorithm = stage.get("algorithm") or config.get("algorithm")
-        for data in algorithm.values() if isinstance(algorithm, dict) else ():
-            if data and isinstance(data, dict) and data.keys() <= DataSettings.model_fields.keys():
-                recorded = _recorded(run, data)
-                seen |= recorded or set()
-                complete = complete and recorded is not None
-    return seen, complete, allowed_by
-
-
-def _recorded(run: Path, data: dict[str, Any]) -> set[str] | None:
-    """Ids of the tasks in recordings; None if they are not there or are of others."""
-    if not (data.get("stage") or data.get("runs")):
-        return None
-    try:
-        source = Recorded(data.get("runs") or (glob.escape(str(run)),), data.get("stage"))
-        return {task_id for task_id, _ in source.drawn()}
-    except ValueError:
-        return None

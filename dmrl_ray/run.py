@@ -6,7 +6,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
@@ -118,19 +118,23 @@ class Run:
 
     def add_tasks(self, rows: dict[str, pa.Array]) -> None:
         """Rows of the tasks table, as `task_rows` makes them, where they are not in it yet."""
-        named = zip(rows["task_id"].to_pylist(), rows["split"].to_pylist(), strict=True)
-        names = list(map(hash, named))
-        fresh = [i for i, name in enumerate(names) if name not in self._known_tasks]
+        fresh = _fresh(self._known_tasks, rows["task_id"].to_pylist(), rows["split"].to_pylist())
         if fresh:
-            self._known_tasks.update(names)
             self.writer.add("tasks", {key: cells.take(fresh) for key, cells in rows.items()})
+
+    def add_trained_on(self, stage: str, task_ids: Sequence[str], splits: Sequence[str]) -> None:
+        """Tasks that a stage was trained on, where they are not known yet."""
+        known = self._trained_on.setdefault(stage, set())
+        if fresh := _fresh(known, task_ids, splits):
+            columns = {"task_id": task_ids, "split": splits}
+            cells = {name: [column[i] for i in fresh] for name, column in columns.items()}
+            self.writer.add("trained_on", {"stage": stage, **cells})
 
     def add_episodes(self, spec: JobSpec, rows: Columns) -> None:
         """Rows of the episodes table."""
         if len(rows["return"]) == 0:
             return
-        known = ~np.isnan(rows["success"])
-        success = rows["success"] > 0 if known.all() else None
+        success = pa.array(rows["success"] > 0, mask=np.isnan(rows["success"]))
         score = None if np.isnan(rows["score"]).all() else rows["score"]
         self.writer.add(
             "episodes",
@@ -204,6 +208,7 @@ class Run:
                 self.state["versions"].pop(name, None)
         for stage in stages:
             self.state["jobs"].pop(stage, None)
+            self._trained_on.pop(stage, None)
         self.state["done"] = [name for name in self.state["done"] if name not in stages]
         self.writer.forget(stages)
 
@@ -238,10 +243,14 @@ class Run:
         self.files = dict(self.writer.files)
         # As hashes: a long run draws millions of tasks.
         self._known_tasks: set[int] = set()
+        self._trained_on: dict[str, set[int]] = {}
         for part in committed_parts(self.writer.folder, "tasks"):
             rows = pq.read_table(part, columns=["task_id", "split"]).to_pydict()
-            named = zip(rows["task_id"], rows["split"], strict=True)
-            self._known_tasks.update(map(hash, named))
+            _fresh(self._known_tasks, rows["task_id"], rows["split"])
+        for part in committed_parts(self.writer.folder, "trained_on"):
+            rows = pq.read_table(part, columns=["stage", "task_id", "split"]).to_pydict()
+            for stage, task_id, split in zip(*rows.values(), strict=True):
+                _fresh(self._trained_on.setdefault(stage, set()), [task_id], [split])
 
     def tick(self, snapshot: Callable[[], None]) -> None:
         """Called after every update: commit if it is time, stop if it was asked for.
@@ -302,3 +311,11 @@ class Run:
     def close(self) -> None:
         """End the workers."""
         self.restart_workers()
+
+
+def _fresh(known: set[int], task_ids: Sequence[str], splits: Sequence[str]) -> list[int]:
+    """Numbers of the tasks that are not known, which they are from here on."""
+    names = list(map(hash, zip(task_ids, splits, strict=True)))
+    fresh = [i for i, name in enumerate(names) if name not in known]
+    known.update(names)
+    return fresh

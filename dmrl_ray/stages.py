@@ -19,9 +19,11 @@ from dmrl_ray.config import (
     Stage,
     settled,
 )
+from dmrl_ray.data_sources import recordings_of
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.jobs import evaluate as evaluate_policy
 from dmrl_ray.jobs import evaluation_calls, run_job, tasks_at_once
+from dmrl_ray.lineage import learned_from
 from dmrl_ray.recording import mean_of_known
 from dmrl_ray.run import Run
 from dmrl_ray.spec import JobSpec, Weights, build
@@ -88,7 +90,9 @@ def pretrain(run: Run, name: str, stage: Pretrain) -> None:
     """One job on the training tasks; leaves the policies `best` and `last`, and all that training
     on takes."""
     initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
-    progress = run_job(run, _placed(run, name), stage, initial)
+    spec = _placed(run, name)
+    _note_data(run, spec)
+    progress = run_job(run, spec, stage, initial)
     run.event(
         "job_finished",
         name,
@@ -105,6 +109,7 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     """One job for each held-out task, all of them side by side over the workers."""
     weights = run.workers.put(_policy(run, name, stage, stage.checkpoint).arrays)
     spec = _placed(run, name)
+    _note_data(run, spec)
     tasks = run.tasks(stage.split, stage.tasks)
     specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
     finished: list[str] = list(run.state["jobs"].get(name, []))
@@ -171,7 +176,7 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     returns: list[np.ndarray] = []
     steps = 0
     if stage.change == "ignore":
-        returns.append(_play_streams(run, spec, stage, weights, tasks))
+        returns.append(_play_streams(run, spec, stage, weights, policy.version, tasks))
     restarted = spec.name if stage.change == "told" else f"{spec.name}.restarted"
     for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
         calls = evaluation_calls(
@@ -193,12 +198,12 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
             returns.append(rows["return"])
             steps += int(rows["length"].sum())
         reward, regret = _joined([results[i][1] for i in range(len(calls))], stage)
-        _report_regret(run, replace(spec, name=job), reward, regret)
+        _report_regret(run, replace(spec, name=job), policy.version, reward, regret)
     run.display.update(name, steps, return_=float(returns[0].mean()))
 
 
 def _play_streams(
-    run: Run, spec: JobSpec, stage: Adapt, weights: Any, tasks: list[Task]
+    run: Run, spec: JobSpec, stage: Adapt, weights: Any, version: int, tasks: list[Task]
 ) -> np.ndarray:
     """The agent that nobody tells of changes; its returns."""
     program = build(spec)
@@ -219,7 +224,7 @@ def _play_streams(
     returns = np.concatenate([results[i][0]["return"] for i in range(len(calls))])
     by_change = zip(*(results[i][1] for i in range(len(calls))), strict=True)
     reward, regret = _joined([part for parts in by_change for part in parts], stage)
-    _report_regret(run, spec, reward, regret)
+    _report_regret(run, spec, version, reward, regret)
     return returns
 
 
@@ -241,7 +246,9 @@ def _joined(parts: list[SinceChange], stage: Adapt) -> tuple[np.ndarray, np.ndar
     return joined[0], joined[1]
 
 
-def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarray) -> None:
+def _report_regret(
+    run: Run, spec: JobSpec, version: int, reward: np.ndarray, regret: np.ndarray
+) -> None:
     """Reward and regret per step since a change, as metrics whose `env_steps` is that step.
 
     The first task of a stream is met without a change before it: it has metrics of its own,
@@ -259,7 +266,7 @@ def _report_regret(run: Run, spec: JobSpec, reward: np.ndarray, regret: np.ndarr
                 low, high = t_interval(known) if len(known) > 1 else (np.nan, np.nan)
                 name = f"{measure}_{part}"
                 figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
-                run.add_metrics(spec, 0, u + 1, figures)
+                run.add_metrics(spec, version, u + 1, figures)
 
 
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:
@@ -287,6 +294,25 @@ def evaluate(run: Run, name: str, stage: Evaluate) -> None:
 def _placed(run: Run, name: str) -> JobSpec:
     """The job of a stage that trains, which may learn from what earlier stages recorded."""
     return replace(job_spec(run.config, name), run_folder=str(run.writer.folder))
+
+
+def _note_data(run: Run, spec: JobSpec) -> None:
+    """What a stage learns from besides what it plays: its tasks, and where it was recorded."""
+    if spec.stage in run.state["jobs"]:  # It is noted already.
+        return
+    for field, data in recordings_of(spec.algorithm.settings).items():
+        found = learned_from(data, run.writer.folder)
+        tasks = sorted(found.tasks)
+        run.add_trained_on(spec.stage, [t for t, _ in tasks], [split for _, split in tasks])
+        run.event(
+            "learned_from",
+            spec.stage,
+            setting=field,
+            runs=found.runs,
+            tasks=len(tasks),
+            complete=found.complete,
+            allowed_by=found.allowed_by,
+        )
 
 
 def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Weights:

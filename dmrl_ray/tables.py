@@ -32,6 +32,12 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "split": _TEXT,
         "params": _TEXT,  # JSON; single numbers stand in columns of their own too, see PARAM
     },
+    "trained_on": {
+        "run_id": _TEXT,
+        "stage": _TEXT,
+        "task_id": _TEXT,
+        "split": _TEXT,
+    },
     "episodes": {
         "run_id": _TEXT,
         "stage": _TEXT,
@@ -103,7 +109,7 @@ _NULLABLE = {
 }
 """Not every family knows success, nor both ends of a score; nor every library experience."""
 
-_UNLIKE = {"tasks": ("task_id", "params")}
+_UNLIKE = {"tasks": ("task_id", "params"), "trained_on": ("task_id",)}
 """Columns without a dictionary in Parquet, as hardly a cell is like another."""
 
 _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}

@@ -30,7 +30,9 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     * Continuous actions lie in [-1, 1]; the environment scales them.
     * All randomness comes from ``self.np_random``; the caller sets it before a reset, so that an
       episode is a function of (task, stream).
-    * ``infos["success"]`` (B,) bool, where a family knows success, is read at an episode's end.
+    * ``infos["success"]`` (B,) is 1 or True where a step was a success, 0 or False where not, NaN
+      where the environment does not say. An episode is one if any of its steps was, and none if the
+      environment said so at some step.
     * A family may write its `step` for tensors too: see `put_on`.
 
     An author writes `set_tasks`, `begin`, `observe`, `render`, and `step`, which ends with
@@ -264,7 +266,11 @@ def drawn_from(size: int, held_out: int, split: Split) -> np.ndarray:
 
 
 def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> list[Task]:
-    """Tasks from arrays of parameters (n, ...), each called by its `task_id`."""
+    """Tasks from arrays of parameters (n, ...), each called by its `task_id`.
+
+    Neither the order of the names nor the sign of a zero makes another task.
+    """
+    params = {name: _unsigned_zeros(params[name]) for name in sorted(params)}
     flat = [np.ascontiguousarray(v).reshape(len(v), -1) for v in params.values()]
     rows = np.concatenate([v.view(np.uint8) for v in flat], axis=1)
     data, size, names = rows.tobytes(), rows.shape[1], tuple(params)
@@ -278,6 +284,10 @@ def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> l
         )
         for i, value in enumerate(values)
     ]
+
+
+def _unsigned_zeros(values: np.ndarray) -> np.ndarray:
+    return values + 0.0 if values.dtype.kind == "f" else values
 
 
 def task_id(family: str, names: tuple[str, ...] = (), values: bytes = b"") -> str:

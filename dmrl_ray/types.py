@@ -92,11 +92,21 @@ class Reference:
     def score(self, episode: np.ndarray, episode_return: np.ndarray) -> np.ndarray:
         """0 where an episode's return equals the random policy's, 1 where the oracle's.
 
-        Episodes beyond the last of a trial are measured against the last.
+        Episodes beyond the last of a trial are measured against the last. NaN where the oracle is
+        no better than the random policy: there is nothing to tell them apart by.
         """
         index = np.minimum(episode, len(self.random) - 1)
-        low, high = self.random[index], self.oracle[index]
-        return np.asarray((episode_return - low) / (high - low))
+        return np.asarray((episode_return - self.random[index]) / self._span()[index])
+
+    @property
+    def tells(self) -> bool:
+        """Whether every episode has a score."""
+        return bool(np.isfinite(self._span()).all())
+
+    def _span(self) -> np.ndarray:
+        size = np.maximum(np.abs(self.random), np.abs(self.oracle))
+        span = self.oracle - self.random
+        return np.where(span > 1e-9 * size, span, np.nan)  # Both may be sums with rounding errors.
 
 
 @dataclass

@@ -187,6 +187,12 @@ def find_set_task(env: gym.Env[Any, Any]) -> Callable[[dict[str, bool | int | fl
     return layer.set_task  # type: ignore[attr-defined]
 
 
+def told_success(info: Mapping[str, Any]) -> float:
+    """1 or 0 as a step's info says under ``success`` or ``is_success``; NaN if it does not say."""
+    told = info.get("success", info.get("is_success"))
+    return np.nan if told is None or told != told else float(bool(told))
+
+
 def close(env: gym.Env[Any, Any]) -> None:
     """Close an environment."""
     env.close()  # type: ignore[no-untyped-call]

@@ -28,7 +28,7 @@ from dmrl_ray.tasks import (
 from dmrl_ray.types import Array, Arrays, Reference, Split, Task
 
 from .gym_check import check_behaviour, check_vary, find_max_episode_steps, first_make
-from .gym_column import Apply, GymColumn, Values, close, obs_digest
+from .gym_column import Apply, GymColumn, Values, close, obs_digest, told_success
 from .gym_spaces import action_space, observation_space
 
 MAX_COMBINATIONS = 1_000_000
@@ -76,17 +76,15 @@ class GymVectorEnv(TaskVectorEnv):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step in every column."""
         reward = np.zeros(self.num_envs, np.float32)
-        terminated, truncated, success = np.zeros((3, self.num_envs), np.bool_)
-        knows_success = False
+        terminated, truncated = np.zeros((2, self.num_envs), np.bool_)
+        success = np.full(self.num_envs, np.nan)
         for b, column in enumerate(self.columns):
             if self.idle is not None and self.idle[b]:
                 continue
             self.obs[b], reward[b], terminated[b], truncated[b], info = column.step(actions[b])
-            for key in ("success", "is_success"):
-                if key in info:
-                    success[b], knows_success = bool(info[key]), True
+            success[b] = told_success(info)
         obs, infos = self.auto_reset(self.observe(), terminated | truncated)
-        if knows_success:
+        if not np.isnan(success).all():
             infos["success"] = success
         return obs, reward, terminated, truncated, infos
 
@@ -153,6 +151,15 @@ class Ends(Settings):
 
     oracle: float
     """Expected return of the best policy known."""
+
+    @model_validator(mode="after")
+    def _tell_apart(self) -> Ends:
+        if self.oracle <= self.random:
+            raise ValueError(
+                f"oracle: {self.oracle:g} is not more than random, {self.random:g}, so that "
+                "nothing lies between them; exchange them, or leave reference out"
+            )
+        return self
 
 
 class GymEnv(TaskDistribution):
@@ -226,6 +233,11 @@ class GymEnv(TaskDistribution):
         self.episodes_per_trial = config.episodes
         ends = (v.choices[0] if isinstance(v, Choices) else v[0] for v in config.vary.values())
         first = dict(zip(config.vary, ends, strict=True))
+        # What is drawn depends on what varies, not on the order in which a file says it.
+        self._vary = {
+            name: np.sort(over.choices).astype(np.float64) if isinstance(over, Choices) else over
+            for name, over in sorted(config.vary.items())
+        }
         self._kwargs = {**config.kwargs, **(first if config.apply == "kwargs" else {})}
         env = first_make(self._make, config.id)
         self.max_episode_steps = find_max_episode_steps(env, config.id, config.max_episode_steps)
@@ -252,12 +264,10 @@ class GymEnv(TaskDistribution):
         if self.config.held_out:
             return make_tasks(self.family, split, self._combinations(stream, n, split))
         params = {
-            name: (
-                stream.choice(np.array(over.choices, np.float64), n)
-                if isinstance(over, Choices)
-                else stream.uniform(*over, n)
-            )
-            for name, over in self.config.vary.items()
+            name: stream.choice(over, n)
+            if isinstance(over, np.ndarray)
+            else stream.uniform(*over, n)
+            for name, over in self._vary.items()
         }
         return make_tasks(self.family, split, params)
 
@@ -265,12 +275,12 @@ class GymEnv(TaskDistribution):
         self, stream: np.random.Generator, n: int, split: Split
     ) -> dict[str, np.ndarray]:
         """Parameters of n combinations of choices that belong to a split."""
-        choices = {k: v.choices for k, v in self.config.vary.items() if isinstance(v, Choices)}
+        choices = {k: v for k, v in self._vary.items() if isinstance(v, np.ndarray)}
         sizes = tuple(map(len, choices.values()))
         mine = drawn_from(math.prod(sizes), self.config.held_out, split)
         picked = np.unravel_index(stream.choice(mine, n), sizes)
         return {
-            name: np.array(values, np.float64)[index]
+            name: values[index]
             for (name, values), index in zip(choices.items(), picked, strict=True)
         }
 

@@ -130,7 +130,7 @@ class TwoStep(TaskDistribution):
     """Which place is better, round by round; every split has its own draws.
 
     Where reversals are rare the same sequences are drawn in several splits: there are two without
-    any. By default nothing is held out, and the oracle is optimal on the average of all sequences.
+    any. By default nothing is held out.
     """
 
     class Config(Settings):
@@ -153,6 +153,7 @@ class TwoStep(TaskDistribution):
         self.observation_space = Box(0.0, 1.0, (3,), np.float32)
         self.action_space = Discrete(2)
         self.max_episode_steps = 2 * config.rounds
+        self._references: dict[Split, Reference] = {}
         self.task_bytes = 8 * config.rounds
         if config.held_out:
             rng, parts = np.random.default_rng(0), Counter[str]()
@@ -194,11 +195,22 @@ class TwoStep(TaskDistribution):
         return "validation" if at < held_out else "test" if at < 2 * held_out else "train"
 
     def reference(self, task: Task) -> Reference:
-        """Both ends averaged over the family; the oracle knows the chances, not the places."""
-        rounds, reversal = self.config.rounds, self.config.reversal
-        return Reference(
-            random=np.array([0.5 * rounds]), oracle=np.array([bayes_return(rounds, reversal)])
-        )
+        """Both ends averaged over the task's split.
+
+        The oracle knows the chances, not the places, and is Bayes-optimal where nothing is held
+        out. Where something is, it does not know which sequences the split has.
+        """
+        if task.split not in self._references:
+            rounds, reversal = self.config.rounds, self.config.reversal
+            if self.config.held_out:
+                drawn = self.sample(np.random.default_rng(0), 4000, task.split)
+                better = np.array([task.params["better"] for task in drawn])
+                oracle = filter_return(np.tile(better.T, 5), reversal)
+            else:
+                oracle = bayes_return(rounds, reversal)
+            ends = Reference(np.array([0.5 * rounds]), np.array([oracle]))
+            self._references[task.split] = ends
+        return self._references[task.split]
 
 
 @lru_cache(maxsize=16)
@@ -214,10 +226,35 @@ def bayes_return(rounds: int, reversal: float, trials: int = 20_000, seed: int =
         reached = 0.5 + (2 * COMMON - 1) * np.abs(chance - 0.5)  # the better place, in expectation
         total += float((1 - HIGH + (2 * HIGH - 1) * reached).mean())
         speaks = rng.random(trials) < 1 - HIGH + (2 * HIGH - 1) * chance
-        likelihood = np.where(speaks, HIGH, 1 - HIGH)
-        chance = chance * likelihood / (chance * likelihood + (1 - chance) * (1 - likelihood))
-        chance = chance + reversal * (1 - 2 * chance)
+        chance = _after(chance, speaks, reversal)
     return total
+
+
+def filter_return(better: np.ndarray, reversal: float, seed: int = 0) -> float:
+    """The return of a trial by the rule that is Bayes-optimal for all sequences, on some of them.
+
+    Args:
+        better: (rounds, N) the better place, 0 or 1.
+        reversal: chance that the places change roles, as the rule has it.
+        seed: of the rewards.
+    """
+    rng = np.random.default_rng(seed)
+    chance = np.full(better.shape[1], 0.5)  # that the first place is the better one
+    total = 0.0
+    for place in better:
+        right = np.where(chance >= 0.5, 0, 1) == place
+        reached = np.where(right, COMMON, 1 - COMMON)  # the better place, in expectation
+        total += float((1 - HIGH + (2 * HIGH - 1) * reached).mean())
+        first = rng.random(len(chance)) < np.where(place == 0, HIGH, 1 - HIGH)
+        chance = _after(chance, first, reversal)
+    return total
+
+
+def _after(chance: np.ndarray, speaks: np.ndarray, reversal: float) -> np.ndarray:
+    """The chance that the first place is better in the next round, after what speaks for it."""
+    likelihood = np.where(speaks, HIGH, 1 - HIGH)
+    chance = chance * likelihood / (chance * likelihood + (1 - chance) * (1 - likelihood))
+    return chance + reversal * (1 - 2 * chance)
 
 
 def stay_probabilities(choice: np.ndarray, place: np.ndarray, reward: np.ndarray) -> np.ndarray:

@@ -8,9 +8,12 @@ import pytest
 
 from dmrl_ray import controller
 from dmrl_ray.display import Display
+from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.results import load
 from dmrl_ray.run import Run
+from dmrl_ray.stages import job_spec
+from dmrl_ray.types import Reference
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import parse_config
 
@@ -33,6 +36,19 @@ def test_tasks_dropped_by_a_rollback_are_written_when_they_are_met_again(run):
     run.commit()
     written = load(run.writer.folder, table="tasks")["task_id"].tolist()
     assert sorted(written) == sorted(task.id for task in known + lost)
+
+
+def test_success_and_score_of_an_episode_do_not_depend_on_the_rows_beside_it(run):
+    spec = job_spec(run.config, "meta")
+    zeros = {"trial": 0, "episode": 0, "adaptation_step": 0, "policy_version": 0, "env_steps": 0}
+    cells = {"task_id": list("abc"), "split": "test", "length": 1, "greedy": True, **zeros}
+    told = {"success": np.array([1, np.nan, 0.0]), "score": np.array([np.nan, 0.5, 1])}
+    run.add_episodes(spec, {**cells, "return": np.zeros(3), **told})
+    run.commit()
+    rows = load(run.writer.folder)
+    assert rows["success"].isna().tolist() == [False, True, False]
+    assert rows["success"].dropna().tolist() == [True, False]
+    np.testing.assert_array_equal(rows["score"], [np.nan, 0.5, 1])
 
 
 def test_a_rollback_before_the_first_commit_forgets_everything(run):
@@ -113,3 +129,43 @@ def test_rows_after_the_newest_commit_are_not_there_twice_after_a_resume(ended_b
     controller.resume(folder, display=Display(quiet=True))
     assert (load(folder)["stage"] == "held_out").sum() == 4
     assert load(folder, table="events")["event"].iloc[-1] == "run_finished"
+
+
+class Level(GridNav):
+    """On some goals nobody can be better than random play, and of others nothing is known."""
+
+    def reference(self, task):
+        ends = super().reference(task)
+        level = Reference(ends.oracle, ends.oracle)
+        return (level, None, ends)[int(task.params["goal"]) % 3]
+
+
+def test_models_are_chosen_by_returns_unless_every_task_has_a_score(tmp_path):
+    config = TWO_STAGES.replace("bandit}", '"tests.test_run:Level", episodes: 1}').replace(
+        "4}", "30}"
+    )
+    config = config.replace("num_steps: 10", "num_steps: 15")
+    folder = tmp_path / "run"
+    controller.run(parse_config(config, "c.yaml"), folder, display=Display(quiet=True))
+    rows, tasks = load(folder).query("split == 'validation'"), load(folder, "tasks")
+    goals = tasks.drop_duplicates("task_id").set_index("task_id")["param.goal"]
+    unknown = rows["task_id"].map(goals) % 3 < 2
+    assert (rows["score"].isna() == unknown).all()
+    names = set(load(folder, "metrics")["name"])
+    assert {"validation_return", "validation_score"} & names == {"validation_return"}
+    (best,) = load(folder, "events").query("event == 'best_policy'")["detail"]
+    assert json.loads(best)["score"] == pytest.approx(rows["return"].mean())
+
+
+def test_what_evaluate_plays_is_told_like_what_a_stage_plays(tmp_path):
+    config = TWO_STAGES.replace("env_steps: 40", "env_steps: 120")
+    folder = tmp_path / "run"
+    controller.run(parse_config(config, "c.yaml", ["seed=3"]), folder, display=Display(quiet=True))
+    asked = {"stage": None, "split": "test", "tasks": 4, "trials": 1, "checkpoint": "last"}
+    frame = controller.evaluate(folder, **asked)
+    stage = load(folder).query("stage == 'held_out'")
+    assert stage.columns.drop(["job", "change", "time"]).isin(frame.columns).all()
+    assert set(frame["run_id"]) == set(stage["run_id"])
+    assert set(frame["seed"]) == {3}
+    assert set(frame["policy_version"]) == {3}
+    assert set(frame["env_steps"]) == {120}

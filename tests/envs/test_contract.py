@@ -187,6 +187,31 @@ def test_held_out_tasks_are_kept_from_a_finite_family_whose_tasks_stay_the_same(
     assert min(map(len, kept)) > 0
 
 
+KEPT = {
+    "grid_nav": (GridNav, {"held_out": 5}),
+    "informative_bandit": (InformativeBandit, {"held_out": 3}),
+    "two_step": (TwoStep, {"rounds": 10, "reversal": 0.1, "held_out": 0.25}),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", KEPT)
+def test_the_familys_own_oracle_scores_1_on_the_tasks_of_each_split(name, split):
+    kind, settings = KEPT[name]
+    family = kind(kind.Config(**settings))
+    env, tasks = family.make_vec(4000), family.sample(stream(1), 4000, split)
+    env.remembers = True
+    env.np_random = stream()
+    env.set_tasks(tasks)
+    env.reset()
+    ends = family.reference(tasks[0])
+    for episode in range(family.episodes_per_trial):
+        steps = range(family.max_episode_steps)
+        total = sum(env.step(env.oracle_action())[1].astype(float) for _ in steps)
+        score = ends.score(np.array(episode), total)
+        assert score.mean() == pytest.approx(1, abs=5 * score.std() / np.sqrt(len(tasks)))
+
+
 def test_sampling_is_a_function_of_the_stream_and_ids_name_parameters(family):
     one, same, other = (family.sample(stream(seed), 20, "train") for seed in (0, 0, 1))
     assert [t.to_json() for t in one] == [t.to_json() for t in same]

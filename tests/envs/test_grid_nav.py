@@ -43,12 +43,16 @@ def searching_return(goal):
     return total
 
 
+def reference(family, split="test"):
+    return family.reference(family.sample(np.random.default_rng(0), 1, split)[0])
+
+
 def test_a_search_policy_attains_the_bayes_optimal_return():
-    # `bayes_return` argues that nothing can be better; here a policy earns it in the environment.
+    # `search` argues that nothing can be better; here a policy earns it in the environment.
     earned = np.mean([searching_return(goal) for goal in GOALS], axis=0)
-    reference = GridNav(GridNav.Config()).reference(None)
-    np.testing.assert_allclose(earned, reference.oracle, atol=1e-5)
-    np.testing.assert_allclose(reference.oracle, [4.0, 11.0714, 11.0714, 11.0714], atol=1e-4)
+    oracle = reference(GridNav(GridNav.Config())).oracle
+    np.testing.assert_allclose(earned, oracle, atol=1e-5)
+    np.testing.assert_allclose(oracle, [4.0, 11.0714, 11.0714, 11.0714], atol=1e-4)
 
 
 def test_the_oracle_action_attains_the_bayes_optimal_return():
@@ -78,7 +82,7 @@ def test_the_oracle_stays_on_a_goal_and_searches_on_beside_a_refuted_cell():
 
 
 def test_no_walk_finds_more_in_the_first_episode():
-    # Independent of the argument in `bayes_return`: the best expected return of one episode by
+    # Independent of the argument in `search`: the best expected return of one episode by
     # search over the set of walks, merged by (cell, goals seen), pruned by the bound that every
     # further step finds another goal.
     goal_bit = {int(g): 1 << i for i, g in enumerate(GOALS)}
@@ -107,7 +111,7 @@ def test_random_return_is_that_of_random_play():
     env.set_tasks(family.sample(rng, 20_000, "train"))
     env.reset()
     total = sum(env.step(rng.integers(5, size=20_000))[1] for _ in range(HORIZON))
-    random = family.reference(None).random
+    random = reference(family).random
     assert random.sum() == pytest.approx(-4.64, abs=0.03)
     assert total.mean() == pytest.approx(random[0], abs=5 * total.std() / np.sqrt(20_000))
 
@@ -134,3 +138,31 @@ def test_without_held_out_cells_every_split_draws_from_all():
     for split in SPLITS:
         tasks = family.sample(np.random.default_rng(0), 500, split)
         assert {task.params["goal"] for task in tasks} == set(GOALS)
+
+
+def best_return(goals, episodes):
+    """The best expected return of a trial by backward induction over all walks: (cell, goals left)
+    is the state, as whoever finds the goal knows it."""
+    sets = np.arange(1 << len(goals))
+    count = np.array([bits.bit_count() for bits in sets.tolist()])
+    worth = np.zeros(len(sets))  # of the sum over the goals that are left, episodes to go
+    for later in range(episodes):
+        value = np.tile(worth - 0.1 * HORIZON * count, (len(CELLS), 1))
+        for t in range(HORIZON, 0, -1):
+            for i, goal in enumerate(goals):
+                left = sets[(sets >> i & 1) > 0]
+                paid = 16.1 - 1.1 * t + later * (16.1 - 1.1 * CELLS[goal].sum())
+                value[goal, left] = paid + value[goal, left ^ (1 << i)]
+            value = value[NEXT_CELL].max(axis=1)
+        worth = value[0]
+    return worth[-1] / len(goals)
+
+
+@pytest.mark.parametrize("episodes", [1, 2, 4])
+@pytest.mark.parametrize("held_out", [1, 3, 5, 6, 10])
+def test_no_walk_finds_more_among_the_goals_of_a_split(held_out, episodes):
+    family = GridNav(GridNav.Config(held_out=held_out, episodes=episodes))
+    for split in SPLITS:
+        if len(goals := family.goals(split)) <= 11:
+            oracle = reference(family, split).oracle
+            assert oracle.sum() == pytest.approx(best_return(goals, episodes))

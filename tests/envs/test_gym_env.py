@@ -5,7 +5,7 @@ import pytest
 from dmrl_ray.envs.cartpole import CartPole
 from dmrl_ray.envs.gym_column import EnvNotDeterministic
 from dmrl_ray.envs.gym_env import GymEnv
-from dmrl_ray.types import EnvironmentFault
+from dmrl_ray.types import SPLITS, EnvironmentFault
 
 GOOD = np.array([0.5, 0.5], np.float32)
 
@@ -80,11 +80,22 @@ class TaskToy(Toy):
         self.size = 10 * task["size"]
 
 
+class Winning(Toy):
+    """Ends after two steps, and tells then whether that was a success, if it does."""
+
+    told = iter(())
+
+    def step(self, action):
+        *answer, _ = super().step(action)
+        done = self.t >= 2
+        return *answer[:2], done, False, {"is_success": next(self.told, None)} if done else {}
+
+
 class Wrapped(gym.Wrapper):
     """Knows nothing of tasks."""
 
 
-for kind in (Toy, Forgetful, Overwriting, TaskToy):
+for kind in (Toy, Forgetful, Overwriting, TaskToy, Winning):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=20)
 gym.register("Endless-v0", entry_point=Toy)
 gym.register("WrappedTask-v0", entry_point=lambda **kwargs: Wrapped(TaskToy(**kwargs)))
@@ -195,6 +206,39 @@ def test_an_environment_that_does_not_vary_is_one_task():
 def test_what_cannot_be_held_out_is_refused(vary, sentence):
     with pytest.raises(ValueError, match=sentence):
         family("Toy-v0", vary=vary, held_out=1)
+
+
+LENGTHS, SIZES = [0.25, 0.0, 1.0], [3, 1, 2]
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_tasks_depend_on_what_varies_and_not_on_the_order_in_which_it_is_said(held_out):
+    def drawn(**vary):
+        toy = family("Toy-v0", vary=vary, held_out=held_out)
+        return [[t.to_json() for t in toy.sample(np.random.default_rng(0), 9, s)] for s in SPLITS]
+
+    one = drawn(size={"choices": SIZES}, when={"choices": LENGTHS})
+    assert one == drawn(when={"choices": [1.0, -0.0, 0.25]}, size={"choices": [1, 2, 3]})
+    assert one == drawn(when={"choices": LENGTHS}, size={"choices": [2.0, 3.0, 1.0]})
+
+
+def test_success_is_known_of_episodes_that_were_told_it_whatever_their_neighbours():
+    env = started(family("Winning-v0"), 2)
+    # Both environments play episodes of two steps; what each is told at their ends:
+    env.columns[0].env.unwrapped.told = iter([True, np.array([False]), None, np.nan])
+    env.columns[1].env.unwrapped.told = iter([None, None, False, None])
+    nothing = {"success": np.full(2, np.nan)}
+    seen = [(nothing | env.step(np.zeros(2, np.int64))[4])["success"] for _ in range(8)]
+    np.testing.assert_array_equal(
+        seen[1::2], [[1, np.nan], [0, np.nan], [np.nan, 0], [np.nan, np.nan]]
+    )
+    assert np.isnan(seen[::2]).all()
+
+
+@pytest.mark.parametrize("oracle", [5, 4.5])
+def test_an_oracle_that_is_no_better_than_random_play_is_refused(oracle):
+    with pytest.raises(ValueError, match=r"reference\n.*oracle: .* is not more than random, 5"):
+        family("Toy-v0", reference={"random": 5, "oracle": oracle})
 
 
 def test_scores_come_from_the_config():

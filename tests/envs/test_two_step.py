@@ -40,7 +40,7 @@ def win_stay(env, choice, reward):
 def test_the_oracle_action_earns_the_reference():
     family, *_, reward = played(5000, oracle)
     total = reward.sum(axis=0)
-    reference = family.reference(None).oracle[0]
+    reference = family.reference(Task("a", "two_step", "test", {})).oracle[0]
     assert total.mean() == pytest.approx(reference, abs=4 * total.std() / np.sqrt(5000))
 
 
@@ -99,3 +99,11 @@ def test_places_change_roles_as_often_as_said():
 def test_too_few_sequences_are_not_split(settings):
     with pytest.raises(ValueError, match=r"held_out: .* too few sequences to be split"):
         TwoStep(TwoStep.Config.model_validate({"held_out": 0.2, **settings}))
+
+
+def test_nothing_is_scored_where_nothing_can_be_known():
+    # Places that change roles by a coin: no rule is better than chance.
+    family = TwoStep(TwoStep.Config(rounds=30, reversal=0.5))
+    ends = family.reference(family.sample(np.random.default_rng(0), 1, "test")[0])
+    assert not ends.tells
+    assert np.isnan(ends.score(np.array(0), np.array(20.0)))
