@@ -14,8 +14,9 @@ class Buffers:
     """The arrays of one rollout while it is being filled.
 
     Args:
-        num_steps: room; memory is taken by the steps that are written only.
+        num_steps: at most.
         obs, previous, reset, memory: before step 0.
+        room: steps that there is room for until `grow` is called.
     """
 
     def __init__(
@@ -25,28 +26,43 @@ class Buffers:
         previous: tuple[np.ndarray, np.ndarray, np.ndarray],
         reset: np.ndarray,
         memory: Memory,
+        *,
+        room: int,
     ) -> None:
         columns = len(obs)
-        shape = (num_steps, columns)
+        shape = (room, columns)
         self.num_steps = num_steps
-        self.obs = np.empty((num_steps + 1, *obs.shape), obs.dtype)
+        self.room = room
+        self.obs = np.empty((room + 1, *obs.shape), obs.dtype)
         self.obs[0] = obs
         self.obs_tensor = torch.from_numpy(self.obs)
-        self.action = np.empty((num_steps, *previous[0].shape), previous[0].dtype)
+        self.action = np.empty((room, *previous[0].shape), previous[0].dtype)
         self.reward = np.empty(shape, np.float32)
         self.terminated = np.empty(shape, np.bool_)
         self.truncated = np.empty(shape, np.bool_)
         self.done = np.empty(shape, np.bool_)
         self.mask = np.ones(shape, np.bool_)
-        self.reset = np.zeros((num_steps + 1, columns), np.bool_)
+        self.reset = np.zeros((room + 1, columns), np.bool_)
         self.reset[0] = reset
         self.before = previous
-        self.oracle_action = np.empty((num_steps, 0), np.float32)
+        self.oracle_action = np.empty((room, 0), np.float32)
         self.taught = False
         self.memory = memory
         self.final_step: list[np.ndarray] = []
         self.final_column: list[np.ndarray] = []
         self.final_obs: list[np.ndarray] = []
+
+    def grow(self) -> None:
+        """Make room for twice as many steps."""
+        extra = min(self.room, self.num_steps - self.room)
+        self.room += extra
+        for name in (*_BY_STEP, "obs", "reset"):
+            old = getattr(self, name)
+            new = np.empty((len(old) + extra, *old.shape[1:]), old.dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)
+        self.mask[-extra:], self.reset[-extra:] = True, False
+        self.obs_tensor = torch.from_numpy(self.obs)
 
     def teach(self, columns: int) -> None:
         """Make room for the oracle's actions; it acts in the first of the columns."""
@@ -81,9 +97,8 @@ class Buffers:
         """Keep this many steps, as no environment has more to play."""
         self.num_steps = num_steps
         self.obs, self.reset = self.obs[: num_steps + 1], self.reset[: num_steps + 1]
-        for name in ("action", "reward", "terminated", "truncated", "done", "mask"):
+        for name in _BY_STEP:
             setattr(self, name, getattr(self, name)[:num_steps])
-        self.oracle_action = self.oracle_action[:num_steps]
 
     def finish(
         self, task_index: np.ndarray, policy_version: int, adaptation_step: np.ndarray | int
@@ -117,6 +132,10 @@ class Buffers:
             previous_done=self.before[2],
             initial_state=tuple(leaf.numpy() for leaf in self.memory),
         )
+
+
+_BY_STEP = ("action", "reward", "terminated", "truncated", "done", "mask", "oracle_action")
+"""Arrays (T, B, ...); those of observations and resets have one step more."""
 
 
 def first_not_finite(rollout: Rollout) -> tuple[str, int, int, float] | None:

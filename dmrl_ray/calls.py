@@ -53,7 +53,7 @@ class AdaptCall:
 class CollectReport:
     """The small answer of a collection, which the driver reads; the trial itself travels apart."""
 
-    episodes: Columns
+    episodes: Columns  # whose env_steps count from where the shard's collection began
     env_steps: int
     seconds: float
     env_s: float  # of them, in the environments

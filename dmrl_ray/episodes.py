@@ -23,8 +23,9 @@ class Open:
 class Episodes:
     """The open episodes of B environments, and what is known of those that ended.
 
-    An episode's number counts from the start of its environment's trial. Experience is what the
-    agent has had on a task before an episode began, in all environments that play the task.
+    An episode's number counts from the start of its environment's trial. Experience is what an
+    agent has had of a task before an episode began, in all environments in which it plays. It is
+    kept in accounts, one for each task of each agent.
 
     Attributes:
         playing: (B,) bool, environments whose steps count: they have episodes left to play.
@@ -35,49 +36,74 @@ class Episodes:
         self.num_envs = num_envs
         self.number = np.zeros(num_envs, np.int64)
         self._rows: list[dict[str, Any]] = []
-        self._group = np.arange(num_envs)
         self._now: np.ndarray | None = np.zeros(num_envs, np.int64)
-        self._changes = np.zeros(num_envs, np.bool_)
-        self._begin_counts()
+        self.start()
+        self._open_accounts()
+        self.begin_trial()
         self.begin(np.empty(num_envs, object))
 
-    def clear(self) -> None:
-        """Forget the rows that nobody took."""
-        self._rows = []
+    def start(self, updates: int = 0) -> None:
+        """Begin a collection; rows that nobody took are dropped.
 
-    def assign(self, tasks: Sequence[Task], group: np.ndarray) -> None:
-        """Environments that play one task share a group (B,); tasks are taken at episode starts."""
-        self._group = group
-        now = self._task_of.tolist()
-        self._changes = np.array(
-            [a is not None and a.id != b.id for a, b in zip(now, tasks, strict=True)], np.bool_
-        )
+        Args:
+            updates: that agents have had on the very tasks that they play.
+        """
+        self._rows = []
+        self._updates = updates
+
+    def _open_accounts(self) -> None:
+        """Nothing is known of any task."""
+        self._accounts: dict[tuple[int, str], int] = {}
+        # Steps and episodes of each account; the first is nobody's.
+        self._had: np.ndarray = np.zeros((2, 1), np.int64)
+        self._account: np.ndarray = np.zeros(self.num_envs, np.int64)
+        self._next = self._account
+        self._length: np.ndarray = np.zeros(self.num_envs, np.int64)
+
+    def assign(self, tasks: Sequence[Task], agent: np.ndarray | None) -> None:
+        """Tasks (B,) that environments take at their next episodes' starts.
+
+        Args:
+            tasks: of the environments.
+            agent: (B,) whose experience is kept until a trial begins; None is one agent in all
+                environments, which would meet ever more tasks: the account of one ends when no
+                environment plays it.
+        """
+        if agent is None:
+            agent = np.zeros(self.num_envs, np.int64)
+            self._close_accounts()
+        self._agent = agent
+        keys = list(zip(agent.tolist(), (task.id for task in tasks), strict=True))
+        opened = [key for key in dict.fromkeys(keys) if key not in self._accounts]
+        self._accounts |= {key: self._had.shape[1] + i for i, key in enumerate(opened)}
+        self._had = np.pad(self._had, [(0, 0), (0, len(opened))])
+        self._next = np.array([self._accounts[key] for key in keys])
 
     def begin_trial(self) -> None:
-        """Count episodes and experience from 0 again."""
+        """Count episodes from 0 again, and experience unless agents have had updates from it."""
         self.number = np.zeros(self.num_envs, np.int64)
-        self._begin_counts()
+        if not self._updates:
+            self._open_accounts()
 
-    def _begin_counts(self) -> None:
-        self._had_steps, self._had_episodes = np.zeros((2, self.num_envs), np.int64)
-        self._length = np.zeros(self.num_envs, np.int64)
-
-    def begin(self, task_of: np.ndarray, quota: int | None = None) -> None:
+    def begin(self, task_of: np.ndarray, quota: int | None = None, *, forget: bool = True) -> None:
         """Every environment starts an episode on its task; what was open is dropped.
 
         Args:
             task_of: (B,) tasks.
             quota: episodes of each environment that count from here on; None is all.
+            forget: memory begins afresh, too.
         """
-        self._had_steps += self._length
-        self._switch(np.flatnonzero(self._changes))
+        if forget:
+            self._forgot = self.number.copy()  # Episodes of which memory knows nothing.
+        self._had[0] += self._sums(self._length)
+        self._account = self._next.copy()
         self._task_of = task_of.copy()
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, np.int64)
         self._success = np.full(self.num_envs, np.nan)
         everyone = np.arange(self.num_envs)
         self._experience_steps, self._experience_episodes = self._experience(everyone)
-        self._step_before = np.zeros(self.num_envs, np.int64)
+        self._step_before = self._adaptation_step(everyone)
         self.limit(quota)
 
     def limit(self, quota: int | None) -> None:
@@ -92,11 +118,16 @@ class Episodes:
         return int(((self._left * longest - self._length) * self.playing).max())
 
     def adapted(self, adaptation_step: np.ndarray | int | None) -> None:
-        """Agents have adapted so often before what comes, (B,); None counts their episodes."""
+        """Adaptation steps in this trial so far, (B,); None counts the episodes in memory."""
         none = adaptation_step is None
         self._now = None if none else np.full(self.num_envs, adaptation_step)
-        fresh = self._length == 0
-        self._step_before[fresh] = (self.number if self._now is None else self._now)[fresh]
+        fresh = np.flatnonzero(self._length == 0)
+        self._step_before[fresh] = self._adaptation_step(fresh)
+
+    def _adaptation_step(self, columns: np.ndarray) -> np.ndarray:
+        """Of episodes that begin: updates on their task, and what came since in this trial."""
+        since = self.number - self._forgot if self._now is None else self._now
+        return np.asarray(since[columns] + self._updates)
 
     def add(self, reward: np.ndarray, steps: int = 1) -> None:
         """Reward of one step, or several, of every environment."""
@@ -139,34 +170,37 @@ class Episodes:
             }
         )
         self.number[ended] += 1
-        self._had_steps[ended] += self._length[ended]
-        self._had_episodes[ended] += 1
+        over = np.zeros(self.num_envs, np.bool_)
+        over[ended] = True
+        self._had += self._sums(self._length * over), self._sums(over)
         for of_episode, start in ((self._return, 0), (self._length, 0), (self._success, np.nan)):
             of_episode[ended] = start
-        self._switch(ended[self._changes[ended]])
+        self._account[ended] = self._next[ended]
         self._task_of[ended] = task_of[ended]
         had = self._experience(ended)
         self._experience_steps[ended], self._experience_episodes[ended] = had
-        self._step_before[ended] = (self.number if self._now is None else self._now)[ended]
+        self._step_before[ended] = self._adaptation_step(ended)
         if not self.unlimited:
             self._left[ended] -= 1
             self.playing = self._left > 0
             self.all_playing, self.any_playing = bool(self.playing.all()), bool(self.playing.any())
 
-    def _switch(self, columns: np.ndarray) -> None:
-        """These environments take another task, of which nothing is known."""
-        if len(columns):
-            self._had_steps[columns] = 0
-            self._had_episodes[columns] = 0
-            self._changes[columns] = False
-
     def _experience(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Steps and episodes so far on these environments' tasks, parallel copies included."""
-        if self._group[-1] == self.num_envs - 1:  # Groups are numbered without gaps: one each.
-            return self._had_steps[columns], self._had_episodes[columns]
-        had = (self._had_steps + self._length, self._had_episodes)
-        steps, episodes = (np.bincount(self._group, x).astype(np.int64) for x in had)
-        return steps[self._group[columns]], episodes[self._group[columns]]
+        steps, episodes = self._had[0] + self._sums(self._length), self._had[1]
+        return steps[self._account[columns]], episodes[self._account[columns]]
+
+    def _sums(self, x: np.ndarray) -> np.ndarray:
+        """Of whole numbers (B,) of environments, for each account."""
+        return np.bincount(self._account, x, self._had.shape[1]).astype(np.int64)
+
+    def _close_accounts(self) -> None:
+        """Keep the accounts of tasks that are being played."""
+        kept = np.unique(np.append(0, self._account))
+        self._account = np.searchsorted(kept, self._account)
+        number = {old: new for new, old in enumerate(kept.tolist())}
+        self._accounts = {key: number[a] for key, a in self._accounts.items() if a in number}
+        self._had = self._had[:, kept]
 
     def begun(self) -> list[Task]:
         """Tasks of the open episodes that have steps."""
@@ -202,12 +236,16 @@ class Episodes:
         """Of the open episodes."""
         return {name: getattr(self, attribute) for name, attribute in _STATE.items()}
 
-    def set_state(self, state: Arrays) -> None:
-        """Continue from `get_state`'s answer."""
+    def set_state(self, state: Arrays, tasks: Sequence[Task]) -> None:
+        """Continue from `get_state`'s answer; tasks (B,) are those that wait."""
         for name, attribute in _STATE.items():
             setattr(self, attribute, np.array(state[name]))
         self._task_of = np.empty(self.num_envs, object)
         self._task_of[:] = tasks_from_array(state["task_of"])
+        ids = [task.id for task in (*self._task_of, *tasks)]
+        keys = zip(np.tile(self._agent, 2).tolist(), ids, strict=True)
+        accounts = np.append(self._account, self._next).tolist()
+        self._accounts = dict(zip(keys, accounts, strict=True))
         self.limit(None)
 
 
@@ -216,16 +254,17 @@ _STATE = {
     "return": "_return",
     "length": "_length",
     "success": "_success",
-    "had_steps": "_had_steps",
-    "had_episodes": "_had_episodes",
+    "agent": "_agent",
+    "account": "_account",
+    "next_account": "_next",
+    "had": "_had",
+    "forgot": "_forgot",
     "experience_steps": "_experience_steps",
     "experience_episodes": "_experience_episodes",
     "step_before": "_step_before",
-    "task_changes": "_changes",
-    "group": "_group",
     "task_of": "_task_of",
 }
-"""Attributes (B,) that open episodes depend on, by their names in checkpoints."""
+"""Attributes that open episodes depend on, by their names in checkpoints."""
 
 _ROW = (
     "task",

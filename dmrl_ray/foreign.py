@@ -101,7 +101,7 @@ class ForeignAlgorithm(ABC):
         """The weights with their version."""
         return Weights(self.version, self.weights())
 
-    def train(self, weights: Arrays, updates: int) -> tuple[Columns, Arrays]:
+    def train(self, weights: Arrays, updates: int) -> tuple[Columns, Arrays, int]:
         """A small job whole, as `RolloutWorker.train` has it; the last iteration only samples."""
         self.load_weights(weights)
         parts: list[Columns] = []
@@ -113,7 +113,8 @@ class ForeignAlgorithm(ABC):
             )
             parts.append(report.episodes)
             env_steps += report.env_steps
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, self.weights()
+        rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return rows, self.weights(), env_steps
 
 
 def foreign_of(spec: JobSpec, processes: int = 0) -> ForeignAlgorithm | None:

@@ -103,6 +103,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
             reports: list[CollectReport] = [c[0] for c in collected]
             states = [c[2] for c in collected]
             size = sum(report.env_steps for report in reports)
+            _place(reports, progress.env_steps, size)
             progress.env_steps += size
             done = progress.env_steps >= stage.env_steps
             with _timed(spent, "time/learner_call_s"):
@@ -305,6 +306,13 @@ def _start(
     """Begin one iteration of all shards; also returns the version that acts in it."""
     calls = [CollectCall(spec, shard, iteration, env_steps) for shard in range(spec.rollout.shards)]
     return learners.version, run.workers.start_collect(calls, learners.published(), states)
+
+
+def _place(reports: list[CollectReport], start: int, size: int) -> None:
+    """Count the rows' steps from the job's start: shards go side by side, each at its own pace."""
+    for report in reports:
+        so_far = report.episodes["env_steps"]
+        report.episodes["env_steps"] = start + so_far * size // max(1, report.env_steps)
 
 
 def _record(

@@ -133,11 +133,18 @@ def evaluation_rows(sampler: Sampler, *, trial: int) -> Columns:
     }
 
 
-def steps_played(trial: Trial, family: TaskDistribution) -> int:
-    """What a trial cost: also steps that do not count, where environments cannot but make them."""
-    if family.vectorized:
-        return sum(rollout.num_steps * rollout.num_columns for rollout in trial)
-    return sum(int(rollout.mask.sum()) for rollout in trial)
+def steps_made(trial: Trial, family: TaskDistribution) -> np.ndarray:
+    """(T,) what a trial had cost after each of its steps.
+
+    Also steps that do not count, where environments cannot but make them.
+    """
+    made = [
+        np.full(rollout.num_steps, rollout.num_columns)
+        if family.vectorized
+        else rollout.mask.sum(1, dtype=np.int64)
+        for rollout in trial
+    ]
+    return np.concatenate(made).cumsum()
 
 
 def since_change(
@@ -217,9 +224,13 @@ def transition_rows(
     """
     columns = np.arange(trial[0].num_columns)
     mask = _rows(np.concatenate([r.mask for r in trial]))
-    episode, step, begun = _clock(trial, open_before)
-    known = [*tasks, *(open_before.task if open_before is not None else ())]
-    task = _rows(np.where(begun, trial[0].task_index, len(tasks) + columns))
+    episode, step = _clock(trial, open_before)
+    known, task_of = tasks, np.broadcast_to(trial[0].task_index, episode.shape)
+    if open_before is not None:
+        known = [*tasks, *open_before.task]
+        # Tasks are taken where an episode ends: one that begins with the collection has the old.
+        task_of = np.where(episode == open_before.number, len(tasks) + columns, task_of)
+    task = pa.array(_rows(task_of))
     adaptation_step = np.concatenate([np.full(r.reward.shape, r.adaptation_step) for r in trial])
     together = {
         name: _rows(np.concatenate([getattr(r, name) for r in trial]))
@@ -227,8 +238,8 @@ def transition_rows(
     }
     rows = {
         **together,
-        "task_id": pa.array([t and t.id for t in known], pa.string()).take(pa.array(task)),
-        "split": pa.array([t and t.split for t in known], pa.string()).take(pa.array(task)),
+        "task_id": pa.array([t.id for t in known], pa.string()).take(task),
+        "split": pa.array([t.split for t in known], pa.string()).take(task),
         "trial": np.full(step.size, number),
         "column": np.repeat(first_column + columns, len(step)),
         "episode": _rows(episode),
@@ -245,8 +256,8 @@ def transition_rows(
     return {k: x.filter(keep) if isinstance(x, pa.Array) else x[mask] for k, x in rows.items()}
 
 
-def _clock(trial: Trial, before: Open | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(T, B): number of the episode, step in it, and whether an episode began since the start."""
+def _clock(trial: Trial, before: Open | None) -> tuple[np.ndarray, np.ndarray]:
+    """(T, B): number of the episode, and step in it."""
     done = [r.terminated | r.truncated for r in trial]
     begins = np.concatenate(
         [np.concatenate([r.previous_done[None], d[:-1]]) for r, d in zip(trial, done, strict=True)]
@@ -260,7 +271,7 @@ def _clock(trial: Trial, before: Open | None) -> tuple[np.ndarray, np.ndarray, n
     step = at - np.where(begun, since, 0)
     if before is not None:
         number, step = number + before.number, step + np.where(begun, 0, before.length)
-    return number, step, begun
+    return number, step
 
 
 def _successors(trial: Trial, num_steps: int) -> pa.Array:

@@ -243,24 +243,28 @@ def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table
     for stage in stages:
         here = {name: table[table["stage"] == stage] for name, table in tables.items()}
         metrics, episodes = here["metrics"], here["episodes"]
-        steps = int(metrics.groupby("job")["env_steps"].max().sum() or episodes["length"].sum())
+        steps = int(
+            metrics.groupby("job")["env_steps"].max().sum()
+            or _finished(here["events"], "env_steps")
+            or episodes["length"].sum()
+        )
         versions = pd.concat([table[["job", "policy_version"]] for table in (metrics, episodes)])
         updates = int(versions.groupby("job")["policy_version"].max().sum())
-        wall_s = _training_s(here["events"]) or _duration_s(here.values())
+        wall_s = _finished(here["events"], "seconds") or _duration_s(here.values())
         speed = short(steps / wall_s) if wall_s else ""
         cells = (short(steps), updates, speed, _seconds(wall_s), _best_validation(metrics))
         rows.append((stage, *cells))
     return table(titles, rows)
 
 
-def _training_s(events: pd.DataFrame) -> float:
-    """Seconds that the jobs report themselves, which leave out pauses between kill and resume.
+def _finished(events: pd.DataFrame, name: str) -> float:
+    """A sum over what finished jobs say of themselves; their seconds leave out all pauses.
 
-    A job that was trained on after its end counts all of them at its last one.
+    A job that was trained on after its end counts everything at its last one.
     """
     finished = events[events["event"] == "job_finished"].drop_duplicates("job", keep="last")
     details = map(json.loads, finished["detail"])
-    return float(sum(detail.get("seconds", 0.0) for detail in details))
+    return float(sum(detail.get(name, 0) for detail in details))
 
 
 def _best_validation(metrics: pd.DataFrame) -> str:

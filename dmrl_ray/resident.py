@@ -50,17 +50,29 @@ class ResidentSampler(Sampler):
         self.device = device
         self.env.put_on(device, distribution.max_episode_steps)
 
-    def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
-        """Begin a collection: all randomness until the next start comes from `rng`."""
-        super().start(rng, policy_version, greedy=greedy)
+    def start(
+        self,
+        rng: np.random.Generator,
+        policy_version: int,
+        *,
+        greedy: bool = False,
+        task_updates: int = 0,
+    ) -> None:
+        """Begin a collection, as `Sampler.start` does."""
+        super().start(rng, policy_version, greedy=greedy, task_updates=task_updates)
         self.env.np_random = TensorStream(self.env.np_random, self.device)
         self._noise = TensorStream(self.rng, self.device)
 
     def begin_trial(
-        self, tasks: Sequence[Task], policy: ActorCritic, episodes: int | None = None
+        self,
+        tasks: Sequence[Task],
+        policy: ActorCritic,
+        episodes: int | None = None,
+        *,
+        one_agent: bool = False,
     ) -> None:
         """Put every environment at the start of a trial, as `Sampler.begin_trial` does."""
-        super().begin_trial(tasks, policy, episodes)
+        super().begin_trial(tasks, policy, episodes, one_agent=one_agent)
         self.memory = tuple(leaf.to(self.device) for leaf in self.memory)
 
     def begin_episodes(self, episodes: int | None = None, *, forget: bool = True) -> None:

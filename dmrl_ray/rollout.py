@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dmrl_ray.arrays import host
 from dmrl_ray.buffers import Buffers
-from dmrl_ray.episodes import Episodes
+from dmrl_ray.episodes import Episodes, Open
 from dmrl_ray.faults import answer_of, check_finite, diverged, fault, first_obs
 from dmrl_ray.heads import CategoricalHead, GaussianHead, SquashedGaussianHead
 from dmrl_ray.networks.base import Memory
@@ -74,18 +74,37 @@ class Sampler:
         self._has_episodes = False
         self.fresh = False
 
-    def start(self, rng: np.random.Generator, policy_version: int, *, greedy: bool = False) -> None:
-        """Begin a collection: all randomness until the next start comes from `rng`."""
+    def start(
+        self,
+        rng: np.random.Generator,
+        policy_version: int,
+        *,
+        greedy: bool = False,
+        task_updates: int = 0,
+    ) -> None:
+        """Begin a collection.
+
+        Args:
+            rng: all randomness until the next start comes from it.
+            policy_version: updates of the policy.
+            greedy: take the most probable actions.
+            task_updates: of the policy, on these very tasks; trials go on with their experience.
+        """
         env_rng, self.rng = rng.spawn(2)
         self.env.np_random = env_rng
         self.policy_version = policy_version
         self._greedy = greedy
         self._steps_done = 0
         self.env_s = self.inference_s = 0.0
-        self.episodes.clear()
+        self.episodes.start(task_updates)
 
     def begin_trial(
-        self, tasks: Sequence[Task], policy: ActorCritic, episodes: int | None = None
+        self,
+        tasks: Sequence[Task],
+        policy: ActorCritic,
+        episodes: int | None = None,
+        *,
+        one_agent: bool = False,
     ) -> None:
         """Put every environment at the start of a trial; b of B plays task ``b * n // B`` of n.
 
@@ -93,9 +112,10 @@ class Sampler:
             tasks: n.
             policy: whose memory begins.
             episodes: that each environment plays; None sets no end.
+            one_agent: as `set_tasks`.
         """
-        self.set_tasks(tasks)
         self.episodes.begin_trial()
+        self.set_tasks(tasks, one_agent=one_agent)
         self.begin_episodes(episodes)
         self.memory = policy.initial_memory(self.num_envs)
 
@@ -111,7 +131,7 @@ class Sampler:
         shape = (self.num_envs, *self._action_shape)
         self._obs = first_obs(self.distribution, self.env)
         self.fresh = True
-        self.episodes.begin(self._pending_task_of, episodes)
+        self.episodes.begin(self._pending_task_of, episodes, forget=forget)
         self._previous_done = np.ones(self.num_envs, np.bool_)
         self._has_episodes = True
         if forget:
@@ -120,13 +140,19 @@ class Sampler:
             self._previous_reward = np.zeros(self.num_envs, np.float32)
             self._reset = np.ones(self.num_envs, np.bool_)
 
-    def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """Give every column a task that it plays from its next episode on."""
+    def set_tasks(self, tasks: Sequence[Task], *, one_agent: bool = False) -> None:
+        """Give every column a task that it plays from its next episode on.
+
+        Args:
+            tasks: n, of agents 0 to n - 1, each of which has columns of its own.
+            one_agent: one in all columns has them.
+        """
         self._task_index = np.arange(self.num_envs) * len(tasks) // self.num_envs
         self._pending_task_of = np.empty(self.num_envs, object)
         self._pending_task_of[:] = [tasks[i] for i in self._task_index.tolist()]
         self.fresh = False
-        self.episodes.assign(self._pending_task_of.tolist(), self._task_index)
+        agents = None if one_agent else self._task_index
+        self.episodes.assign(self._pending_task_of.tolist(), agents)
         answer_of(self.distribution, self.env.set_tasks, list(self._pending_task_of))
 
     @property
@@ -137,9 +163,13 @@ class Sampler:
     def continue_episodes(self, tasks: Sequence[Task], policy: ActorCritic) -> None:
         """Go on with open episodes; a column takes its new task when its episode ends."""
         if self._has_episodes:
-            self.set_tasks(tasks)
+            self.set_tasks(tasks, one_agent=True)
         else:
-            self.begin_trial(tasks, policy)
+            self.begin_trial(tasks, policy, one_agent=True)
+
+    def open_episodes(self) -> Open | None:
+        """What `continue_episodes` would go on with; None before the first trial."""
+        return self.episodes.open() if self._has_episodes else None
 
     def rollout(
         self,
@@ -171,7 +201,9 @@ class Sampler:
         greedy = self._greedy if greedy is None else greedy
         before = (self._previous_action, self._previous_reward, self._previous_done)
         self.episodes.adapted(None if self.memory_spans_trial else adaptation_step)
-        buffers = Buffers(self._most_steps(num_steps), self._obs, before, self._reset, self.memory)
+        most = self._most_steps(num_steps)
+        room = self._at_once(most)
+        buffers = Buffers(most, self._obs, before, self._reset, self.memory, room=room)
         if teacher is not None:
             buffers.teach(math.ceil(teacher * self.num_envs))
         with torch.no_grad():
@@ -225,7 +257,7 @@ class Sampler:
         if not state:
             return
         self.set_tasks(tasks_from_array(state["pending_task_of"]))
-        self.episodes.set_state(state)
+        self.episodes.set_state(state, self._pending_task_of.tolist())
         of_env = {k[4:]: v for k, v in state.items() if k.startswith("env.")}
         answer_of(self.distribution, self.env.set_state, of_env)
         leaves = sorted(k for k in state if k.startswith("memory."))
@@ -259,6 +291,8 @@ class Sampler:
         memory, episodes = self.memory, self.episodes
         noise = self._noise_by_step(head, buffers.num_steps, greedy)
         for t in range(buffers.num_steps):
+            if t == buffers.room:
+                buffers.grow()
             previous = buffers.previous(t) if policy.sees_previous else None
             reset = torch.from_numpy(buffers.reset[t : t + 1]) if buffers.reset[t].any() else None
             if not episodes.all_playing:
@@ -299,15 +333,19 @@ class Sampler:
         self._carry(buffers)
         return torch.cat(pis), torch.cat(features) if features else None, peeks
 
-    def _noise_by_step(self, head: Head, num_steps: int, greedy: bool) -> Iterator[Tensor | None]:
-        """The noise of each step's actions: for all steps at once where it is known that they come.
+    def _at_once(self, num_steps: int) -> int:
+        """Steps to prepare for at a time: all where it is known that they come.
 
-        Where episodes may end early, noise for all of them could fill the memory.
+        Where episodes may end early, what all of them would take could fill the memory.
         """
+        known = self.episodes.unlimited or self.distribution.fixed_length
+        return num_steps if known else min(num_steps, BLOCK_STEPS)
+
+    def _noise_by_step(self, head: Head, num_steps: int, greedy: bool) -> Iterator[Tensor | None]:
+        """The noise of each step's actions."""
         if greedy:
             yield from repeat(None)
-        known = self.episodes.unlimited or self.distribution.fixed_length
-        block = num_steps if known else NOISE_STEPS
+        block = self._at_once(num_steps)
         for start in range(0, num_steps, block):
             yield from head.noise(self.rng, min(block, num_steps - start), self.num_envs)
 
@@ -384,8 +422,8 @@ class Sampler:
             setattr(self, f"_previous_{name}", kept)
 
 
-NOISE_STEPS = 64
-"""Steps for which noise is drawn at a time where episodes may end early."""
+BLOCK_STEPS = 64
+"""Steps that are prepared for at a time where episodes may end early."""
 
 STATE = ("obs", "previous_action", "previous_reward", "previous_done", "reset")
 """Attributes of a sampler, each an array (B, ...): what the next step starts from."""

@@ -124,7 +124,7 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     if foreign_of(spec) is not None:
         run.connect()
     with run.committing(snapshot):
-        for i, (rows, trained, left_out, *recorded) in run.workers.map(method, calls):
+        for i, (rows, trained, env_steps, left_out, *recorded) in run.workers.map(method, calls):
             job = open_specs[i]
             if job.name == specs[0].name:  # All learn from the same data.
                 run.add_left_out(job, left_out)
@@ -132,10 +132,11 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
                 run.add_steps(job, part)
             run.add_episodes(job, rows)
             run.save_policy(job.name, trained, stage.updates)
-            run.event("job_finished", name, job.name, updates=stage.updates)
+            made = {"updates": stage.updates, "env_steps": env_steps}
+            run.event("job_finished", name, job.name, **made)
             finished.append(job.name)
-            steps += int(rows["length"].sum())
-            at_the_end = rows["adaptation_step"] == stage.updates
+            steps += env_steps
+            at_the_end = rows["policy_version"] == stage.updates
             last = rows["return"][at_the_end]  # Empty if no episode ended then.
             run.display.update(
                 name,

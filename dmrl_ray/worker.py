@@ -27,7 +27,7 @@ from dmrl_ray.recording import (
     episode_rows,
     evaluation_rows,
     since_change,
-    steps_played,
+    steps_made,
     take_episodes,
     task_rows,
     transition_rows,
@@ -66,12 +66,12 @@ class RolloutWorker:
             columns // algorithm.columns_per_task,
             spec.split,
         )
-        sampler.start(
-            random_stream(spec.seed, *spec.key, "collect", shard, iteration), weights.version
-        )
+        # A job on fixed tasks goes on to learn from them; else each trial's agents are new.
+        task_updates = iteration if spec.fixed_tasks else 0
+        stream = random_stream(spec.seed, *spec.key, "collect", shard, iteration)
+        sampler.start(stream, weights.version, task_updates=task_updates)
         algorithm.progress = spec.spent(iteration, call.env_steps)
-        continued = spec.record and algorithm.continues_episodes
-        open_before = sampler.episodes.open() if continued else None
+        open_before = sampler.open_episodes() if algorithm.continues_episodes else None
         told = {task.id for task in sampler.episodes.begun()}  # by the iteration before
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
@@ -80,9 +80,9 @@ class RolloutWorker:
             rows, program.distribution, weights.version, scored=bool(spec.fixed_tasks)
         )
         met = [t for t in (*rows["task"], *sampler.episodes.begun()) if t.id not in told]
-        played = steps_played(trial, program.distribution)
-        so_far = np.minimum(rows["step"].astype(np.int64) * columns, played)
-        episodes["env_steps"] = call.env_steps + so_far * spec.rollout.shards
+        made = steps_made(trial, program.distribution)
+        # What is returned may be shorter than what was played, of which it is made.
+        episodes["env_steps"] = made[np.minimum(rows["step"].astype(np.int64), len(made)) - 1]
         episodes["trial"] = np.full(len(rows["step"]), iteration)
         after = sampler.get_state() if algorithm.continues_episodes else {}
         recorded = None
@@ -95,9 +95,10 @@ class RolloutWorker:
                 open_before=open_before,
                 step_is_episode=algorithm.memory_spans_trial,
             )
+            recorded["adaptation_step"] = np.asarray(recorded["adaptation_step"]) + task_updates
         report = CollectReport(
             episodes,
-            played,
+            int(made[-1]),
             time.monotonic() - start,
             sampler.env_s,
             sampler.inference_s,
@@ -188,21 +189,21 @@ class RolloutWorker:
 
     def train(
         self, spec: JobSpec, weights: Arrays, updates: int
-    ) -> tuple[Columns, Arrays, tuple[LeftOut, ...]]:
+    ) -> tuple[Columns, Arrays, int, tuple[LeftOut, ...]]:
         """A small job whole: a shard collected and learned from, `updates` times.
 
-        Returns the rows of its episodes, with the number of updates done before as their
-        adaptation step, the weights at its end, and what it left out of data.
+        Returns the rows of its episodes, the weights at its end, the environment steps that it
+        made, and what it left out of data.
         """
         foreign = foreign_of(spec)
         if foreign is not None:
             with closing(foreign):
                 return (*foreign.train(weights, updates), ())
-        return self.train_recorded(spec, weights, updates)[:3]
+        return self.train_recorded(spec, weights, updates)[:4]
 
     def train_recorded(
         self, spec: JobSpec, weights: Arrays, updates: int
-    ) -> tuple[Columns, Arrays, tuple[LeftOut, ...], list[Steps]]:
+    ) -> tuple[Columns, Arrays, int, tuple[LeftOut, ...], list[Steps]]:
         """The same, and every step in the order of learning, if the job is recorded."""
         learner = Learner(spec)
         learner.load_weights(weights)
@@ -214,19 +215,17 @@ class RolloutWorker:
         for iteration in range(updates + 1):
             call = CollectCall(spec, 0, iteration, env_steps)
             report, trial, state = self.collect(call, Weights(iteration, learner.weights()), state)
-            report.episodes["adaptation_step"] = np.full_like(
-                report.episodes["adaptation_step"], iteration
-            )
+            report.episodes["env_steps"] += env_steps
             parts.append(report.episodes)
             left_out += report.left_out
             if report.steps is not None:
-                steps.append({**report.steps, "adaptation_step": iteration})
+                steps.append(report.steps)
             if iteration < updates:
                 learner.update(iteration, env_steps, [trial])
             env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
-        return rows, learner.weights(), left_out, steps
+        return rows, learner.weights(), env_steps, left_out, steps
 
     def _program(self, spec: JobSpec, weights: Weights, device: str | None = None) -> Program:
         key = spec.key if device is None else (*spec.key, device)

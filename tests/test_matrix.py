@@ -123,12 +123,11 @@ def trials(played: Played) -> None:
         rollouts = 2 if algorithm in GRADIENTS else 1
         assert len(played.training)
         by_trial = played.training.groupby(["job", "trial", "task_id"])
-        finetuning = played.cell.stage == "finetune"
         for _, episodes in by_trial:
-            _check_trial(algorithm, episodes, rollouts, steps_counted=not finetuning)
+            _check_trial(algorithm, episodes, rollouts)
     by_trial = played.playing.groupby(["stage", "policy_version", "trial", "task_id"])
     for _, episodes in by_trial:
-        _check_trial(algorithm, episodes, 2, steps_counted=True)
+        _check_trial(algorithm, episodes, 2)
     held_out = played.playing.query("stage == 'held_out'")
     assert len(held_out.groupby(["trial", "task_id"])) in (0, 3 * 2)
     streams = played.online.groupby(["trial", "task_id"])
@@ -139,19 +138,18 @@ def trials(played: Played) -> None:
     assert len(streams) in (0, 2 * 2)
 
 
-def _check_trial(
-    algorithm: str, episodes: pd.DataFrame, rollouts: int, *, steps_counted: bool
-) -> None:
+def _check_trial(algorithm: str, episodes: pd.DataFrame, rollouts: int) -> None:
     """One trial on one task; `rollouts` of gradient-based methods."""
-    at = episodes["adaptation_step"].value_counts().to_dict()
+    updates = episodes["policy_version"] * (episodes["stage"] == "special")  # of the same task
+    at = (episodes["adaptation_step"] - updates).value_counts().to_dict()
     if algorithm == "maml_within":
         assert len(episodes) == EPISODES * COPIES
     elif algorithm in GRADIENTS:
         assert len(episodes) == rollouts * COPIES
-        assert not steps_counted or at == dict.fromkeys(range(rollouts), COPIES)
+        assert at == dict.fromkeys(range(rollouts), COPIES)
     else:
         assert len(episodes) == EPISODES
-        assert algorithm != "pearl" or not steps_counted or at == {0: 1, 1: 1}
+        assert algorithm != "pearl" or at == {0: 1, 1: 1}
 
 
 def versions(played: Played) -> None:
@@ -189,6 +187,13 @@ def experience(played: Played) -> None:
                 continue
             assert earlier.sum() == number
             assert done == episodes["length"].to_numpy()[earlier].sum()
+    special = played.training.query("stage == 'special'")
+    if played.cell.algorithm not in PLAYERS_OF_TRIALS:
+        return
+    for (job, update), episodes in special.groupby(["job", "policy_version"]):
+        earlier = special[(special["job"] == job) & (special["policy_version"] < update)]
+        assert episodes["experience_episodes"].min() == len(earlier)
+        assert episodes["experience_steps"].min() == earlier["length"].sum()
 
 
 def resume(played: Played) -> None:

@@ -16,6 +16,7 @@ from dmrl_ray.types import random_stream
 from dmrl_ray.worker import CollectCall, RolloutWorker
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import parse_config
+from tests.matrix_family import LIMIT, Walk
 from tests.test_worker import RECURRENT, SPECS, make_spec, weights
 
 CONFIG = """
@@ -228,3 +229,41 @@ def test_a_collection_from_its_middle_is_recorded_without_the_sampler():
     assert rows["task_id"].to_pylist()[0] == tasks[0].id
     assert rows["task_id"].to_pylist()[-1] == tasks[1].id
     assert set(rows["column"]) == {8, 9, 10, 11}
+
+
+class Told(Walk):
+    """A walk of ten steps whose every reward is its task's goal."""
+
+    family = "told"
+
+    def make_vec(self, num_envs):
+        env = super().make_vec(num_envs)
+        step = env.step
+
+        def told(actions):
+            goal = env.goal.astype(np.float32)
+            obs, _, *rest = step(actions)
+            return obs, goal, *rest
+
+        env.step = told
+        return env
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "impala", "sac"])
+def test_a_row_names_its_task_where_episodes_end_with_the_collection(algorithm):
+    settings = {"type": algorithm, "num_steps": LIMIT}
+    spec = make_spec({"type": "tests.test_recording:Told"}, settings, record=True)
+    worker, state, goals = RolloutWorker(), {}, {}
+    for i in range(4):
+        report, _, state = worker.collect(CollectCall(spec, 0, i, 0), weights(spec, i), state)
+        names, values = (report.tasks[name].to_pylist() for name in ("task_id", "param.goal"))
+        goals |= dict(zip(names, values, strict=True))
+        played = sorted(
+            zip(report.steps["task_id"].to_pylist(), report.steps["reward"], strict=True)
+        )
+        assert len(played) == 4 * LIMIT
+        for task, reward in played:
+            assert reward == np.float32(goals[task])
+        returns = {task: reward * LIMIT for task, reward in played}
+        for task, total in zip(report.episodes["task_id"], report.episodes["return"], strict=True):
+            assert returns[task] == pytest.approx(total, rel=1e-5)

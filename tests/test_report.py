@@ -293,6 +293,16 @@ def test_jobs_without_metrics_count_the_steps_of_their_episodes(tmp_path):
     ]
 
 
+def test_jobs_without_metrics_count_the_steps_of_their_open_episodes(tmp_path):
+    rows = [episode("tune", "test", task, 0, 0.5) for task in (0, 1)]
+    done = [
+        event("job_finished", '{"updates": 3, "env_steps": 64}') | {"stage": "tune", "job": job}
+        for job in "ab"
+    ]
+    report = text_report(run_of(tmp_path, episodes=rows, events=done))
+    assert cells(report, "tune", "Training")[1] == "128"
+
+
 def test_time_between_kill_and_resume_is_not_training_time(tmp_path):
     rows = [metric("meta", "policy_loss", 1.0, steps, 3, 100.0 * steps) for steps in (1, 1000)]
     done = event("job_finished", '{"seconds": 50.0}')

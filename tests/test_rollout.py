@@ -12,6 +12,7 @@ from dmrl_ray.policy import ActorCritic, previous_inputs
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
 from dmrl_ray.types import EnvironmentFault, Task, join_shards
+from tests import matrix_family as pictures
 
 NEVER = 99
 
@@ -303,6 +304,91 @@ def test_the_shot_of_a_memory_that_spans_the_trial_is_the_episode():
     sampler = make_sampler(Walk(), [task(limit=2)], policy, spans=True)
     sampler.rollout(policy, 6)
     np.testing.assert_array_equal(sampler.take_episodes()["adaptation_step"], [0, 1, 2])
+
+
+class Endless(pictures.Walk):
+    """Pictures of walks of ten steps at most, of which the family's limit says nothing."""
+
+    max_episode_steps = 10**10
+
+
+def walked(teacher=None):
+    """A rollout of two episodes in each of four environments."""
+    family = Endless(Endless.Config(seen="picture", varying=True))
+    torch.manual_seed(0)
+    spaces = family.observation_space, family.action_space
+    policy = ActorCritic(ActorCritic.Config(), *spaces, sees_previous=False)
+    sampler = Sampler(family, 4, memory_spans_trial=False)
+    sampler.start(rng(), 0)
+    sampler.begin_trial(family.sample(rng(), 4, "train"), policy, 2)
+    return sampler.rollout(policy, with_value=False, teacher=teacher)
+
+
+def test_a_rollout_takes_memory_for_the_steps_that_are_played():
+    rollout = walked()
+    assert rollout.num_steps <= 2 * pictures.LIMIT
+    assert rollout.obs.base.nbytes < 1e6
+
+
+@pytest.mark.parametrize("teacher", [None, 0.5])
+def test_a_rollout_is_the_same_however_its_memory_grew(teacher, monkeypatch):
+    at_once = walked(teacher)
+    monkeypatch.setattr("dmrl_ray.rollout.BLOCK_STEPS", 3)
+    grown = walked(teacher)
+    assert grown.num_steps > 3 * 2
+    assert not grown.all_count
+    assert_same_rollout(at_once, grown)
+
+
+def had(rows):
+    """Steps and episodes that agents had had of the tasks of episodes before."""
+    return rows["experience_steps"].tolist(), rows["experience_episodes"].tolist()
+
+
+def test_an_agent_that_meets_a_task_again_has_had_what_it_had_of_it():
+    policy = make_policy(Walk(), "lstm", sees_previous=True)
+    a, b = task("a", limit=2), task("b", limit=3)
+    sampler = make_sampler(Walk(), [a], policy, spans=True)
+    for following, steps in ((a, 2), (b, 2), (a, 3)):
+        sampler.set_tasks([following])
+        sampler.rollout(policy, steps)
+    sampler.rollout(policy, 2)
+    rows = sampler.take_episodes()
+    assert [t.id for t in rows["task"]] == ["a", "a", "b", "a"]
+    assert had(rows) == ([0, 2, 0, 4], [0, 1, 0, 2])
+
+
+def test_one_policy_that_goes_on_has_had_its_task_in_all_environments():
+    # Two environments on one task, whose episodes have two steps, in collections of three.
+    policy = make_policy(Walk())
+    sampler, other = (Sampler(Walk(), 2, memory_spans_trial=False) for _ in range(2))
+    for sampler_of_half in (sampler, other):
+        sampler_of_half.start(rng(), 0)
+    rows = []
+    for number in range(2):
+        player = (sampler, other)[number]
+        player.set_state(sampler.get_state())
+        player.continue_episodes([task("same", limit=2)] * 2, policy)
+        player.rollout(policy, 3)
+        rows.append(had(player.take_episodes()))
+    assert rows == [([0, 0], [0, 0]), ([4, 4, 8, 8], [2, 2, 4, 4])]
+
+
+def test_separate_trials_on_one_task_know_nothing_of_each_other():
+    policy = make_policy(Walk())
+    sampler = make_sampler(Walk(), [task("same", limit=2)] * 2, policy)
+    sampler.rollout(policy, 4)
+    assert had(sampler.take_episodes()) == ([0, 0, 2, 2], [0, 0, 1, 1])
+
+
+def test_a_policy_that_goes_on_keeps_no_more_accounts_than_it_plays():
+    policy = make_policy(Walk())
+    sampler = Sampler(Walk(), 4, memory_spans_trial=False)
+    sampler.start(rng(), 0)
+    for number in range(9):
+        sampler.continue_episodes([task(f"{number}.{b}", limit=2) for b in range(4)], policy)
+        sampler.rollout(policy, 3)
+    assert sampler.get_state()["had"].shape[1] <= 1 + 4 + 4
 
 
 def test_tasks_take_columns_in_contiguous_equal_parts():

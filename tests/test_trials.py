@@ -27,13 +27,13 @@ META = {"type": "pretrain", "env_steps": 1, "validation_tasks": 2}
 START = {"init_from": "meta", "checkpoint": "last"}
 
 
-def play(folder, tasks, algorithm, network=MLP, columns=8, **stages):
+def play(folder, tasks, algorithm, network=MLP, columns=8, shards=1, **stages):
     """A run with one iteration of pretraining, and then these stages."""
     config = {
         "tasks": tasks,
         "network": network,
         "algorithm": algorithm,
-        "rollout": {"shards": 1, "num_envs": columns},
+        "rollout": {"shards": shards, "num_envs": columns},
         "workers": {"num": 0},
         "learners": {"threads": 1},
         "stages": {"meta": META, **stages},
@@ -84,6 +84,30 @@ def test_rl2_trains_on_trials_of_k_episodes(tmp_path):
     folder = play(tmp_path / "run", {**POLES, "episodes": 2}, {"type": "rl2", "epochs": 1}, GRU)
     counts = rows(folder, split="train").groupby("task_id").size()
     assert counts.tolist() == [2] * 8
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_steps_of_a_row_lie_within_its_iteration(lag, tmp_path):
+    # Poles fall when they do, so that no two shards and no two iterations make as many steps.
+    meta = META | {"env_steps": 2000, "max_policy_lag": lag}
+    maml = {"type": "maml", "episodes_per_task": 4, "epochs": 1}
+    folder = play(tmp_path / "run", POLES, maml, shards=2, meta=meta)
+    made = rows(folder, "metrics", name="steps_per_s")["env_steps"].tolist()
+    assert len(made) >= 3
+    trained = rows(folder, split="train")
+    for start, end, (_, episodes) in zip([0, *made], made, trained.groupby("trial"), strict=False):
+        assert episodes["env_steps"].between(start + 1, end).all()
+        assert episodes["env_steps"].max() == end
+    special = {"type": "finetune", **START, "tasks": 1, "updates": 2}
+    folder = play(tmp_path / "other", POLES, maml, special=special)
+    assert rows(folder, stage="special")["env_steps"].is_monotonic_increasing
+
+
+def test_fine_tuning_counts_every_step_that_its_environments_made(tmp_path):
+    special = {"type": "finetune", **START, "tasks": 3, "updates": 2}
+    folder = play(tmp_path / "run", POLES, {"type": "ppo", "num_steps": 4}, special=special)
+    done = rows(folder, "events", event="job_finished", stage="special")
+    assert [json.loads(detail)["env_steps"] for detail in done["detail"]] == [3 * 4 * 8] * 3
 
 
 def test_an_evaluation_steps_no_longer_than_its_episodes_last(tmp_path):

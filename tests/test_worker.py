@@ -198,14 +198,12 @@ def test_training_tasks_have_no_score():
     assert set(report.episodes["split"]) == {"train"}
 
 
-def test_environment_steps_of_a_row_count_all_shards():
-    # 2 shards x 4 columns; point_goal's episodes of 5 steps end at steps 5 and 10 of the trial.
+def test_environment_steps_of_a_row_count_from_where_its_shard_began():
+    # 4 columns; point_goal's episodes of 5 steps end at steps 5 and 10 of the trial.
     report, _, _ = RolloutWorker().collect(
         CollectCall(SPECS["maml"], 0, 3, 1000), weights(SPECS["maml"], 0), {}
     )
-    np.testing.assert_array_equal(
-        report.episodes["env_steps"], [1000 + 5 * 8] * 4 + [1000 + 10 * 8] * 4
-    )
+    np.testing.assert_array_equal(report.episodes["env_steps"], [5 * 4] * 4 + [10 * 4] * 4)
     assert report.env_steps == 4 * 10
 
 
@@ -213,7 +211,7 @@ def test_a_small_job_whole_is_the_same_job_step_by_step():
     _, (task,) = tasks_of(PointGoal, 1, horizon=5)
     spec = make_spec({"type": "point_goal", "horizon": 5}, fixed_tasks=(task,), split="test")
     initial = weights(spec, 3).arrays
-    rows, trained, _ = RolloutWorker().train(spec, initial, 2)
+    rows, trained, *_ = RolloutWorker().train(spec, initial, 2)
     learner, worker, state = Learner(spec), RolloutWorker(), {}
     learner.load_weights(initial)
     for i in range(2):
@@ -224,6 +222,24 @@ def test_a_small_job_whole_is_the_same_job_step_by_step():
         np.testing.assert_array_equal(trained[name], array, name)
     assert set(rows["adaptation_step"]) == {0, 1, 2}
     assert set(rows["task_id"]) == {task.id}
+
+
+def test_an_episode_counts_the_updates_before_it_began():
+    # CartPole falls after 8 steps at the earliest: collections of 5 cut every episode.
+    spec = make_spec(
+        VARIED, {"type": "ppo", "num_steps": 5}, fixed_tasks=tasks_of(CartPole, 1)[1], record=True
+    )
+    rows, *_, steps = RolloutWorker().train_recorded(spec, Learner(spec).weights(), 9)
+    begun = {}
+    for part in steps:
+        starts = part["t"] == 0
+        keys = zip(part["column"][starts], part["episode"][starts], strict=True)
+        begun |= dict(zip(keys, part["adaptation_step"][starts], strict=True))
+    first = rows["adaptation_step"][rows["experience_episodes"] == 0]
+    assert (first == 0).all()
+    assert rows["policy_version"].min() > 0
+    assert set(rows["adaptation_step"]) <= set(begun.values())
+    assert (rows["adaptation_step"] < rows["policy_version"]).all()
 
 
 def test_schedules_of_a_small_job_run_over_its_updates():
@@ -248,7 +264,7 @@ def test_a_small_job_is_the_same_on_a_worker_that_did_it_before():
     _, (task,) = tasks_of(PointGoal, 1, horizon=5)
     spec = make_spec({"type": "point_goal", "horizon": 5}, fixed_tasks=(task,), split="test")
     worker = RolloutWorker()
-    (rows, trained, _), (again, trained_again, _) = (
+    (rows, trained, *_), (again, trained_again, *_) = (
         worker.train(spec, weights(spec, 0).arrays, 2) for _ in range(2)
     )
     for name in rows:
