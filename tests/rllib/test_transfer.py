@@ -29,7 +29,7 @@ BOX = gym.spaces.Box(-1, 1, (3,), np.float32)
 CONFIG = """
 tasks: cartpole
 workers: {{num: 0}}
-rollout: {{shards: 1, num_envs: 4}}
+rollout: {{num_envs: 4}}
 network: {{encoder: {{type: mlp, sizes: [8, 8], activation: tanh}}, separate_value: false, {norm}}}
 algorithm: {{type: ppo, num_steps: 8}}
 stages:
