@@ -23,8 +23,7 @@ from benchmarks.machine import machine
 from benchmarks.throughput.rows import ROWS
 from dmrl_ray.config import RunConfig
 from dmrl_ray.policy import ActorCritic
-from dmrl_ray.spec import JobSpec, build
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import JobSpec, build, job_spec
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.yaml_config import parse_config
 

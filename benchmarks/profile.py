@@ -22,7 +22,7 @@ from dmrl_ray.commits import load_run_config
 from dmrl_ray.config import Pretrain
 from dmrl_ray.places import find_run
 from dmrl_ray.results import load
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec
 
 Shares: TypeAlias = dict[str, dict[str, float]]
 """By process, then by what it did."""

@@ -136,17 +136,3 @@ class Buffers:
 
 _BY_STEP = ("action", "reward", "terminated", "truncated", "done", "mask", "oracle_action")
 """Arrays (T, B, ...); those of observations and resets have one step more."""
-
-
-def first_not_finite(rollout: Rollout) -> tuple[str, int, int, float] | None:
-    """Name, step, column and value of an observation or reward that is not finite, if any."""
-    ends = np.stack([rollout.final_step, rollout.final_column], 1)
-    for name in ("obs", "reward", "final_obs"):
-        array = getattr(rollout, name)
-        if np.isfinite(array.sum()):
-            continue
-        where = np.argwhere(~np.isfinite(array))
-        if len(where):
-            t, column = ends[where[0][0]] if name == "final_obs" else where[0][:2]
-            return name, int(t), int(column), float(array[tuple(where[0])])
-    return None

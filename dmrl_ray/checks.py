@@ -22,12 +22,12 @@ from dmrl_ray.spec import (
     Program,
     build,
     get_weights,
+    job_spec,
     load_family,
     outline,
     rehearse,
     set_weights,
 )
-from dmrl_ray.stages import job_spec
 from dmrl_ray.transfer import rllib_start
 
 

@@ -18,7 +18,7 @@ from dmrl_ray.data_sources import recordings_of
 from dmrl_ray.errors import Misfit
 from dmrl_ray.foreign import ForeignAlgorithm
 from dmrl_ray.run import Run
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec
 from dmrl_ray.yaml_config import expanded, plain
 
 SPEED_ALONE = (

@@ -26,7 +26,8 @@ from dmrl_ray.placement import place
 from dmrl_ray.places import JOB_VARIABLE
 from dmrl_ray.run import Run
 from dmrl_ray.settings import did_you_mean
-from dmrl_ray.stages import job_spec, run_stage
+from dmrl_ray.spec import job_spec
+from dmrl_ray.stages import run_stage
 from dmrl_ray.types import Split
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import resolved

@@ -15,11 +15,8 @@ from typing import Any, TypeAlias
 import gymnasium as gym
 import numpy as np
 
-from dmrl_ray.buffers import first_not_finite
-from dmrl_ray.episodes import Episodes
-from dmrl_ray.errors import NumericalError
 from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
-from dmrl_ray.types import Array, EnvironmentFault, Reference, Rollout, Split, Task
+from dmrl_ray.types import Array, EnvironmentFault, Reference, Split, Task
 
 Family: TypeAlias = TaskDistribution | type[TaskDistribution]
 
@@ -129,61 +126,6 @@ def first_obs(family: TaskDistribution, env: TaskVectorEnv) -> Array:
             f"{obs.dtype}; for {env.num_envs} columns the space asks for {shape} and {space.dtype}"
         )
     return obs
-
-
-def check_finite(
-    family: TaskDistribution, rollout: Rollout, episodes: Episodes, steps: int
-) -> None:
-    """See that everything in a rollout is a finite number.
-
-    Args:
-        steps: done in the collection before the rollout.
-
-    Raises:
-        EnvironmentFault: something is not; the message says where, and on which task.
-    """
-    found = first_not_finite(rollout)
-    if found is not None:
-        name, t, column, value = found
-        task = episodes.task_at(steps + t, column)
-        raise EnvironmentFault(
-            f"{name_of(family)}: {name} of column {column} at step {t} is {value}, on task "
-            f"{task.id}; environments must return finite numbers"
-        )
-
-
-def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -> NumericalError:
-    """The error of a policy whose actions are not finite, though all that it met is.
-
-    Args:
-        update: after which it acted, where that is known.
-        adaptation_step: likewise; the most of any environment is told.
-    """
-    after = "" if update is None else f" after update {update}"
-    sizes = "algorithm.lr"
-    if most := int(np.max(adaptation_step)):
-        after += f" and adaptation step {most}"
-        sizes += " or the step size of adaptation"
-    return NumericalError(
-        f"the policy diverged{after}: its actions are not finite numbers, though the observations "
-        f"and rewards are; lower {sizes}, or check the size of the rewards"
-    )
-
-
-def check_lengths(family: TaskDistribution, episodes: Episodes) -> None:
-    """See that no episode goes on for longer than the family says.
-
-    Raises:
-        EnvironmentFault: one does.
-    """
-    found = episodes.overdue(family.max_episode_steps)
-    if found is not None:
-        column, steps, task = found
-        raise EnvironmentFault(
-            f"{name_of(family)}: the episode of column {column} has not ended after {steps} steps, "
-            f"on task {task.id}; step must truncate at max_episode_steps, which is "
-            f"{family.max_episode_steps}"
-        )
 
 
 def _is_ours(filename: str) -> bool:

@@ -12,8 +12,7 @@ from dmrl_ray.errors import ConfigError
 from dmrl_ray.faults import sample
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.places import find_cluster
-from dmrl_ray.spec import JobSpec, build, one_thread
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import JobSpec, build, job_spec, one_thread
 from dmrl_ray.types import random_stream
 
 MEASURE_S = 0.25

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dmrl_ray.episodes import Open
-from dmrl_ray.faults import check_lengths, reference
+from dmrl_ray.episodes import Episodes, Open
+from dmrl_ray.faults import name_of, reference
 from dmrl_ray.rollout import Sampler
 from dmrl_ray.tables import PARAM, Cells
 from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.types import Columns, Task, Trial
+from dmrl_ray.types import Columns, EnvironmentFault, Task, Trial
 
 Steps: TypeAlias = dict[str, Cells]
 """Rows of the transitions table, without the columns that name the run, the stage and the job."""
@@ -81,6 +81,22 @@ def _json_of(x: np.ndarray) -> pa.Array:
     inside = _json_of(x.reshape(-1, *x.shape[2:]))
     rows = pa.ListArray.from_arrays(np.arange(0, len(inside) + 1, x.shape[1]), inside)
     return pc.binary_join_element_wise("[", pc.binary_join(rows, ", "), "]", "")
+
+
+def check_lengths(family: TaskDistribution, episodes: Episodes) -> None:
+    """See that no episode goes on for longer than the family says.
+
+    Raises:
+        EnvironmentFault: one does.
+    """
+    found = episodes.overdue(family.max_episode_steps)
+    if found is not None:
+        column, steps, task = found
+        raise EnvironmentFault(
+            f"{name_of(family)}: the episode of column {column} has not ended after {steps} steps, "
+            f"on task {task.id}; step must truncate at max_episode_steps, which is "
+            f"{family.max_episode_steps}"
+        )
 
 
 def take_episodes(sampler: Sampler) -> Columns:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dmrl_ray.arrays import TensorStream, host
-from dmrl_ray.faults import answer_of, check_finite, diverged
+from dmrl_ray.faults import answer_of
+from dmrl_ray.finite import check_finite, diverged
 from dmrl_ray.policy import ActorCritic, Previous, mask_previous
 from dmrl_ray.rollout import STATE, Actor, Sampler
 from dmrl_ray.tasks import TaskDistribution

@@ -20,7 +20,8 @@ from torch import Tensor
 from dmrl_ray.arrays import host
 from dmrl_ray.buffers import Buffers
 from dmrl_ray.episodes import Episodes, Open
-from dmrl_ray.faults import answer_of, check_finite, diverged, fault, first_obs
+from dmrl_ray.faults import answer_of, fault, first_obs
+from dmrl_ray.finite import check_finite, diverged
 from dmrl_ray.heads import CategoricalHead, GaussianHead, SquashedGaussianHead
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous

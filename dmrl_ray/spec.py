@@ -11,7 +11,16 @@ import torch
 
 from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.algorithms.base import Algorithm, continued
-from dmrl_ray.config import By, Component, RolloutSettings
+from dmrl_ray.config import (
+    RLLIB,
+    By,
+    Component,
+    Finetune,
+    Pretrain,
+    RolloutSettings,
+    RunConfig,
+    settled,
+)
 from dmrl_ray.faults import answer_of, check_spaces, fault, name_of, sample
 from dmrl_ray.policy import ActorCritic
 from dmrl_ray.resident import ResidentSampler
@@ -60,6 +69,43 @@ class JobSpec:
         """As it stands in the tables."""
         name = self.algorithm.type
         return (name if name in SHORT_NAMES["algorithm"] else name.rpartition(":")[2]).lower()
+
+
+def job_spec(config: RunConfig, name: str) -> JobSpec:
+    """The job of a stage, with what the stage leaves open taken from its source or the run."""
+    stage = config.stages[name]
+    source = getattr(stage, "init_from", None)
+    trains = isinstance(stage, (Pretrain, Finetune))
+    algorithm: Component | None = getattr(stage, "algorithm", None)
+    network: Component | None = getattr(stage, "network", None)
+    rollout = config.rollout
+    if isinstance(stage, Pretrain):
+        rollout = stage.rollout or rollout
+    else:
+        own = getattr(stage, "rollout", None) or rollout
+        rollout = rollout.model_copy(update={"num_envs": own.num_envs, "device": None})
+    if source is not None and not source.startswith(RLLIB):
+        parent = job_spec(config, source)
+        network = network or parent.network
+        algorithm = algorithm or (None if trains else parent.algorithm)
+    return JobSpec(
+        stage=name,
+        name=name,
+        seed=config.seed,
+        evaluation_seed=config.evaluation_seed,
+        tasks=config.tasks,
+        network=network or config.network,
+        algorithm=algorithm or config.algorithm,
+        rollout=rollout,
+        env_steps=getattr(stage, "env_steps", 0),
+        updates=getattr(stage, "updates", 0),
+        trainable=getattr(stage, "trainable", ("",)),
+        learner_threads=settled(config.learners.threads),
+        precision=config.learners.precision,
+        compile=config.learners.compile,
+        device=config.learners.device,
+        record=getattr(stage, "record", False),
+    )
 
 
 @dataclass(frozen=True)

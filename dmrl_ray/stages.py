@@ -11,13 +11,10 @@ from dmrl_ray.calls import AdaptCall
 from dmrl_ray.config import (
     RLLIB,
     Adapt,
-    Component,
     Evaluate,
     Finetune,
     Pretrain,
-    RunConfig,
     Stage,
-    settled,
 )
 from dmrl_ray.data_sources import recordings_of
 from dmrl_ray.foreign import foreign_of
@@ -26,7 +23,7 @@ from dmrl_ray.jobs import evaluation_calls, run_job, tasks_at_once
 from dmrl_ray.lineage import learned_from
 from dmrl_ray.recording import mean_of_known
 from dmrl_ray.run import Run
-from dmrl_ray.spec import JobSpec, Weights, build
+from dmrl_ray.spec import JobSpec, Weights, build, job_spec
 from dmrl_ray.statistics import t_interval
 from dmrl_ray.transfer import rllib_start
 from dmrl_ray.types import Task
@@ -47,43 +44,6 @@ def run_stage(run: Run, name: str) -> None:
     else:
         evaluate(run, name, stage)
     run.display.finish(name)
-
-
-def job_spec(config: RunConfig, name: str) -> JobSpec:
-    """The job of a stage, with what the stage leaves open taken from its source or the run."""
-    stage = config.stages[name]
-    source = getattr(stage, "init_from", None)
-    trains = isinstance(stage, (Pretrain, Finetune))
-    algorithm: Component | None = getattr(stage, "algorithm", None)
-    network: Component | None = getattr(stage, "network", None)
-    rollout = config.rollout
-    if isinstance(stage, Pretrain):
-        rollout = stage.rollout or rollout
-    else:
-        own = getattr(stage, "rollout", None) or rollout
-        rollout = rollout.model_copy(update={"num_envs": own.num_envs, "device": None})
-    if source is not None and not source.startswith(RLLIB):
-        parent = job_spec(config, source)
-        network = network or parent.network
-        algorithm = algorithm or (None if trains else parent.algorithm)
-    return JobSpec(
-        stage=name,
-        name=name,
-        seed=config.seed,
-        evaluation_seed=config.evaluation_seed,
-        tasks=config.tasks,
-        network=network or config.network,
-        algorithm=algorithm or config.algorithm,
-        rollout=rollout,
-        env_steps=getattr(stage, "env_steps", 0),
-        updates=getattr(stage, "updates", 0),
-        trainable=getattr(stage, "trainable", ("",)),
-        learner_threads=settled(config.learners.threads),
-        precision=config.learners.precision,
-        compile=config.learners.compile,
-        device=config.learners.device,
-        record=getattr(stage, "record", False),
-    )
 
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     "types losses statistics settings config errors places yaml_text yaml_messages yaml_config",
-    "arrays spaces tasks faults networks heads policy optimizers episodes buffers values rollout "
-    "resident replay dataset data_files data_sources held_out lineage tables checkpoint "
+    "arrays spaces tasks faults networks heads policy optimizers episodes finite buffers values "
+    "rollout resident replay dataset data_files data_sources held_out lineage tables checkpoint "
     "commits run_folder writer",
     "algorithms",
     "spec transfer recording calls foreign averaging worker learner",

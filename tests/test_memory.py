@@ -18,8 +18,7 @@ from dmrl_ray.memory import (
     summary,
     told,
 )
-from dmrl_ray.spec import outline
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec, outline
 from dmrl_ray.yaml_config import parse_config, places_told
 
 CONFIG = """\

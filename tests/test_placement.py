@@ -15,7 +15,7 @@ from dmrl_ray.errors import ConfigError
 from dmrl_ray.placement import WORTH_S, WORTH_US, place, step_us
 from dmrl_ray.places import JOB_VARIABLE
 from dmrl_ray.results import load
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec
 from dmrl_ray.yaml_config import load_config, parse_config
 
 

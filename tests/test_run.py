@@ -12,7 +12,7 @@ from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.results import load
 from dmrl_ray.run import Run
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec
 from dmrl_ray.types import Reference
 from dmrl_ray.writer import RunWriter
 from dmrl_ray.yaml_config import parse_config

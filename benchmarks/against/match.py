@@ -12,8 +12,7 @@ from benchmarks.throughput.measures import Figures
 from benchmarks.throughput.probe import Point, speed
 from benchmarks.throughput.rows import ROWS
 from dmrl_ray.config import RunConfig
-from dmrl_ray.spec import load_family
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec, load_family
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.yaml_config import parse_config
 

@@ -12,8 +12,7 @@ import pandas as pd
 from dmrl_ray.commits import load_run_config
 from dmrl_ray.config import Evaluate, Finetune, Pretrain, RunConfig
 from dmrl_ray.results import load, starts
-from dmrl_ray.spec import load_family
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec, load_family
 from dmrl_ray.statistics import method_interval
 
 KEPT = ["stage", "seed", "task_id", "trial", "adaptation_step", "episode", "return"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-import numpy as np
-
 from dmrl_ray.algorithms.adaptation import Adaptation, Continued
 from dmrl_ray.algorithms.descent import EPS, Descent
 from dmrl_ray.algorithms.task_optimizer import TaskOptimizer
@@ -22,8 +20,7 @@ class Algorithm(Descent, Adaptation):
     """`collect` runs in rollout workers, `update` in learners; both own the same policy class.
 
     Networks that an algorithm needs beside the policy are put into ``policy.auxiliary`` when it is
-    made. What a learner sets before `update`: `rng` (the random stream of this update), and what
-    `Descent` lists. Learner and worker both set `progress`.
+    made. A learner sets what `Descent` lists before `update`; a worker sets `progress`, too.
     """
 
     sees_previous: bool = False
@@ -67,7 +64,6 @@ class Algorithm(Descent, Adaptation):
     ) -> None:
         super().__init__(config, policy)
         self.distribution = distribution
-        self.rng = np.random.default_rng(0)
 
     @classmethod
     def policy_options(cls, config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class Descent:
         precision: of the layers below the heads, in steps on minibatches.
         gradients: how `descend` differentiates.
         rank, world_size: of this learner, among how many.
+        rng: the random stream of this update.
         average_gradients: of several learners.
         skipped_batches: steps that were not taken, as their gradient was not finite.
     """
@@ -67,6 +69,7 @@ class Descent:
         self.precision = torch.float32
         self.gradients: Gradients = by_autograd
         self.rank, self.world_size = 0, 1
+        self.rng = np.random.default_rng(0)
         self.average_gradients: Callable[[Tensor], Tensor] | None = None
         self.skipped_batches = 0
 

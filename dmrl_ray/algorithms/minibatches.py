@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.descent import Descent
 from dmrl_ray.algorithms.gradients import Batch, Loss, Report
 from dmrl_ray.arrays import permutation
 from dmrl_ray.policy import ActorCritic, Previous, previous_inputs
@@ -21,7 +21,7 @@ PREVIOUS = ("previous_action", "previous_reward", "previous_done")
 
 
 def step_through(
-    algorithm: Algorithm, batch: Batch, loss: Loss, *, epochs: int, minibatches: int
+    algorithm: Descent, batch: Batch, loss: Loss, *, epochs: int, minibatches: int
 ) -> dict[str, float]:
     """Pass over a batch in random minibatches, a gradient step on each.
 

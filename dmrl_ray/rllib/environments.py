@@ -21,7 +21,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from ray.tune.registry import register_env
 
-from dmrl_ray.faults import answer_of, diverged, first_obs, sample
+from dmrl_ray.faults import answer_of, first_obs, sample
+from dmrl_ray.finite import diverged
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.settings import Component, Settings
 from dmrl_ray.spec import load_family

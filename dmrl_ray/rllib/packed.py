@@ -37,8 +37,7 @@ from dmrl_ray.calls import CollectCall, CollectReport
 from dmrl_ray.config import RunConfig
 from dmrl_ray.learner import Learner
 from dmrl_ray.rllib.policies import module_spec
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import JobSpec, Weights, job_spec
 from dmrl_ray.types import Arrays, Trial
 from dmrl_ray.worker import RolloutWorker
 

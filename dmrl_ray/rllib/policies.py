@@ -30,8 +30,7 @@ from dmrl_ray.networks.base import Memory
 from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.settings import did_you_mean
-from dmrl_ray.spec import JobSpec, get_weights, load_family, set_weights
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import JobSpec, get_weights, job_spec, load_family, set_weights
 from dmrl_ray.tasks import TaskDistribution
 from dmrl_ray.types import Arrays
 

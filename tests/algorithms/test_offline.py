@@ -18,8 +18,7 @@ from dmrl_ray.errors import ConfigError
 from dmrl_ray.learner import Learner
 from dmrl_ray.networks.base import Encoder
 from dmrl_ray.results import load
-from dmrl_ray.spec import Weights, build, set_weights
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import Weights, build, job_spec, set_weights
 from dmrl_ray.types import random_stream
 from dmrl_ray.worker import CollectCall, RolloutWorker
 from dmrl_ray.writer import RunWriter

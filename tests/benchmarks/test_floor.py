@@ -9,8 +9,7 @@ from benchmarks.throughput.rows import ROWS
 from dmrl_ray.calls import CollectCall
 from dmrl_ray.learner import Learner
 from dmrl_ray.networks import linear
-from dmrl_ray.spec import Weights, build
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import Weights, build, job_spec
 from dmrl_ray.worker import RolloutWorker
 from dmrl_ray.yaml_config import parse_config
 

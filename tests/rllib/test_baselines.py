@@ -14,8 +14,7 @@ from dmrl_ray.errors import ConfigError, Interrupted
 from dmrl_ray.foreign import foreign_of
 from dmrl_ray.report import text_report
 from dmrl_ray.rllib.baseline import Baseline
-from dmrl_ray.spec import load_family
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import job_spec, load_family
 from dmrl_ray.types import EnvironmentFault
 from dmrl_ray.yaml_config import parse_config
 

@@ -14,8 +14,7 @@ from dmrl_ray.errors import ConfigError
 from dmrl_ray.rllib import register
 from dmrl_ray.rllib.environments import EnvSettings, TaskEnv
 from dmrl_ray.rllib.policies import ActorCriticModule, export_policy, exported, module_spec
-from dmrl_ray.spec import build, get_weights, set_weights
-from dmrl_ray.stages import job_spec
+from dmrl_ray.spec import build, get_weights, job_spec, set_weights
 from dmrl_ray.transfer import rllib_start
 from dmrl_ray.types import random_stream
 from dmrl_ray.yaml_config import load_config
