@@ -210,15 +210,18 @@ def _columns(table: str, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]
     if table == "metrics":
         rows = rows[~rows["name"].str.match("time/|steps_per_s")]
     if table == "events":
-        rows["detail"] = rows["detail"].map(_without_seconds)
+        rows["detail"] = rows["detail"].map(_comparable)
     for key, group in rows.groupby(keys, sort=False) if keys else [((), rows)]:
         for column in group.columns.difference(keys):
             yield "/".join([table, *key, column]), _array(group[column])
 
 
-def _without_seconds(detail: str) -> str:
+def _comparable(detail: str) -> str:
+    """Without seconds and the ids of runs, which differ between any two."""
     found = json.loads(detail)
-    return json.dumps({k: v for k, v in found.items() if k != "seconds"}, sort_keys=True)
+    return json.dumps(
+        {k: v for k, v in found.items() if k not in ("seconds", "runs")}, sort_keys=True
+    )
 
 
 def _array(column: pd.Series) -> np.ndarray:
