@@ -19,7 +19,7 @@ from dmrl_ray import controller
 from dmrl_ray.commits import load_run_config, newest_commit, settings_changed, verify
 from dmrl_ray.display import Display
 from dmrl_ray.errors import Misfit
-from dmrl_ray.report import _training_s, text_report
+from dmrl_ray.report import _finished, text_report
 from dmrl_ray.results import load, run_config
 from dmrl_ray.yaml_config import parse_config
 
@@ -138,7 +138,7 @@ def test_readers_go_by_the_config_in_force(grown):
 def test_training_that_went_on_is_timed_once(grown):
     finished = events(grown[0], "job_finished").query("stage == 'train'")
     first, last = (json.loads(detail)["seconds"] for detail in finished["detail"])
-    assert _training_s(finished) == last > first
+    assert _finished(finished, "seconds") == last > first
 
 
 def test_a_run_may_be_trained_on_again_and_again(run, long):
