@@ -324,10 +324,7 @@ def _record(
     elapsed: float,
 ) -> None:
     for report in reports:
-        run.add_tasks(report.tasks)
-        run.add_trained_on(
-            spec.stage, report.tasks["task_id"].to_pylist(), report.tasks["split"].to_pylist()
-        )
+        run.add_tasks(report.tasks, trained=spec.stage)
         run.add_episodes(spec, report.episodes)
         if report.steps is not None:
             run.add_steps(spec, report.steps)

@@ -116,19 +116,43 @@ class Run:
         self.add_tasks(task_rows(tasks))
         return tasks
 
-    def add_tasks(self, rows: dict[str, pa.Array]) -> None:
-        """Rows of the tasks table, as `task_rows` makes them, where they are not in it yet."""
-        fresh = _fresh(self._known_tasks, rows["task_id"].to_pylist(), rows["split"].to_pylist())
-        if fresh:
-            self.writer.add("tasks", {key: cells.take(fresh) for key, cells in rows.items()})
+    def add_tasks(self, rows: dict[str, pa.Array], trained: str | None = None) -> None:
+        """Rows of the tasks table, as `task_rows` makes them, where they are not in it yet.
 
-    def add_trained_on(self, stage: str, task_ids: Sequence[str], splits: Sequence[str]) -> None:
-        """Tasks that a stage was trained on, where they are not known yet."""
+        Args:
+            rows: of tasks that are named in the run from here on.
+            trained: the stage that was trained on them, if one was.
+        """
+        names = _names(rows["task_id"].to_pylist(), rows["split"].to_pylist())
+        self._add_fresh("tasks", rows, names, self._known_tasks)
+        if trained is not None:
+            self._add_trained_on(trained, {key: rows[key] for key in ("task_id", "split")}, names)
+
+    def add_trained_on(self, stage: str, tasks: Collection[tuple[str, str]]) -> None:
+        """Ids and splits of tasks that a stage was trained on elsewhere."""
+        ids, splits = zip(*sorted(tasks), strict=True) if tasks else ((), ())
+        rows = {"task_id": pa.array(ids, pa.string()), "split": pa.array(splits, pa.string())}
+        self._add_trained_on(stage, rows, _names(ids, splits))
+
+    def _add_trained_on(self, stage: str, rows: dict[str, pa.Array], names: list[int]) -> None:
         known = self._trained_on.setdefault(stage, set())
-        if fresh := _fresh(known, task_ids, splits):
-            columns = {"task_id": task_ids, "split": splits}
-            cells = {name: [column[i] for i in fresh] for name, column in columns.items()}
-            self.writer.add("trained_on", {"stage": stage, **cells})
+        self._add_fresh("trained_on", rows, names, known, stage=stage)
+
+    def _add_fresh(
+        self,
+        table: str,
+        rows: dict[str, pa.Array],
+        names: list[int],
+        known: set[int],
+        **cells: str,
+    ) -> None:
+        """The rows whose names are not known, which they are from here on."""
+        if not known.isdisjoint(names):
+            fresh = np.flatnonzero([name not in known for name in names])
+            rows, names = {k: x.take(fresh) for k, x in rows.items()}, [names[i] for i in fresh]
+        if names:
+            known.update(names)
+            self.writer.add(table, {**rows, **cells})
 
     def add_episodes(self, spec: JobSpec, rows: Columns) -> None:
         """Rows of the episodes table."""
@@ -241,16 +265,15 @@ class Run:
         if job := self.state.pop("job", None):  # A folder may keep the job in progress alone.
             self.state["jobs"] = {self.next_stage(): job}
         self.files = dict(self.writer.files)
-        # As hashes: a long run draws millions of tasks.
         self._known_tasks: set[int] = set()
         self._trained_on: dict[str, set[int]] = {}
         for part in committed_parts(self.writer.folder, "tasks"):
             rows = pq.read_table(part, columns=["task_id", "split"]).to_pydict()
-            _fresh(self._known_tasks, rows["task_id"], rows["split"])
+            self._known_tasks.update(_names(rows["task_id"], rows["split"]))
         for part in committed_parts(self.writer.folder, "trained_on"):
             rows = pq.read_table(part, columns=["stage", "task_id", "split"]).to_pydict()
             for stage, task_id, split in zip(*rows.values(), strict=True):
-                _fresh(self._trained_on.setdefault(stage, set()), [task_id], [split])
+                self._trained_on.setdefault(stage, set()).update(_names([task_id], [split]))
 
     def tick(self, snapshot: Callable[[], None]) -> None:
         """Called after every update: commit if it is time, stop if it was asked for.
@@ -313,9 +336,6 @@ class Run:
         self.restart_workers()
 
 
-def _fresh(known: set[int], task_ids: Sequence[str], splits: Sequence[str]) -> list[int]:
-    """Numbers of the tasks that are not known, which they are from here on."""
-    names = list(map(hash, zip(task_ids, splits, strict=True)))
-    fresh = [i for i, name in enumerate(names) if name not in known]
-    known.update(names)
-    return fresh
+def _names(task_ids: Sequence[str], splits: Sequence[str]) -> list[int]:
+    """Tasks in their splits, as hashes: a long run draws millions of them."""
+    return list(map(hash, zip(task_ids, splits, strict=True)))

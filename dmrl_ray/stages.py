@@ -262,14 +262,13 @@ def _note_data(run: Run, spec: JobSpec) -> None:
         return
     for field, data in recordings_of(spec.algorithm.settings).items():
         found = learned_from(data, run.writer.folder)
-        tasks = sorted(found.tasks)
-        run.add_trained_on(spec.stage, [t for t, _ in tasks], [split for _, split in tasks])
+        run.add_trained_on(spec.stage, found.tasks)
         run.event(
             "learned_from",
             spec.stage,
             setting=field,
             runs=found.runs,
-            tasks=len(tasks),
+            tasks=len(found.tasks),
             complete=found.complete,
             allowed_by=found.allowed_by,
         )
