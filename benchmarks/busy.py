@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
-from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.config.schema import Settings
+from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
 from dmrl_ray.types import Array, Split, Task
 
 _OBS = Box(-1.0, 1.0, (4,), np.float32)

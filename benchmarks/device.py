@@ -19,12 +19,12 @@ from time import perf_counter
 
 import torch
 
-from dmrl_ray.calls import CollectCall
-from dmrl_ray.config import RolloutSettings
-from dmrl_ray.learner import Learner
-from dmrl_ray.settings import Component
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.worker import RolloutWorker
+from dmrl_ray.config.components import Component
+from dmrl_ray.config.schema import RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.messages import CollectCall
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import RolloutWorker
 
 LSTM = {"type": "lstm", "size": 128}
 RL2 = {"type": "rl2", "epochs": 4, "minibatches": 4}

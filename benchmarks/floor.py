@@ -21,11 +21,11 @@ from torch import nn
 
 from benchmarks.machine import machine
 from benchmarks.throughput.rows import ROWS
-from dmrl_ray.config import RunConfig
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.spec import JobSpec, build, job_spec
-from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import RunConfig
+from dmrl_ray.jobs.spec import JobSpec, build, job_spec
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.tasks.distribution import TaskDistribution
 
 DERIVED = ("cartpole", "bandit_n10", "bandit_n100", "maml")
 COLUMNS = (

@@ -1,4 +1,6 @@
-"""Where the time of a run's training went, from its metrics (`dmrl_ray.jobs` says what they are).
+"""Where the time of a run's training went, from its metrics.
+
+`dmrl_ray.control.train_loop` says what they are.
 
     python -m benchmarks.profile runs/NAME
 
@@ -18,11 +20,11 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from dmrl_ray.commits import load_run_config
-from dmrl_ray.config import Pretrain
-from dmrl_ray.places import find_run
-from dmrl_ray.results import load
-from dmrl_ray.spec import job_spec
+from dmrl_ray.config.paths import find_run
+from dmrl_ray.config.schema import Pretrain
+from dmrl_ray.jobs.spec import job_spec
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.commits import load_run_config
 
 Shares: TypeAlias = dict[str, dict[str, float]]
 """By process, then by what it did."""

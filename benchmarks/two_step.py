@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from dmrl_ray.envs.two_step import stay_probabilities
-from dmrl_ray.results import load
+from dmrl_ray.results.reading import load
 
 
 def profile(rows: pd.DataFrame) -> np.ndarray:

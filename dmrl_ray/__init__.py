@@ -17,7 +17,7 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "envs" / "__init__.
 def __getattr__(name: str) -> object:
     """Import `load` on first use: pandas takes longer to import than the command line may."""
     if name == "load":
-        from dmrl_ray.results import load
+        from dmrl_ray.results.reading import load
 
         return load
     raise AttributeError(f"module 'dmrl_ray' has no attribute {name!r}")

@@ -20,7 +20,7 @@ import typer
 from dmrl_ray import __version__
 
 if TYPE_CHECKING:
-    from dmrl_ray.config import RunConfig
+    from dmrl_ray.config.schema import RunConfig
     from dmrl_ray.types import Split
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 
 def _complete_config(incomplete: str) -> list[str]:
-    from dmrl_ray.places import packaged_configs
+    from dmrl_ray.config.paths import packaged_configs
 
     files = [str(file) for file in Path().glob(f"{incomplete}*") if file.suffix == ".yaml"]
     folders = [f"{file}/" for file in Path().glob(f"{incomplete}*") if file.is_dir()]
@@ -40,14 +40,14 @@ def _complete_config(incomplete: str) -> list[str]:
 
 
 def _complete_run(incomplete: str) -> list[str]:
-    from dmrl_ray.places import runs_here
+    from dmrl_ray.config.paths import runs_here
 
     return [name for name in runs_here() if name.startswith(incomplete)]
 
 
 def _complete_setting(context: typer.Context, incomplete: str) -> list[str]:
     """Dotted names of a config's settings, or the values that one can take, if they are few."""
-    from dmrl_ray.yaml_config import choices_of
+    from dmrl_ray.config.loading import choices_of
 
     name, equals, begun = incomplete.partition("=")
     choices = choices_of(_load(context.params["config"], ()))
@@ -130,8 +130,8 @@ def run(
         out = out or Path("runs") / f"{settings.name[:48]}-{datetime.now():%Y%m%d-%H%M%S}"
         if not out.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
             _warn("a Ray job's working directory is thrown away; give --out an absolute path")
-        from dmrl_ray import controller
-        from dmrl_ray.display import Display
+        from dmrl_ray.control import controller
+        from dmrl_ray.results.display import Display
 
         folder = out.absolute()
         with _resumable(folder), _places_told(config, overrides or ()), Display() as display:
@@ -151,9 +151,9 @@ def resume(
     """Go on with a run from its last commit; stages.NAME.env_steps=MORE trains for longer."""
     with errors_told(verbose):
         folder = _find_run(run)
-        from dmrl_ray import controller
-        from dmrl_ray.display import Display
-        from dmrl_ray.yaml_config import places_told
+        from dmrl_ray.config.loading import places_told
+        from dmrl_ray.control import controller
+        from dmrl_ray.results.display import Display
 
         told = places_told(folder / "config.yaml", overrides or ())
         with _resumable(folder), told, Display() as display:
@@ -180,7 +180,8 @@ def evaluate(
         _choose("--split", split, ("train", "validation", "test"))
         _choose("--checkpoint", checkpoint, ("best", "last"))
         folder = _find_run(run)
-        from dmrl_ray import controller, report
+        from dmrl_ray.control import controller
+        from dmrl_ray.results import report
 
         frame = controller.evaluate(
             folder,
@@ -201,7 +202,7 @@ def report(run: RunName, verbose: Verbose = False) -> None:
     """Show what a run achieved."""
     with errors_told(verbose):
         folder = _find_run(run)
-        from dmrl_ray.report import text_report
+        from dmrl_ray.results.report import text_report
 
         typer.echo(text_report(folder))
 
@@ -210,7 +211,7 @@ def report(run: RunName, verbose: Verbose = False) -> None:
 def tasks(verbose: Verbose = False) -> None:
     """List the task families."""
     with errors_told(verbose):
-        from dmrl_ray.report import families_report
+        from dmrl_ray.results.report import families_report
 
         typer.echo(families_report())
 
@@ -226,12 +227,12 @@ def config(
     with errors_told(verbose):
         settings = _load(config, overrides or ())
         if resolved:
-            from dmrl_ray.yaml_config import resolved as resolved_text
+            from dmrl_ray.config.loading import resolved as resolved_text
 
             typer.echo(resolved_text(settings), nl=False)
         else:
-            from dmrl_ray.checks import check
-            from dmrl_ray.memory import summary
+            from dmrl_ray.control.checks import check
+            from dmrl_ray.jobs.memory import summary
 
             with _places_told(config, overrides or ()):
                 held = check(settings)
@@ -246,8 +247,8 @@ def verify(run: RunName, verbose: Verbose = False) -> None:
     """Check every file of a run against its commits."""
     with errors_told(verbose):
         folder = _find_run(run)
-        from dmrl_ray.commits import verify as problems_of
         from dmrl_ray.errors import CorruptRun
+        from dmrl_ray.store.commits import verify as problems_of
 
         if problems := problems_of(folder):
             typer.echo("\n".join(problems))
@@ -327,28 +328,28 @@ def _shown(folder: Path) -> Path:
 
 
 def _load(name: str, overrides: Sequence[str]) -> RunConfig:
-    from dmrl_ray.places import find_config
-    from dmrl_ray.yaml_config import load_config
+    from dmrl_ray.config.loading import load_config
+    from dmrl_ray.config.paths import find_config
 
     return load_config(find_config(name), overrides)
 
 
 def _places_told(name: str, overrides: Sequence[str]) -> AbstractContextManager[None]:
-    from dmrl_ray.places import find_config
-    from dmrl_ray.yaml_config import places_told
+    from dmrl_ray.config.loading import places_told
+    from dmrl_ray.config.paths import find_config
 
     return places_told(find_config(name), overrides)
 
 
 def _find_run(name: str) -> Path:
-    from dmrl_ray.places import find_run
+    from dmrl_ray.config.paths import find_run
 
     return find_run(name)
 
 
 def _choose(option: str, value: str, allowed: Sequence[str]) -> None:
+    from dmrl_ray.config.components import did_you_mean
     from dmrl_ray.errors import ConfigError
-    from dmrl_ray.settings import did_you_mean
 
     if value not in allowed:
         hint = did_you_mean(value, allowed) or f"; choose one of {', '.join(allowed)}"
@@ -360,7 +361,7 @@ def _warn(text: str) -> None:
 
 
 def _show_end(folder: Path) -> None:
-    from dmrl_ray.report import next_steps, text_report
+    from dmrl_ray.results.report import next_steps, text_report
 
     typer.echo(text_report(folder))
     typer.echo(f"\n{next_steps(_shown(folder))}")

@@ -13,8 +13,8 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field, model_validator
 
-from dmrl_ray.config import Number, Settings, Size
-from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.config.schema import Number, Settings, Size
+from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
 from .bandit_oracle import bayes_optimal_return

@@ -13,8 +13,8 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import field_validator
 
-from dmrl_ray.config import Settings
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
+from dmrl_ray.config.schema import Settings
+from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
 STANDARD = {"gravity": 9.8, "length": 0.5, "masspole": 0.1, "force_mag": 10.0}

@@ -13,8 +13,8 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
-from dmrl_ray.config import Number, Settings
-from dmrl_ray.tasks import TaskDistribution, drawn_from, make_tasks, split_stream
+from dmrl_ray.config.schema import Number, Settings
+from dmrl_ray.tasks.distribution import TaskDistribution, drawn_from, make_tasks, split_stream
 from dmrl_ray.types import SPLITS, Array, Reference, Split, Task
 
 from .memory import RememberingVectorEnv

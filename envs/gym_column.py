@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Discrete, MultiDiscrete
 
-from dmrl_ray.spaces import Packed
+from dmrl_ray.tasks.spaces import Packed
 from dmrl_ray.types import EnvironmentFault
 
 from .gym_spaces import action_map, contents, leaves, observation_space

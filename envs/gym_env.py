@@ -16,8 +16,8 @@ import gymnasium as gym
 import numpy as np
 from pydantic import Field, model_validator
 
-from dmrl_ray.config import LARGEST_NUMBER, Number, Settings
-from dmrl_ray.tasks import (
+from dmrl_ray.config.schema import LARGEST_NUMBER, Number, Settings
+from dmrl_ray.tasks.distribution import (
     TaskDistribution,
     TaskVectorEnv,
     drawn_from,

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
-from dmrl_ray.spaces import Packed
+from dmrl_ray.tasks.spaces import Packed
 
 
 def observation_space(space: gym.Space[Any]) -> Box:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from dmrl_ray.tasks import TaskVectorEnv
+from dmrl_ray.tasks.distribution import TaskVectorEnv
 from dmrl_ray.types import Array, Arrays, Task
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from gymnasium.spaces import Box
 from pydantic import Field
 
-from dmrl_ray.config import Component, Settings
-from dmrl_ray.spaces import Packed
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
+from dmrl_ray.config.schema import Component, Settings
+from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
+from dmrl_ray.tasks.spaces import Packed
 from dmrl_ray.types import Array, Arrays, Reference, Split, Task
 
 

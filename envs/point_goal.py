@@ -15,8 +15,8 @@ import numpy as np
 from gymnasium.spaces import Box
 from pydantic import Field
 
-from dmrl_ray.config import Number, Settings
-from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.config.schema import Number, Settings
+from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
 from .memory import RememberingVectorEnv

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorWrapper
 
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Array, Split
 
 from .bandit import Bandit

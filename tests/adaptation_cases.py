@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
+from dmrl_ray.config.components import import_class
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.point_goal import PointGoal
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import import_class
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.rollout.sampler import Sampler
 
 HORIZON, COLUMNS = 6, 4
 

@@ -8,8 +8,8 @@ def ray_instance():
     """Ray on this machine, connected to as a run does it, with room for five processes."""
     import ray
 
-    from dmrl_ray.config import RunConfig
-    from dmrl_ray.connection import connect
+    from dmrl_ray.cluster.connection import connect
+    from dmrl_ray.config.schema import RunConfig
 
     stage = {"type": "pretrain", "env_steps": 1}
     settings = {"workers": {"num": 4}, "learners": {"num": 2, "threads": 1}}

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmrl_ray import controller
-from dmrl_ray.checkpoint import load_arrays
-from dmrl_ray.commits import newest_commit
-from dmrl_ray.display import Display
-from dmrl_ray.results import load
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.commits import newest_commit
+from dmrl_ray.store.files import load_arrays
 from dmrl_ray.types import Arrays
-from dmrl_ray.yaml_config import parse_config
 from tests.matrix_family import EPISODES
 
 COPIES = 2

@@ -9,10 +9,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-from dmrl_ray.config import Settings
+from dmrl_ray.config.schema import Settings
 from dmrl_ray.envs.memory import RememberingVectorEnv
-from dmrl_ray.spaces import Packed
-from dmrl_ray.tasks import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.tasks.spaces import Packed
 from dmrl_ray.types import Array, Reference, Split, Task
 
 LIMIT, SHORT = 10, 3

@@ -20,9 +20,9 @@ import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
-from dmrl_ray.yaml_config import load_config
+from dmrl_ray.config.loading import load_config
+from dmrl_ray.control import controller
+from dmrl_ray.results.display import Display
 
 ROOT = Path(__file__).resolve().parent.parent
 REMOVE_AT = 24_000

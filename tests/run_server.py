@@ -17,10 +17,10 @@ import signal
 import sys
 from pathlib import Path
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import load_config
+from dmrl_ray.control import controller
 from dmrl_ray.errors import exit_code
-from dmrl_ray.yaml_config import load_config
+from dmrl_ray.results.display import Display
 
 OPERATIONS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate", "os.rmdir"}
 

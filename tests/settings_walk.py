@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from dmrl_ray.checks import check
-from dmrl_ray.display import Display
+from dmrl_ray.config.components import Component
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control.checks import check
+from dmrl_ray.control.run_state import Run
+from dmrl_ray.control.stages import run_stage
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.run import Run
-from dmrl_ray.settings import Component
-from dmrl_ray.stages import run_stage
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.results.display import Display
 
 Values = list[Any]
 

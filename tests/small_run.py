@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dmrl_ray.writer import RunWriter
+from dmrl_ray.store.writer import RunWriter
 
 
 def create(folder, **options):

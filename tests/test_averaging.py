@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmrl_ray import averaging
-from dmrl_ray.averaging import SharedMean, gradient_average
+from dmrl_ray.learn import all_reduce as averaging
+from dmrl_ray.learn.all_reduce import SharedMean, gradient_average
 
 RANKS = 3
 

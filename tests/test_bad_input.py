@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import dmrl_ray
 from dmrl_ray import __main__ as cli
-from dmrl_ray.commits import seal
+from dmrl_ray.store.commits import seal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -310,7 +310,10 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}
         (["tasks.fault=endless"], ["tasks: Broken lacks the attribute 'max_episode_steps'"]),
         (
             ["tasks=dmrl_ray.networks.mlp:MLP"],
-            ["tasks.type: dmrl_ray.networks.mlp:MLP is no dmrl_ray.tasks.TaskDistribution"],
+            [
+                "tasks.type: dmrl_ray.networks.mlp:MLP is no "
+                "dmrl_ray.tasks.distribution.TaskDistribution"
+            ],
         ),
         (
             ["algorithm=dmrl_ray.networks.mlp:MLP"],
@@ -544,7 +547,9 @@ def test_a_policy_that_is_not_there_yet_cannot_be_evaluated():
 
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
 def test_a_run_that_another_process_writes_is_left_to_it(out, command):
-    code = "import sys; from dmrl_ray.run_folder import FolderLock; from pathlib import Path\n"
+    code = (
+        "import sys; from dmrl_ray.store.run_folder import FolderLock; from pathlib import Path\n"
+    )
     code += "lock = FolderLock(Path('out')); print('held', flush=True); sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

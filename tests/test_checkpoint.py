@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from dmrl_ray.checkpoint import (
+from dmrl_ray.errors import StorageError
+from dmrl_ray.store.files import (
     FileRecord,
     atomic_file,
     is_numeric,
@@ -15,7 +16,6 @@ from dmrl_ray.checkpoint import (
     put_if_absent,
     save_arrays,
 )
-from dmrl_ray.errors import StorageError
 
 NUMBERS = {
     "policy.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T,

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dmrl_ray import __main__ as cli
-from dmrl_ray.config import Component, Settings
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import Component, Settings
 from dmrl_ray.errors import ClusterError, FolderInUse, Interrupted, NumericalError, StorageError
-from dmrl_ray.writer import RunWriter
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.store.writer import RunWriter
 
 
 class Tasks:
@@ -51,8 +51,8 @@ def here(tmp_path, monkeypatch):
 def controller(monkeypatch):
     """Stands in for the controller, whose answer each test sets."""
     stand_in = SimpleNamespace(calls=[])
-    monkeypatch.setitem(sys.modules, "dmrl_ray.controller", stand_in)
-    monkeypatch.setattr("dmrl_ray.controller", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "dmrl_ray.control.controller", stand_in)
+    monkeypatch.setattr("dmrl_ray.control.controller", stand_in, raising=False)
     return stand_in
 
 

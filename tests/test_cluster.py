@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmrl_ray.config import Component, LearnerSettings, RolloutSettings, WorkerSettings
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import Component, LearnerSettings, RolloutSettings, WorkerSettings
+from dmrl_ray.control.run_state import Run
 from dmrl_ray.envs.point_goal import PointGoal, PointGoalVectorEnv
 from dmrl_ray.errors import ClusterError, Interrupted, JobLost
-from dmrl_ray.learner import LocalLearners
-from dmrl_ray.run import Run
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.jobs.learner import LocalLearners
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, LocalWorkers
+from dmrl_ray.results.display import Display
+from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import EnvironmentFault, storable
-from dmrl_ray.worker import CollectCall, EvaluateCall, LocalWorkers
-from dmrl_ray.writer import RunWriter
-from dmrl_ray.yaml_config import parse_config
 
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def assert_same(answer, expected):
 
 @pytest.fixture(scope="module")
 def pool(ray_instance):
-    from dmrl_ray.cluster import RayWorkers
+    from dmrl_ray.cluster.workers import RayWorkers
 
     events, checks = [], []
     workers = RayWorkers(
@@ -239,7 +239,7 @@ def test_more_shards_than_workers_end_the_same(workers):
 
 
 def test_too_many_lost_workers_end_the_run(ray_instance):
-    from dmrl_ray.cluster import RayWorkers
+    from dmrl_ray.cluster.workers import RayWorkers
 
     spec = make_spec("too many")
     workers = RayWorkers(WorkerSettings(num=1, max_failures=0), on_event=lambda *_: None)
@@ -251,7 +251,7 @@ def test_too_many_lost_workers_end_the_run(ray_instance):
 
 
 def test_learners_that_find_no_room_say_what_is_missing(ray_instance, monkeypatch):
-    from dmrl_ray import ray_learners
+    from dmrl_ray.cluster import learners as ray_learners
 
     monkeypatch.setattr(ray_learners, "START_TIMEOUT_S", 0.5)
     with pytest.raises(ClusterError, match=r"needs 999 CPUs, cluster has \d+ \("):
@@ -259,7 +259,7 @@ def test_learners_that_find_no_room_say_what_is_missing(ray_instance, monkeypatc
 
 
 def test_what_ends_the_wait_for_workers_ends_the_learners_that_start_meanwhile(ray_instance):
-    from dmrl_ray.ray_learners import RayLearners
+    from dmrl_ray.cluster.learners import RayLearners
 
     def stopped():
         raise Interrupted(signal.SIGINT)
@@ -272,7 +272,7 @@ def test_what_ends_the_wait_for_workers_ends_the_learners_that_start_meanwhile(r
 def test_a_cluster_too_small_for_either_is_told_to_lack_room_for_workers(
     ray_instance, tmp_path, monkeypatch
 ):
-    from dmrl_ray import pool
+    from dmrl_ray.cluster import pool
 
     monkeypatch.setattr(pool, "START_TIMEOUT_S", 0.5)
     meta = "stages: {meta: {type: pretrain, env_steps: 1}}"
@@ -286,7 +286,7 @@ def test_a_cluster_too_small_for_either_is_told_to_lack_room_for_workers(
 
 @pytest.mark.parametrize("algorithm", ["ppo", "maml"])
 def test_two_learners_train_like_one(ray_instance, algorithm):
-    from dmrl_ray.ray_learners import RayLearners
+    from dmrl_ray.cluster.learners import RayLearners
 
     spec = make_spec("two learners", algorithm, optimizer="sgd", lr=0.1)
     one = LocalLearners(spec)
@@ -306,7 +306,7 @@ def test_two_learners_train_like_one(ray_instance, algorithm):
 
 
 def test_a_dead_learner_loses_the_job(ray_instance):
-    from dmrl_ray.ray_learners import RayLearners
+    from dmrl_ray.cluster.learners import RayLearners
 
     spec = make_spec("dead learner")
     learners = RayLearners(spec, LearnerSettings(num=2, threads=1), PATIENT)
@@ -320,7 +320,7 @@ def test_a_dead_learner_loses_the_job(ray_instance):
 
 
 def test_a_hung_learner_loses_the_job(ray_instance):
-    from dmrl_ray.ray_learners import RayLearners
+    from dmrl_ray.cluster.learners import RayLearners
 
     learners = RayLearners(make_spec("hung learner"), ONE_THREAD, WorkerSettings(deadline_s=1))
     os.kill(learners.pids()[0], signal.SIGSTOP)
@@ -340,7 +340,7 @@ def train(workers, learners, spec):
 
 @pytest.mark.parametrize("algorithm", ["ppo", pytest.param("rl2", marks=pytest.mark.slow)])
 def test_ray_trains_to_the_same_bits_as_one_process(workers, algorithm):
-    from dmrl_ray.ray_learners import RayLearners
+    from dmrl_ray.cluster.learners import RayLearners
 
     spec = make_spec(f"same {algorithm}", algorithm, "cartpole" if algorithm == "ppo" else "bandit")
     on_ray = RayLearners(spec, ONE_THREAD, PATIENT)
@@ -356,7 +356,7 @@ def test_ray_trains_to_the_same_bits_as_one_process(workers, algorithm):
 
 
 def test_learners_go_on_from_a_checkpoint(ray_instance):
-    from dmrl_ray.ray_learners import RayLearners
+    from dmrl_ray.cluster.learners import RayLearners
 
     spec = make_spec("checkpoint")
     one, other = LocalLearners(spec), RayLearners(spec, ONE_THREAD, PATIENT)
@@ -375,7 +375,7 @@ def test_no_process_imports_more_of_ray_than_its_core(workers):
     (worker, _) = workers._pool.up()
     loaded = ray.get(worker.actor.__ray_call__.remote(lambda self: set(sys.modules)))
     assert not heavy & loaded
-    code = "import sys, dmrl_ray.cluster, dmrl_ray.ray_learners; print(*sys.modules)"
+    code = "import sys, dmrl_ray.cluster.workers, dmrl_ray.cluster.learners; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert not heavy & set(run.stdout.decode().split())
 
@@ -389,8 +389,8 @@ def test_workers_have_one_thread(workers):
 
 def test_a_cluster_that_is_not_there_is_one_sentence():
     code = """
-from dmrl_ray.config import RunConfig
-from dmrl_ray.connection import connect
+from dmrl_ray.config.schema import RunConfig
+from dmrl_ray.cluster.connection import connect
 stage = {"type": "pretrain", "env_steps": 1}
 config = RunConfig.model_validate({"tasks": "bandit", "stages": {"meta": stage}})
 try:

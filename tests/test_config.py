@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from dmrl_ray.config import Component, Count, RunConfig, Settings
+from dmrl_ray.config.components import SHORT_NAMES, did_you_mean
+from dmrl_ray.config.loading import expanded, load_config, parse_config, resolved
+from dmrl_ray.config.schema import Component, Count, RunConfig, Settings
+from dmrl_ray.config.yaml_text import dump, parse
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.settings import SHORT_NAMES, did_you_mean
-from dmrl_ray.yaml_config import expanded, load_config, parse_config, resolved
-from dmrl_ray.yaml_text import dump, parse
 
 
 class Tasks:
@@ -459,7 +459,7 @@ def test_every_typo_of_one_letter_is_understood(model):
 
 
 def test_short_names_are_unambiguous():
-    from dmrl_ray.settings import SHORT_NAMES
+    from dmrl_ray.config.components import SHORT_NAMES
 
     names = [name for group in SHORT_NAMES.values() for name in group]
     assert len(names) == len(set(names))

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import dmrl_ray
 from dmrl_ray import __main__ as cli
-from dmrl_ray import controller
-from dmrl_ray.yaml_config import load_config, parse_config, resolved
+from dmrl_ray.config.loading import load_config, parse_config, resolved
+from dmrl_ray.control import controller
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 

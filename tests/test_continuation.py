@@ -15,13 +15,13 @@ from test_resume import Server, assert_equal, steps, weights
 from typer.testing import CliRunner
 
 from dmrl_ray import __main__ as cli
-from dmrl_ray import controller
-from dmrl_ray.commits import load_run_config, newest_commit, settings_changed, verify
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
 from dmrl_ray.errors import Misfit
-from dmrl_ray.report import _finished, text_report
-from dmrl_ray.results import load, run_config
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load, run_config
+from dmrl_ray.results.report import _finished, text_report
+from dmrl_ray.store.commits import load_run_config, newest_commit, settings_changed, verify
 
 CONFIG = """\
 name: longer
@@ -197,7 +197,7 @@ def test_a_stage_in_progress_takes_a_larger_budget(tmp_path, long):
 
 
 def test_a_folder_that_keeps_one_job_alone_goes_on_with_it(tmp_path, long):
-    from dmrl_ray.writer import RunWriter
+    from dmrl_ray.store.writer import RunWriter
 
     with pytest.raises(KeyboardInterrupt):
         play(tmp_path / "run", LONGER, display=Stopping("apart"))

@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import dmrl_ray.writer as writer_module
-from dmrl_ray.commits import verify
-from dmrl_ray.results import load
-from dmrl_ray.writer import RunWriter
+import dmrl_ray.store.writer as writer_module
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.commits import verify
+from dmrl_ray.store.writer import RunWriter
 
 STEPS = 3
 KINDS = ["kill", "power-loss-1", "power-loss-2"]

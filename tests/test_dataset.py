@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from dmrl_ray.data_files import Recorded
-from dmrl_ray.data_sources import DataSettings, Foreign, Minari, source_of
-from dmrl_ray.dataset import Dataset
+from dmrl_ray.data.dataset import Dataset
+from dmrl_ray.data.files import Recorded
+from dmrl_ray.data.sources import DataSettings, Foreign, Minari, source_of
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.writer import RunWriter
+from dmrl_ray.store.writer import RunWriter
 from tests.test_recording import make_record, recorded
 from tests.test_worker import RECURRENT, make_spec
 
@@ -85,7 +85,7 @@ def draw(data, seed=0):
 
 def test_what_is_drawn_does_not_depend_on_files_or_memory(answers, folder, tmp_path, monkeypatch):
     # Other parts, in another order, in row groups of three steps, and nothing kept in memory.
-    monkeypatch.setattr("dmrl_ray.tables.ROW_GROUP_BYTES", 300)
+    monkeypatch.setattr("dmrl_ray.store.tables.ROW_GROUP_BYTES", 300)
     other = opened(write(tmp_path / "run", answers, [4, 1, 5, 0, 3, 2]), memory_bytes=1)
     assert sum(other._source.file(i).num_row_groups for i in range(6)) > 50
     for one, two in zip(draw(opened(folder)), draw(other), strict=True):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dmrl_ray.display import Display, short
+from dmrl_ray.results.display import Display, short
 
 
 class Clock:
@@ -125,7 +125,7 @@ def test_numbers_are_short(number, text):
 
 
 def test_the_display_imports_nothing_heavy():
-    code = "import sys, dmrl_ray.display; print(*sys.modules)"
+    code = "import sys, dmrl_ray.results.display; print(*sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

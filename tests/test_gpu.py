@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dmrl_ray import controller
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.display import Display
-from dmrl_ray.learner import Learner
-from dmrl_ray.results import load
-from dmrl_ray.spec import JobSpec, Weights, build
-from dmrl_ray.worker import CollectCall, RolloutWorker
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.control import controller
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights, build
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 
 pytestmark = [
     pytest.mark.gpu,

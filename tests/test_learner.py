@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.errors import NumericalError
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 from dmrl_ray.types import join_shards
-from dmrl_ray.worker import CollectCall, RolloutWorker
 
 PPO = {"type": "ppo", "num_steps": 10}
 MAML = {"type": "maml", "episodes_per_task": 2}

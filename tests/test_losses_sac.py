@@ -6,7 +6,6 @@ import torch
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from dmrl_ray.heads import SquashedGaussianHead
 from dmrl_ray.losses.distributions import squashed_gaussian_log_prob
 from dmrl_ray.losses.latent import product_of_gaussians
 from dmrl_ray.losses.soft_actor_critic import (
@@ -16,6 +15,7 @@ from dmrl_ray.losses.soft_actor_critic import (
     soft_value,
     temperature_loss,
 )
+from dmrl_ray.networks.heads import SquashedGaussianHead
 
 HALF = torch.tensor(0.5)
 

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.results import load
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 from tests.matrix_cells import (
     ALGORITHMS,
     AXES,

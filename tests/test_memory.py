@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmrl_ray.checks import check
+from dmrl_ray.config.loading import parse_config, places_told
+from dmrl_ray.control.checks import check
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.memory import (
+from dmrl_ray.jobs.memory import (
     Part,
     estimate,
     group_limits,
@@ -18,8 +19,7 @@ from dmrl_ray.memory import (
     summary,
     told,
 )
-from dmrl_ray.spec import job_spec, outline
-from dmrl_ray.yaml_config import parse_config, places_told
+from dmrl_ray.jobs.spec import job_spec, outline
 
 CONFIG = """\
 tasks: {point_goal: FAMILY}
@@ -201,7 +201,7 @@ LARGE = {
 
 @pytest.mark.parametrize("override", LARGE)
 def test_what_the_machine_cannot_hold_is_refused_and_not_made(tmp_path, monkeypatch, override):
-    monkeypatch.setattr("dmrl_ray.checks.machine_bytes", lambda: 512 << 20)
+    monkeypatch.setattr("dmrl_ray.control.checks.machine_bytes", lambda: 512 << 20)
     file = tmp_path / "run.yaml"
     file.write_text(text(**LARGE[override]))
     setting, before = override.partition("=")[0], peak_bytes()

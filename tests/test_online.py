@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import dmrl_ray
-from dmrl_ray.controller import check, run
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control.controller import check, run
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.results.display import Display
 
 FAMILIES = {
     "fixed": "{type: grid_nav, episodes: 3}",

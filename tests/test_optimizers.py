@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from dmrl_ray import optimizers
+from dmrl_ray.learn import optimizers
 
 
 def trained(kind, **settings):
@@ -32,7 +32,7 @@ def test_steps_are_those_of_pytorch_to_the_last_bit(name, settings):
 def test_the_compiler_is_not_imported(name):
     code = f"""
 import sys, torch
-from dmrl_ray.optimizers import {name}
+from dmrl_ray.learn.optimizers import {name}
 parameter = torch.nn.Parameter(torch.zeros(3))
 optimizer = {name}([parameter], 0.1)
 parameter.sum().backward()

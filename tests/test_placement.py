@@ -7,16 +7,17 @@ import time
 import pytest
 import torch
 
-from dmrl_ray import controller, placement
-from dmrl_ray.config import settled
-from dmrl_ray.display import Display
+from dmrl_ray.cluster import placement
+from dmrl_ray.cluster.placement import WORTH_S, WORTH_US, place, step_us
+from dmrl_ray.config.loading import load_config, parse_config
+from dmrl_ray.config.paths import JOB_VARIABLE
+from dmrl_ray.config.schema import settled
+from dmrl_ray.control import controller
 from dmrl_ray.envs.cartpole import CartPole, CartPoleVectorEnv
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.placement import WORTH_S, WORTH_US, place, step_us
-from dmrl_ray.places import JOB_VARIABLE
-from dmrl_ray.results import load
-from dmrl_ray.spec import job_spec
-from dmrl_ray.yaml_config import load_config, parse_config
+from dmrl_ray.jobs.spec import job_spec
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 
 
 class SlowVectorEnv(CartPoleVectorEnv):

@@ -8,9 +8,9 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
-from dmrl_ray.heads import CategoricalHead, GaussianHead
-from dmrl_ray.policy import ActorCritic, RunningNorm, mask_previous
-from dmrl_ray.spaces import Packed
+from dmrl_ray.networks.actor_critic import ActorCritic, RunningNorm, mask_previous
+from dmrl_ray.networks.heads import CategoricalHead, GaussianHead
+from dmrl_ray.tasks.spaces import Packed
 
 VECTOR, IMAGE = Box(-1, 1, (3,), np.float32), Box(0, 255, (6, 5, 3), np.uint8)
 LSTM = {"type": "lstm", "size": 8}

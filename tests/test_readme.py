@@ -1,6 +1,5 @@
 """What the README says can be typed, can be typed; what it names, exists."""
 
-import fnmatch
 import importlib
 import json
 import os
@@ -16,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dmrl_ray import __main__ as cli
-from dmrl_ray import controller
-from dmrl_ray.places import find_config
-from dmrl_ray.tables import SCHEMAS
-from dmrl_ray.yaml_config import load_config, parse_config
+from dmrl_ray.config.loading import load_config, parse_config
+from dmrl_ray.config.paths import find_config
+from dmrl_ray.control import controller
+from dmrl_ray.store.tables import SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -246,11 +245,12 @@ def test_every_test_that_is_named_exists():
 def test_the_files_are_those_of_the_repository():
     tree = next(text for text in blocks("text") if text.startswith("dmrl_ray/\n"))
     here = re.findall(r"[\w*]+\.py\b", tree)
-    modules = [path.name for path in (ROOT / "dmrl_ray").glob("*.py") if path.stem != "__init__"]
-    inside = [path.name for path in (ROOT / "dmrl_ray/algorithms").glob("*.py")]
-    for name in modules:
-        assert any(fnmatch.fnmatch(name, known) for known in here), f"{name} is not named"
+    paths = [p.relative_to(ROOT / "dmrl_ray") for p in (ROOT / "dmrl_ray").rglob("*.py")]
+    many = {"algorithms", "losses", "networks", "rllib"}  # a file for each of a kind
+    for path in paths:
+        if path.stem != "__init__" and path.parts[0] not in many:
+            assert path.name in here, f"{path} is not named"
     for known in here:
-        assert fnmatch.filter([*modules, *inside], known), f"{known} does not exist"
+        assert known in {path.name for path in paths}, f"{known} does not exist"
     for name in re.findall(r"^([\w.]+)", tree, re.M):
         assert (ROOT / name).exists()

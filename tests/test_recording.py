@@ -7,15 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
-from dmrl_ray.recording import transition_rows
-from dmrl_ray.results import load
-from dmrl_ray.spec import build
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.jobs.spec import build
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
+from dmrl_ray.rollout.rows import transition_rows
+from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import random_stream
-from dmrl_ray.worker import CollectCall, RolloutWorker
-from dmrl_ray.writer import RunWriter
-from dmrl_ray.yaml_config import parse_config
 from tests.matrix_family import LIMIT, Walk
 from tests.test_worker import RECURRENT, SPECS, make_spec, weights
 
@@ -167,7 +167,7 @@ def steps_of(first, rows=100, width=1000):
 
 
 def test_rows_spilled_before_their_commit_are_committed_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmrl_ray.writer.SPILL_BYTES", 300_000)  # less than two additions
+    monkeypatch.setattr("dmrl_ray.store.writer.SPILL_BYTES", 300_000)  # less than two additions
     folder = tmp_path / "run"
     with RunWriter.create(folder, "seed: 0\n", {}) as writer:
         for n in range(4):
@@ -184,7 +184,7 @@ def test_rows_spilled_before_their_commit_are_committed_once(tmp_path, monkeypat
 
 
 def test_rows_spilled_within_one_commit_are_read_in_the_order_they_came(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmrl_ray.writer.SPILL_BYTES", 1)
+    monkeypatch.setattr("dmrl_ray.store.writer.SPILL_BYTES", 1)
     with RunWriter.create(tmp_path / "run", "seed: 0\n", {}) as writer:
         for n in range(12):
             row = {"stage": "s", "job": "j", "policy_version": n, "env_steps": n}
@@ -194,7 +194,7 @@ def test_rows_spilled_within_one_commit_are_read_in_the_order_they_came(tmp_path
 
 
 def test_rows_spilled_by_a_killed_writer_are_gone(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmrl_ray.writer.SPILL_BYTES", 1)
+    monkeypatch.setattr("dmrl_ray.store.writer.SPILL_BYTES", 1)
     folder = tmp_path / "run"
     with RunWriter.create(folder, "seed: 0\n", {}) as writer:
         writer.commit({}, {})

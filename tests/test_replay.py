@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from dmrl_ray.data.replay import TrialReplay
 from dmrl_ray.envs.cartpole import CartPole
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.replay import TrialReplay
-from dmrl_ray.rollout import Sampler
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.rollout.sampler import Sampler
 
 STEPS, COLUMNS = 30, 4
 CPU = torch.device("cpu")

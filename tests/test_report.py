@@ -8,10 +8,10 @@ import re
 import pandas as pd
 import pytest
 
-from dmrl_ray.report import evaluation_report, families_report, next_steps, text_report
-from dmrl_ray.results import load
-from dmrl_ray.settings import SHORT_NAMES
-from dmrl_ray.writer import RunWriter
+from dmrl_ray.config.components import SHORT_NAMES
+from dmrl_ray.results.reading import load
+from dmrl_ray.results.report import evaluation_report, families_report, next_steps, text_report
+from dmrl_ray.store.writer import RunWriter
 
 CONFIG = """\
 name: hand

@@ -5,24 +5,24 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmrl_ray import controller
-from dmrl_ray.arrays import TensorStream, host, permutation
-from dmrl_ray.calls import CollectCall
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.display import Display
+from dmrl_ray.backend import TensorStream, host, permutation
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.control import controller
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.errors import ConfigError, NumericalError
-from dmrl_ray.learner import Learner
-from dmrl_ray.policy import ActorCritic, previous_inputs
-from dmrl_ray.resident import ResidentSampler
-from dmrl_ray.results import load
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.spec import JobSpec, Weights, build
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.messages import CollectCall
+from dmrl_ray.jobs.spec import JobSpec, Weights, build
+from dmrl_ray.jobs.worker import RolloutWorker
+from dmrl_ray.networks.actor_critic import ActorCritic, previous_inputs
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
+from dmrl_ray.rollout.device_sampler import ResidentSampler
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import EnvironmentFault, Rollout, join_shards, storable
-from dmrl_ray.worker import RolloutWorker
-from dmrl_ray.yaml_config import parse_config
 
 CPU = torch.device("cpu")
 COLUMNS = 6

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import dmrl_ray
-from dmrl_ray.results import SUMMARY, adaptation, load, over_experience, paired, starts
-from dmrl_ray.statistics import policy_interval, t_interval
-from dmrl_ray.tables import SCHEMAS
-from dmrl_ray.writer import RunWriter
+from dmrl_ray.results.reading import SUMMARY, adaptation, load, over_experience, paired, starts
+from dmrl_ray.results.statistics import policy_interval, t_interval
+from dmrl_ray.store.tables import SCHEMAS
+from dmrl_ray.store.writer import RunWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, README = ((ROOT / name).read_text() for name in ("docs/results.md", "README.md"))

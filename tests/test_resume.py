@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dmrl_ray.results import load
+from dmrl_ray.results.reading import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,9 +8,9 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 from dmrl_ray.errors import NumericalError
-from dmrl_ray.policy import ActorCritic, previous_inputs
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.tasks import TaskDistribution, TaskVectorEnv
+from dmrl_ray.networks.actor_critic import ActorCritic, previous_inputs
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.types import EnvironmentFault, Task, join_shards
 from tests import matrix_family as pictures
 
@@ -333,7 +333,7 @@ def test_a_rollout_takes_memory_for_the_steps_that_are_played():
 @pytest.mark.parametrize("teacher", [None, 0.5])
 def test_a_rollout_is_the_same_however_its_memory_grew(teacher, monkeypatch):
     at_once = walked(teacher)
-    monkeypatch.setattr("dmrl_ray.rollout.BLOCK_STEPS", 3)
+    monkeypatch.setattr("dmrl_ray.rollout.sampler.BLOCK_STEPS", 3)
     grown = walked(teacher)
     assert grown.num_steps > 3 * 2
     assert not grown.all_count

@@ -6,16 +6,16 @@ import signal
 import numpy as np
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.control.run_state import Run
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.errors import Interrupted
-from dmrl_ray.results import load
-from dmrl_ray.run import Run
-from dmrl_ray.spec import job_spec
+from dmrl_ray.jobs.spec import job_spec
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import Reference
-from dmrl_ray.writer import RunWriter
-from dmrl_ray.yaml_config import parse_config
 
 CONFIG = "{tasks: bandit, workers: {num: 0}, stages: {meta: {type: pretrain, env_steps: 1}}}"
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from small_run import add, create, make_run, step
 
-from dmrl_ray.commits import Commit, seal, verify
 from dmrl_ray.errors import ConfigError, CorruptRun, FolderInUse
-from dmrl_ray.results import load
-from dmrl_ray.writer import RunWriter
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.commits import Commit, seal, verify
+from dmrl_ray.store.writer import RunWriter
 
 
 def continue_run(folder, steps):
@@ -100,7 +100,7 @@ def test_a_newer_format_is_refused_not_repaired(tmp_path):
 
 HOLDER = """
 import os, signal, sys
-from dmrl_ray.writer import RunWriter
+from dmrl_ray.store.writer import RunWriter
 writer = RunWriter.open(sys.argv[1])
 if os.fork():
     signal.pause()

@@ -14,9 +14,17 @@ from typing import Any
 
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.checks import check
-from dmrl_ray.config import (
+from dmrl_ray.config.components import (
+    LARGEST_COUNT,
+    LARGEST_NUMBER,
+    LARGEST_SEED,
+    LARGEST_SIZE,
+    SHORT_NAMES,
+    Settings,
+    import_class,
+)
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import (
     Adapt,
     CommitSettings,
     ContinuedTraining,
@@ -29,23 +37,15 @@ from dmrl_ray.config import (
     TaskRollout,
     WorkerSettings,
 )
-from dmrl_ray.data_sources import RLLIB_COLUMNS, DataSettings
-from dmrl_ray.display import Display
+from dmrl_ray.control import controller
+from dmrl_ray.control.checks import check
+from dmrl_ray.data.sources import RLLIB_COLUMNS, DataSettings
 from dmrl_ray.envs.gym_env import Choices, Ends
 from dmrl_ray.errors import ConfigError
+from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.decoder import TrialDecoder
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.results import load
-from dmrl_ray.settings import (
-    LARGEST_COUNT,
-    LARGEST_NUMBER,
-    LARGEST_SEED,
-    LARGEST_SIZE,
-    SHORT_NAMES,
-    Settings,
-    import_class,
-)
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 from tests.matrix_cells import ALGORITHMS, BELIEFS, MEMORIES, READERS
 from tests.settings_walk import (
     Section,

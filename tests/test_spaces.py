@@ -5,8 +5,8 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete, Text
 
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.spaces import Packed, scaled_columns
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.tasks.spaces import Packed, scaled_columns
 
 IMAGE = Box(0, 255, (2, 2, 1), np.uint8)
 VECTOR = Box(-1.0, 1.0, (2,), np.float32)

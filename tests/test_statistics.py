@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from dmrl_ray.statistics import (
+from dmrl_ray.results.statistics import (
     DIFFERENCE_OF_SHARES,
     SHARE,
     exact_interval,

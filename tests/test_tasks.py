@@ -10,17 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.control.run_state import Run
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.errors import ConfigError, Interrupted
-from dmrl_ray.recording import task_rows
-from dmrl_ray.report import text_report
-from dmrl_ray.results import load, seen_in_training
-from dmrl_ray.run import Run
-from dmrl_ray.tasks import make_tasks
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load, seen_in_training
+from dmrl_ray.results.report import text_report
+from dmrl_ray.rollout.rows import task_rows
+from dmrl_ray.tasks.distribution import make_tasks
 from dmrl_ray.types import Task
-from dmrl_ray.yaml_config import parse_config
 from tests.small_run import create
 
 CONFIG = """

@@ -7,16 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.calls import CollectCall
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.display import Display
-from dmrl_ray.jobs import Validation, tasks_at_once
-from dmrl_ray.learner import Learner
-from dmrl_ray.results import load
-from dmrl_ray.spec import JobSpec, Weights, load_family
-from dmrl_ray.worker import RolloutWorker
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.control import controller
+from dmrl_ray.control.train_loop import Validation, tasks_at_once
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.messages import CollectCall
+from dmrl_ray.jobs.spec import JobSpec, Weights, load_family
+from dmrl_ray.jobs.worker import RolloutWorker
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 from tests.matrix_family import LIMIT, SHORT, LazyWalk
 
 MLP = {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [8]}}

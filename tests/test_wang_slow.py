@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
-from dmrl_ray.results import load
-from dmrl_ray.yaml_config import load_config
+from dmrl_ray.config.loading import load_config
+from dmrl_ray.control import controller
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/wang_correlated_easy.yaml"
 STEPS = ["stages.meta_trained.env_steps=100k"]

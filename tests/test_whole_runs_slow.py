@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
-from dmrl_ray.results import load
-from dmrl_ray.yaml_config import load_config
+from dmrl_ray.config.loading import load_config
+from dmrl_ray.control import controller
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dmrl_ray.config import Adapt, Component, RolloutSettings
+from dmrl_ray.config.schema import Adapt, Component, RolloutSettings
 from dmrl_ray.envs.cartpole import CartPole
 from dmrl_ray.envs.point_goal import PointGoal
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.worker import AdaptCall, CollectCall, EvaluateCall, LocalWorkers, RolloutWorker
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import AdaptCall, CollectCall, EvaluateCall, LocalWorkers, RolloutWorker
 
 SMALL = {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [8]}}
 RECURRENT = {"type": "actor_critic", "encoder": {"type": "lstm", "size": 8}}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from small_run import add, create, make_run
 
-from dmrl_ray.commits import verify
 from dmrl_ray.errors import StorageError
-from dmrl_ray.results import load
-from dmrl_ray.writer import RunWriter
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.commits import verify
+from dmrl_ray.store.writer import RunWriter
 
 
 def values(folder):

@@ -22,12 +22,12 @@ import ray
 from ray.cluster_utils import Cluster
 from test_cluster import assert_same, collect, make_spec, start, undisturbed
 
-from dmrl_ray.cluster import RayWorkers
-from dmrl_ray.config import LearnerSettings, RunConfig, WorkerSettings
-from dmrl_ray.connection import connect
+from dmrl_ray.cluster.connection import connect
+from dmrl_ray.cluster.learners import RayLearners
+from dmrl_ray.cluster.workers import RayWorkers
+from dmrl_ray.config.schema import LearnerSettings, RunConfig, WorkerSettings
 from dmrl_ray.errors import JobLost
-from dmrl_ray.learner import LocalLearners
-from dmrl_ray.ray_learners import RayLearners
+from dmrl_ray.jobs.learner import LocalLearners
 from dmrl_ray.types import storable
 
 

@@ -28,7 +28,7 @@ from benchmarks.throughput.__main__ import one as ours
 from benchmarks.throughput.measures import Figures
 from benchmarks.throughput.rows import ROWS, Row, Variant
 from benchmarks.throughput.table import Figure, number, shown, summary
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
 
 TASKS = ("cartpole", "bandit_n10")
 COSTS_US = (0, 100, 1000, 10_000)

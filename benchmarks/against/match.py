@@ -11,10 +11,10 @@ from benchmarks.machine import busy_seconds, cpu_seconds
 from benchmarks.throughput.measures import Figures
 from benchmarks.throughput.probe import Point, speed
 from benchmarks.throughput.rows import ROWS
-from dmrl_ray.config import RunConfig
-from dmrl_ray.spec import job_spec, load_family
-from dmrl_ray.tasks import TaskDistribution
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import RunConfig
+from dmrl_ray.jobs.spec import job_spec, load_family
+from dmrl_ray.tasks.distribution import TaskDistribution
 
 _SAME = (
     "epochs",

@@ -21,7 +21,7 @@ def train(match: Match) -> Clock:
     import ray
     import torch
 
-    from dmrl_ray.connection import connect
+    from dmrl_ray.cluster.connection import connect
 
     torch.set_num_threads(1)
     connect("local", match.config)  # with one thread in each process

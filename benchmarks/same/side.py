@@ -30,12 +30,18 @@ import pandas as pd
 import safetensors.numpy
 
 import dmrl_ray
-from dmrl_ray import controller
+from dmrl_ray import load
 from dmrl_ray.config import RunConfig
-from dmrl_ray.display import Display
 from dmrl_ray.errors import ConfigError, Interrupted
-from dmrl_ray.results import load
-from dmrl_ray.yaml_config import parse_config
+
+try:
+    from dmrl_ray.config.loading import parse_config
+    from dmrl_ray.control import controller
+    from dmrl_ray.results.display import Display
+except ModuleNotFoundError:  # An older checkout, whose modules stood side by side.
+    from dmrl_ray import controller
+    from dmrl_ray.display import Display
+    from dmrl_ray.yaml_config import parse_config
 
 Settings = dict[str, Any]
 

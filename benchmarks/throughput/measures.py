@@ -18,11 +18,11 @@ import pandas as pd
 from benchmarks.machine import command_of, family, resident_mb
 from benchmarks.throughput.probe import Probe, speed
 from benchmarks.throughput.rows import Row, Variant
-from dmrl_ray import controller
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.control.run_state import Run
 from dmrl_ray.errors import Interrupted
-from dmrl_ray.results import load
-from dmrl_ray.run import Run
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.results.reading import load
 
 Figures: TypeAlias = dict[str, float | None]
 """By name; None where there is none, such as the time to a target that was not reached."""

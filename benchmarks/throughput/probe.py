@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.machine import busy_seconds, cpu_seconds, resident_mb
-from dmrl_ray.display import Display
+from dmrl_ray.results.display import Display
 
 PATIENCE = 10
 """Updates in a row whose episodes reach the target, after which it counts as reached for good."""

@@ -18,19 +18,19 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from dmrl_ray.algorithms.parts import check_prefixes
-from dmrl_ray.algorithms.task_actor import Recordings, task_actor
-from dmrl_ray.algorithms.task_optimizer import Descending, TaskOptimizer
-from dmrl_ray.algorithms.task_params import (
+from dmrl_ray.config.schema import ContinuedTraining
+from dmrl_ray.learn.task_actor import Recordings, task_actor
+from dmrl_ray.learn.task_optimizer import Descending, TaskOptimizer
+from dmrl_ray.learn.task_params import (
     Parameters,
     fitted_advantage,
     number_of_tasks,
     per_task,
     task_gradients,
 )
-from dmrl_ray.config import ContinuedTraining
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
+from dmrl_ray.learn.trainable import check_prefixes
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
 
 State: TypeAlias = Any

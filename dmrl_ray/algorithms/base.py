@@ -6,13 +6,13 @@ from abc import abstractmethod
 from typing import Any
 
 from dmrl_ray.algorithms.adaptation import Adaptation, Continued
-from dmrl_ray.algorithms.descent import EPS, Descent
-from dmrl_ray.algorithms.task_optimizer import TaskOptimizer
-from dmrl_ray.config import ContinuedTraining
-from dmrl_ray.dataset import Dataset
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.config.schema import ContinuedTraining
+from dmrl_ray.data.dataset import Dataset
+from dmrl_ray.learn.descent import EPS, Descent
+from dmrl_ray.learn.task_optimizer import TaskOptimizer
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays, Task, Trial
 
 

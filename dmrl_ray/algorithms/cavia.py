@@ -10,8 +10,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.tasks.distribution import TaskDistribution
 
 
 class CAVIA(MAML):

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.ppo import BatchConfig
 from dmrl_ray.algorithms.rl2 import RL2
+from dmrl_ray.config.components import Number
 from dmrl_ray.losses.averages import counted_mean
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Task, Trial
 
 

@@ -25,17 +25,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dmrl_ray.algorithms.adaptation import PIECE_STEPS, Agent
-from dmrl_ray.algorithms.minibatches import previous_in
 from dmrl_ray.algorithms.offline import Offline, open_dataset
-from dmrl_ray.data_sources import DataSettings
-from dmrl_ray.dataset import Dataset
-from dmrl_ray.faults import answer_of
+from dmrl_ray.config.components import at_default
+from dmrl_ray.data.dataset import Dataset
+from dmrl_ray.data.sources import DataSettings
+from dmrl_ray.learn.minibatches import previous_in
 from dmrl_ray.losses.averages import counted_mean
+from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import ActorCritic, Previous
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import at_default
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution
+from dmrl_ray.tasks.faults import answer_of
 from dmrl_ray.types import Rollout, Task, Trial
 
 

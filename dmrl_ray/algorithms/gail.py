@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from dmrl_ray.algorithms.offline import open_dataset
 from dmrl_ray.algorithms.ppo import PPO
-from dmrl_ray.data_sources import DataSettings
-from dmrl_ray.dataset import Dataset
+from dmrl_ray.config.components import Number, Sizes
+from dmrl_ray.data.dataset import Dataset
+from dmrl_ray.data.sources import DataSettings
 from dmrl_ray.losses.imitation import discriminator_loss, imitation_reward
+from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.base import linear, stack
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number, Sizes
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
 DISCRIMINATOR = "auxiliary.discriminator."

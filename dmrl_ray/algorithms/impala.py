@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.ppo import PPO, ActorCriticConfig, ClipConfig
+from dmrl_ray.config.components import Number
 from dmrl_ray.losses.returns import vtrace
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
 
 

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.adaptation import Adaptation, Agent, act_per_task, leaves
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.algorithms.parts import check_prefixes
-from dmrl_ray.algorithms.task_actor import Recordings
-from dmrl_ray.algorithms.task_params import (
+from dmrl_ray.config.components import Number
+from dmrl_ray.learn.task_actor import Recordings
+from dmrl_ray.learn.task_params import (
     Parameters,
     per_task,
     task_gradients,
 )
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.learn.trainable import check_prefixes
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
 

@@ -17,10 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.descent import Descent
-from dmrl_ray.algorithms.gradients import Batch, Loss, Report
 from dmrl_ray.algorithms.inner_loop import GradientAdaptation
-from dmrl_ray.algorithms.task_params import (
+from dmrl_ray.config.components import Number
+from dmrl_ray.learn.descent import Descent
+from dmrl_ray.learn.gradients import Batch, Loss, Report
+from dmrl_ray.learn.task_params import (
     Parameters,
     by_task,
     task_log_prob,
@@ -28,10 +29,9 @@ from dmrl_ray.algorithms.task_params import (
     task_pi,
     trial_advantages,
 )
-from dmrl_ray.algorithms.trust_region import trust_region_step
+from dmrl_ray.learn.trust_region import trust_region_step
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
-from dmrl_ray.settings import Number
 from dmrl_ray.types import Trial
 
 READ = ("obs", "action", "log_prob", "advantage")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.algorithms.task_params import per_task
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.learn.task_params import per_task
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.tasks.distribution import TaskDistribution
 
 
 class MetaSGD(MAML):

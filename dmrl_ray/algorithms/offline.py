@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.algorithms.gradients import Batch
-from dmrl_ray.algorithms.minibatches import in_columns, shown, step_through
-from dmrl_ray.data_sources import DataSettings, source_of
-from dmrl_ray.dataset import Dataset
+from dmrl_ray.config.components import Number
+from dmrl_ray.data.dataset import Dataset
+from dmrl_ray.data.sources import DataSettings, source_of
+from dmrl_ray.learn.gradients import Batch
+from dmrl_ray.learn.minibatches import in_columns, shown, step_through
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
 
 

@@ -25,14 +25,14 @@ from torch.nn.functional import pad, softplus
 
 from dmrl_ray.algorithms.adaptation import Adaptation, Agent
 from dmrl_ray.algorithms.sac import SAC, SoftConfig
-from dmrl_ray.heads import CategoricalHead
+from dmrl_ray.config.components import Number, Size, Sizes
+from dmrl_ray.data.replay import draw_below
 from dmrl_ray.losses.latent import gaussian_kl, gaussian_sample, product_of_gaussians
+from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory, linear, stack
-from dmrl_ray.policy import ActorCritic, Previous
-from dmrl_ray.replay import draw_below
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number, Size, Sizes
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.networks.heads import CategoricalHead
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.algorithms.base import Algorithm, continued
-from dmrl_ray.algorithms.minibatches import in_columns, previous_in, shown, step_through
-from dmrl_ray.arrays import as_kind_of
+from dmrl_ray.backend import as_kind_of
+from dmrl_ray.config.components import Number
+from dmrl_ray.learn.minibatches import in_columns, previous_in, shown, step_through
 from dmrl_ray.losses.averages import counted_mean, standardized
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.losses.returns import generalized_advantage
+from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
 

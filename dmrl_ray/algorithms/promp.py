@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.algorithms.task_params import Parameters, task_mask
+from dmrl_ray.config.components import Number
+from dmrl_ray.learn.task_params import Parameters, task_mask
 from dmrl_ray.losses.averages import counted_mean
-from dmrl_ray.settings import Number
 from dmrl_ray.types import Trial
 
 

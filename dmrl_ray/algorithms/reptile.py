@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from dmrl_ray.algorithms.inner_loop import GradientAdaptation
-from dmrl_ray.settings import Number
+from dmrl_ray.config.components import Number
 from dmrl_ray.types import Trial
 
 

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 
 from dmrl_ray.algorithms.ppo import PPO, ClipConfig
-from dmrl_ray.arrays import as_kind_of
+from dmrl_ray.backend import as_kind_of
 from dmrl_ray.losses.returns import trial_advantage
-from dmrl_ray.rollout import Sampler
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.algorithms.base import Algorithm, continued
-from dmrl_ray.heads import SquashedGaussianHead
+from dmrl_ray.config.components import Number, Sizes
+from dmrl_ray.data.replay import Transitions, TrialReplay
 from dmrl_ray.losses.soft_actor_critic import (
     categorical_soft_value,
     soft_q_loss,
@@ -28,12 +29,11 @@ from dmrl_ray.losses.soft_actor_critic import (
     soft_value,
     temperature_loss,
 )
+from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.critics import CriticEnsemble, Temperature
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.replay import Transitions, TrialReplay
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.settings import Number, Sizes
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.networks.heads import SquashedGaussianHead
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays, Task, Trial
 
 ACTOR = ("encoder.", "policy_head.", "auxiliary.temperature.")

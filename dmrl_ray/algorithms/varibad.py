@@ -19,17 +19,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.minibatches import single_steps
 from dmrl_ray.algorithms.rl2 import RL2
-from dmrl_ray.heads import exactly
+from dmrl_ray.config.components import LARGEST_NUMBER, Number
+from dmrl_ray.data.replay import Transitions, TrialReplay
+from dmrl_ray.learn.minibatches import single_steps
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.latent import chained_kl, gaussian_sample
+from dmrl_ray.networks.actor_critic import ActorCritic, Previous, mask_previous, previous_inputs
 from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import TrialDecoder
-from dmrl_ray.policy import ActorCritic, Previous, mask_previous, previous_inputs
-from dmrl_ray.replay import Transitions, TrialReplay
-from dmrl_ray.settings import LARGEST_NUMBER, Number
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.networks.heads import exactly
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays, Rollout, Trial
 
 BELIEF = ("encoder.history.", "encoder.gaussian.", "auxiliary.")

@@ -14,7 +14,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from dmrl_ray.config import Component, Settings
+from dmrl_ray.config.schema import Component, Settings
 from dmrl_ray.networks.linear import Linear
 
 Memory: TypeAlias = tuple[Tensor, ...]

@@ -13,7 +13,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from dmrl_ray.config import Component, Settings, Size, Sizes
+from dmrl_ray.config.schema import Component, Settings, Size, Sizes
 from dmrl_ray.networks.base import Activation, Encoder, Memory, linear, stack
 
 

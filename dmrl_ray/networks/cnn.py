@@ -10,9 +10,9 @@ from gymnasium.spaces import Box
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
+from dmrl_ray.config.components import LARGEST_SIZE, Size, Sizes
 from dmrl_ray.networks.base import ACTIVATIONS, Encoder, Memory, join
 from dmrl_ray.networks.layers import LayerConfig, dense, map_norms
-from dmrl_ray.settings import LARGEST_SIZE, Size, Sizes
 
 POOLS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {
     "max": nn.MaxPool2d,

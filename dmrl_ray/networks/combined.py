@@ -10,10 +10,10 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Component, Settings
+from dmrl_ray.config.components import did_you_mean
+from dmrl_ray.config.schema import Component, Settings
 from dmrl_ray.networks.base import Encoder, Memory, join
-from dmrl_ray.settings import did_you_mean
-from dmrl_ray.spaces import Packed
+from dmrl_ray.tasks.spaces import Packed
 
 
 class Combined(Encoder):

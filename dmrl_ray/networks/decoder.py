@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings, Sizes
+from dmrl_ray.config.schema import Settings, Sizes
 from dmrl_ray.losses.latent import forecast_loss
 from dmrl_ray.networks.base import linear, stack
 

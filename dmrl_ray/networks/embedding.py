@@ -10,7 +10,7 @@ import torch
 from gymnasium.spaces import MultiDiscrete
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings, Size
+from dmrl_ray.config.schema import Settings, Size
 from dmrl_ray.networks.base import Encoder, Memory, join
 from dmrl_ray.networks.cell import step_by_step
 from dmrl_ray.networks.recurrent import start_gates

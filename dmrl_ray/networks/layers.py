@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dmrl_ray.config import LARGEST_SIZE, Settings
+from dmrl_ray.config.schema import LARGEST_SIZE, Settings
 from dmrl_ray.networks.base import ACTIVATIONS, Activation, linear
 
 

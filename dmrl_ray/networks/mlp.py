@@ -7,9 +7,9 @@ import math
 from gymnasium.spaces import Box
 from torch import Tensor
 
+from dmrl_ray.config.components import Sizes
 from dmrl_ray.networks.base import Encoder, Memory, join
 from dmrl_ray.networks.layers import LayerConfig, dense
-from dmrl_ray.settings import Sizes
 
 
 class MLP(Encoder):

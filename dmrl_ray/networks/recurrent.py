@@ -12,9 +12,9 @@ from gymnasium.spaces import Box
 from pydantic import Field
 from torch import Tensor, nn
 
+from dmrl_ray.config.components import Size
 from dmrl_ray.networks.base import BodyEncoder, Memory
 from dmrl_ray.networks.cell import step_by_step
-from dmrl_ray.settings import Size
 
 
 def over_segments(

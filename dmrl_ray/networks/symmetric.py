@@ -16,7 +16,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from dmrl_ray.config import Settings, Size
+from dmrl_ray.config.schema import Settings, Size
 from dmrl_ray.networks.base import ACTIVATIONS, Activation, Encoder, Memory, join, linear
 from dmrl_ray.networks.recurrent import over_segments, start_gates
 

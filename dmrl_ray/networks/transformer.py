@@ -18,8 +18,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from dmrl_ray.config.components import Size
 from dmrl_ray.networks.base import BodyEncoder, Memory, linear
-from dmrl_ray.settings import Size
 
 
 class Transformer(BodyEncoder):

@@ -24,17 +24,17 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.tune.registry import register_env
 
-from dmrl_ray.calls import CollectReport, EvaluateCall
-from dmrl_ray.connection import cause_of, first_sentence
+from dmrl_ray.cluster.connection import cause_of, first_sentence
 from dmrl_ray.errors import NumericalError
-from dmrl_ray.foreign import ForeignAlgorithm
-from dmrl_ray.recording import episode_rows, evaluation_rows, task_rows
+from dmrl_ray.jobs.external import ForeignAlgorithm
+from dmrl_ray.jobs.messages import CollectReport, EvaluateCall
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
 from dmrl_ray.rllib.player import play
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.rllib.readings import columns_of, metrics_of, sample_once, take_episodes_of
 from dmrl_ray.rllib.settings import BaselineSettings, apply, settings_of
-from dmrl_ray.rollout import Sampler
+from dmrl_ray.rollout.rows import episode_rows, evaluation_rows, task_rows
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Arrays, Columns, EnvironmentFault, random_stream
 
 MODULE = f"learner/rl_module/{DEFAULT_MODULE_ID}"

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dmrl_ray.checkpoint import atomic_folder
-from dmrl_ray.commits import load_run_config, run_facts
-from dmrl_ray.data_files import Block, Recorded
+from dmrl_ray.data.files import Block, Recorded
 from dmrl_ray.errors import ConfigError
+from dmrl_ray.store.commits import load_run_config, run_facts
+from dmrl_ray.store.files import atomic_folder
 
 
 def export_steps(run: Path, folder: Path, *, stage: str | None = None) -> int:

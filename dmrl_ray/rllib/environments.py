@@ -21,12 +21,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from ray.tune.registry import register_env
 
-from dmrl_ray.faults import answer_of, first_obs, sample
-from dmrl_ray.finite import diverged
+from dmrl_ray.config.components import Component, Settings
+from dmrl_ray.jobs.spec import load_family
 from dmrl_ray.rllib.previous import Shown
-from dmrl_ray.settings import Component, Settings
-from dmrl_ray.spec import load_family
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.rollout.finite import diverged
+from dmrl_ray.tasks.distribution import TaskDistribution
+from dmrl_ray.tasks.faults import answer_of, first_obs, sample
 from dmrl_ray.types import EnvironmentFault, Split, Task
 
 Row: TypeAlias = dict[str, Any]

@@ -33,13 +33,13 @@ from ray.rllib.utils.metrics import (
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
 )
 
-from dmrl_ray.calls import CollectCall, CollectReport
-from dmrl_ray.config import RunConfig
-from dmrl_ray.learner import Learner
+from dmrl_ray.config.schema import RunConfig
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.messages import CollectCall, CollectReport
+from dmrl_ray.jobs.spec import JobSpec, Weights, job_spec
+from dmrl_ray.jobs.worker import RolloutWorker
 from dmrl_ray.rllib.policies import module_spec
-from dmrl_ray.spec import JobSpec, Weights, job_spec
 from dmrl_ray.types import Arrays, Trial
-from dmrl_ray.worker import RolloutWorker
 
 STAGE = "packed"
 

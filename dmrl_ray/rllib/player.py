@@ -10,10 +10,10 @@ import torch
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
+from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import ActorCritic, Previous
 from dmrl_ray.rllib.previous import Shown
-from dmrl_ray.rollout import Sampler
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Task
 
 

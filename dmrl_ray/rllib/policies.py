@@ -21,17 +21,17 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.checkpoint import atomic_folder, load_arrays
-from dmrl_ray.commits import load_run_config, newest_commit, run_facts
-from dmrl_ray.config import Component, Pretrain, RunConfig
+from dmrl_ray.config.components import did_you_mean
+from dmrl_ray.config.schema import Component, Pretrain, RunConfig
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.heads import SquashedGaussianHead
+from dmrl_ray.jobs.spec import JobSpec, get_weights, job_spec, load_family, set_weights
+from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory
-from dmrl_ray.policy import ActorCritic, Previous
+from dmrl_ray.networks.heads import SquashedGaussianHead
 from dmrl_ray.rllib.previous import Shown
-from dmrl_ray.settings import did_you_mean
-from dmrl_ray.spec import JobSpec, get_weights, job_spec, load_family, set_weights
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.store.commits import load_run_config, newest_commit, run_facts
+from dmrl_ray.store.files import atomic_folder, load_arrays
+from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays
 
 MODEL_FILE = "dmrl_ray.json"

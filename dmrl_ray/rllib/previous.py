@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 
-from dmrl_ray.tasks import TaskDistribution
+from dmrl_ray.tasks.distribution import TaskDistribution
 
 
 class Shown:

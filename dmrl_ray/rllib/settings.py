@@ -24,7 +24,7 @@ from pydantic import (
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
-from dmrl_ray.settings import Settings
+from dmrl_ray.config.components import Settings
 
 COMMON: dict[str, str] = {
     "training": (

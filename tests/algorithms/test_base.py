@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from dmrl_ray.algorithms.ppo import PPO
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights, build, get_weights, set_weights
-from dmrl_ray.worker import CollectCall, RolloutWorker
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights, build, get_weights, set_weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 
 
 class TwoRates(PPO):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.spec import JobSpec, build
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.spec import JobSpec, build
 from dmrl_ray.types import Rollout, random_stream
 
 COLUMNS = 64

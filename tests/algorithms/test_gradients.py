@@ -7,12 +7,12 @@ import pytest
 import torch
 from adaptation_cases import make_algorithm, one_trial
 
-from dmrl_ray.algorithms.gradients import Compiled, by_autograd
-from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.errors import ConfigError, NumericalError
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.worker import CollectCall, RolloutWorker
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
+from dmrl_ray.learn.gradients import Compiled, by_autograd
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="takes a C++ compiler")
 

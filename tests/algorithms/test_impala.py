@@ -9,17 +9,17 @@ import pytest
 import torch
 from first_gradient import first_gradient
 
-from dmrl_ray import controller
 from dmrl_ray.algorithms.ppo import PPO
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.control import controller
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.learner import Learner
-from dmrl_ray.results import load
-from dmrl_ray.spec import JobSpec, Weights, build
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights, build
+from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 from dmrl_ray.types import Rollout
-from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker
-from dmrl_ray.yaml_config import parse_config
 
 MLP = {"type": "mlp", "sizes": [8]}
 LSTM = {"type": "lstm", "size": 8}

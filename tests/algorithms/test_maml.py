@@ -18,7 +18,12 @@ from adaptation_cases import (
 )
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.algorithms.task_params import (
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.envs.bandit import Bandit
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
+from dmrl_ray.learn.task_params import (
     fitted_advantage,
     per_task,
     task_forward,
@@ -26,16 +31,11 @@ from dmrl_ray.algorithms.task_params import (
     task_pi,
     trial_advantages,
 )
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.envs.bandit import Bandit
-from dmrl_ray.learner import Learner
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
+from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.base import Encoder
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout
-from dmrl_ray.worker import CollectCall, RolloutWorker
 
 MLP = {"type": "mlp", "sizes": [3], "activation": "tanh"}
 LSTM, GRU = ({"type": kind, "size": 2} for kind in ("lstm", "gru"))

@@ -11,9 +11,9 @@ from adaptation_cases import (
     slope,
 )
 
-from dmrl_ray.algorithms.task_params import task_log_prob
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.spec import JobSpec, build, get_weights, set_weights
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.spec import JobSpec, build, get_weights, set_weights
+from dmrl_ray.learn.task_params import task_log_prob
 
 SMALL = {"type": "mlp", "sizes": [3], "activation": "tanh"}
 

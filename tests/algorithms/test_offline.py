@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from dmrl_ray import controller
-from dmrl_ray.algorithms.minibatches import previous_in
-from dmrl_ray.config import Component, Settings
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.schema import Component, Settings
+from dmrl_ray.control import controller
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.learner import Learner
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import Weights, build, job_spec, set_weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
+from dmrl_ray.learn.minibatches import previous_in
 from dmrl_ray.networks.base import Encoder
-from dmrl_ray.results import load
-from dmrl_ray.spec import Weights, build, job_spec, set_weights
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import random_stream
-from dmrl_ray.worker import CollectCall, RolloutWorker
-from dmrl_ray.writer import RunWriter
-from dmrl_ray.yaml_config import parse_config
 
 HEAD = """
 name: offline

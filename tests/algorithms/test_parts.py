@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dmrl_ray.algorithms.parts import select
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.worker import CollectCall, RolloutWorker
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
+from dmrl_ray.learn.trainable import select
 
 MLP = {"type": "mlp", "sizes": [8, 8]}
 NORMED = MLP | {"layer_norm": True, "adapters": 2}

@@ -8,10 +8,10 @@ import torch
 from test_sac import assert_resumes, assert_shares_average_to_the_whole, trained
 from test_sac import make_spec as make_sac_spec
 
+from dmrl_ray.jobs.spec import Weights, build
+from dmrl_ray.jobs.worker import EvaluateCall, RolloutWorker
 from dmrl_ray.losses.latent import gaussian_sample, product_of_gaussians
-from dmrl_ray.rollout import Sampler
-from dmrl_ray.spec import Weights, build
-from dmrl_ray.worker import EvaluateCall, RolloutWorker
+from dmrl_ray.rollout.sampler import Sampler
 
 HORIZON, EPISODES, LATENT = 6, 3, 2
 POINTS = {"type": "point_goal", "horizon": HORIZON, "episodes": EPISODES}

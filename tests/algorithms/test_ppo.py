@@ -7,12 +7,12 @@ import pytest
 import torch
 from first_gradient import first_gradient
 
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights, build
+from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
-from dmrl_ray.spec import JobSpec, Weights, build
 from dmrl_ray.types import Rollout
-from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker
 
 MLP = {"type": "mlp", "sizes": [8]}
 LSTM = {"type": "lstm", "size": 8}

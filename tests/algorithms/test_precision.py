@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.worker import CollectCall, RolloutWorker
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 
 CASES = {
     "mlp": ("cartpole", {"type": "mlp", "sizes": [32]}, {"type": "ppo", "num_steps": 64}),

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.losses.returns import trial_advantage
-from dmrl_ray.spec import JobSpec, Weights
 from dmrl_ray.types import Rollout
-from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker
 
 LSTM = {"type": "lstm", "size": 16}
 WALK = {"type": "point_goal", "horizon": 5, "episodes": 3}

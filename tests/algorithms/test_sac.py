@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights, build
+from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.networks.critics import CriticEnsemble
-from dmrl_ray.spec import JobSpec, Weights, build
-from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker
 
 SMALL = {"type": "mlp", "sizes": [8]}
 

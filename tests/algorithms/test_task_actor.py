@@ -4,8 +4,8 @@ import pytest
 import torch
 from adaptation_cases import make_algorithm
 
-from dmrl_ray.algorithms.task_actor import task_actor
-from dmrl_ray.algorithms.task_params import per_task, task_forward
+from dmrl_ray.learn.task_actor import task_actor
+from dmrl_ray.learn.task_params import per_task, task_forward
 
 TASKS, COLUMNS = 3, 12
 

@@ -5,8 +5,8 @@ import torch
 from adaptation_cases import make_algorithm, one_trial
 from torch import nn
 
-from dmrl_ray.algorithms.task_params import task_pi
-from dmrl_ray.algorithms.trust_region import conjugate_gradient, trust_region_step
+from dmrl_ray.learn.task_params import task_pi
+from dmrl_ray.learn.trust_region import conjugate_gradient, trust_region_step
 
 
 def positive_matrix(size):

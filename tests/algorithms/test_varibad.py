@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from dmrl_ray.algorithms.varibad import previous_of
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
-from dmrl_ray.policy import previous_inputs
-from dmrl_ray.replay import TrialReplay
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.data.replay import TrialReplay
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
+from dmrl_ray.networks.actor_critic import previous_inputs
 from dmrl_ray.types import Rollout
-from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker
 
 GRID = {"type": "grid_nav", "episodes": 2}
 WALK = {"type": "point_goal", "horizon": 5, "episodes": 2}

@@ -6,12 +6,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.floor import DERIVED, config_of, env_s, rate, work
 from benchmarks.throughput.rows import ROWS
-from dmrl_ray.calls import CollectCall
-from dmrl_ray.learner import Learner
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.messages import CollectCall
+from dmrl_ray.jobs.spec import Weights, build, job_spec
+from dmrl_ray.jobs.worker import RolloutWorker
 from dmrl_ray.networks import linear
-from dmrl_ray.spec import Weights, build, job_spec
-from dmrl_ray.worker import RolloutWorker
-from dmrl_ray.yaml_config import parse_config
 
 
 @pytest.mark.parametrize("row", ["cartpole", "maml"])

@@ -11,8 +11,8 @@ from benchmarks.same.__main__ import plan, same
 from benchmarks.same.cases import CASES, GYM_CASES, without
 from benchmarks.same.differences import Found, compare, identical
 from benchmarks.same.side import OLD_SETTINGS, collected, newer, play, understood
+from dmrl_ray.config.components import SHORT_NAMES
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.settings import SHORT_NAMES
 
 ROOT = Path(__file__).parents[2]
 AFTER = ("tuned", "online", "held_out", "sampled")

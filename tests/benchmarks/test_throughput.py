@@ -16,8 +16,8 @@ from benchmarks.throughput.measures import MEASURES, nullified, seconds_to_targe
 from benchmarks.throughput.probe import PATIENCE, Point, Probe, speed
 from benchmarks.throughput.rows import ROWS
 from benchmarks.throughput.table import COLUMNS, cost_of, number, summary, table
-from dmrl_ray import controller
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = [(row, variant) for row in ROWS for variant in ROWS[row].variants]

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from dmrl_ray import controller, jobs
-from dmrl_ray.display import Display
-from dmrl_ray.results import load
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.control import train_loop as jobs
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
 
 CONFIG = """
 tasks: {type: bandit, arms: 2, pulls: 5}

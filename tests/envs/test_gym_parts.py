@@ -6,12 +6,12 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
-from dmrl_ray.config import Component, RolloutSettings
+from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.envs.gym_env import GymEnv
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 from dmrl_ray.types import EnvironmentFault
-from dmrl_ray.worker import CollectCall, RolloutWorker
 
 
 class Signs(gym.Env):

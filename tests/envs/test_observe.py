@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dmrl_ray.config import Component
+from dmrl_ray.config.schema import Component
 from dmrl_ray.envs.observe import Observe, task_vector
 from dmrl_ray.types import Task
 

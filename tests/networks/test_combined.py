@@ -6,11 +6,11 @@ import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from sequences import COLUMNS, STEPS
 
-from dmrl_ray.config import Component
+from dmrl_ray.config.schema import Component
 from dmrl_ray.networks.combined import Combined
 from dmrl_ray.networks.embedding import Embedding
 from dmrl_ray.networks.recurrent import GRU
-from dmrl_ray.spaces import Packed
+from dmrl_ray.tasks.spaces import Packed
 
 WORDS = MultiDiscrete([5, 7, 7], start=[2, 2, 2])
 SPACE = Packed(

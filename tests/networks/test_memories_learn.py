@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.worker import CollectCall, EvaluateCall, RolloutWorker
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 
 
 def train_on_bandits(encoder, updates):

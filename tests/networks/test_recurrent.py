@@ -4,7 +4,7 @@ import pytest
 import torch
 from sequences import COLUMNS, STEPS, make, random_memory, sequence, some_resets, step_by_step
 
-from dmrl_ray.config import Component
+from dmrl_ray.config.schema import Component
 from dmrl_ray.networks.recurrent import GRU, LSTM, RNN
 
 CELLS = [LSTM, GRU, RNN]

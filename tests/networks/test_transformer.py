@@ -4,11 +4,11 @@ import pytest
 import torch
 from sequences import COLUMNS, STEPS, make, sequence, some_resets, step_by_step
 
-from dmrl_ray.config import Component, RolloutSettings
-from dmrl_ray.learner import Learner
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 from dmrl_ray.networks.transformer import Transformer
-from dmrl_ray.spec import JobSpec, Weights
-from dmrl_ray.worker import CollectCall, RolloutWorker
 
 
 def transformer(context=STEPS, **settings):

@@ -1,8 +1,8 @@
 """Small trained runs, shared by the tests of what crosses to RLlib."""
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.results.display import Display
 
 CONFIG = """
 tasks: {{type: {family}}}

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 import dmrl_ray
-from dmrl_ray import controller
-from dmrl_ray.commits import verify
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
 from dmrl_ray.errors import ConfigError, Interrupted
-from dmrl_ray.foreign import foreign_of
-from dmrl_ray.report import text_report
+from dmrl_ray.jobs.external import foreign_of
+from dmrl_ray.jobs.spec import job_spec, load_family
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.report import text_report
 from dmrl_ray.rllib.baseline import Baseline
-from dmrl_ray.spec import job_spec, load_family
+from dmrl_ray.store.commits import verify
 from dmrl_ray.types import EnvironmentFault
-from dmrl_ray.yaml_config import parse_config
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
@@ -201,7 +201,7 @@ def test_a_checkpoint_has_weights_optimiser_and_counters():
     ids=["ppo", "rl2"],
 )
 def test_our_player_acts_as_rllibs_own_runner_does(algorithm, tasks):
-    from dmrl_ray.calls import EvaluateCall
+    from dmrl_ray.jobs.messages import EvaluateCall
 
     made = baseline(algorithm, tasks)
     task = load_family(made.spec.tasks).sample(np.random.default_rng(0), 1, "test")[0]
@@ -231,7 +231,7 @@ def test_weights_that_are_loaded_act():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_learns_from_what_it_samples_and_can_be_played(name):
-    from dmrl_ray.calls import EvaluateCall
+    from dmrl_ray.jobs.messages import EvaluateCall
 
     family, settings = ALGORITHMS[name]
     tasks = {"point_goal": "{type: point_goal, horizon: 4}", "bandit": "{type: bandit, pulls: 4}"}

@@ -22,14 +22,14 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils import unflatten_dict
 
 import dmrl_ray
-from dmrl_ray import tables
-from dmrl_ray.data_sources import DataSettings, source_of
-from dmrl_ray.dataset import Dataset
+from dmrl_ray.config.components import Component
+from dmrl_ray.data.dataset import Dataset
+from dmrl_ray.data.sources import DataSettings, source_of
 from dmrl_ray.errors import ConfigError
+from dmrl_ray.jobs.spec import load_family
 from dmrl_ray.rllib import register
 from dmrl_ray.rllib.data import export_steps
-from dmrl_ray.settings import Component
-from dmrl_ray.spec import load_family
+from dmrl_ray.store import tables
 
 MLP = "{type: mlp, sizes: [16]}"
 PLAYED = "  played: {type: evaluate, init_from: meta, tasks: 16, record: true, greedy: false}"
@@ -181,7 +181,7 @@ def table(**columns):
 
 READ = """
 import sys
-from dmrl_ray.data_sources import DataSettings, source_of
+from dmrl_ray.data.sources import DataSettings, source_of
 block = source_of(DataSettings(rllib=(sys.argv[1],)), "").read(0)
 assert "ray" not in sys.modules
 print(block.obs.tolist(), block.reward.tolist())

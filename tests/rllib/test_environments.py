@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from dmrl_ray.jobs.spec import load_family
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, TaskEnv, TaskVectors, register
-from dmrl_ray.spec import load_family
 from dmrl_ray.types import EnvironmentFault
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()

@@ -19,8 +19,10 @@ assert answer.exit_code == 0, answer.output
 
 ON_RAY = """
 import ray, sys
-from dmrl_ray import cluster, ray_learners, stages
-from dmrl_ray.pool import WorkerActor
+from dmrl_ray.cluster import workers as cluster
+from dmrl_ray.cluster import learners as ray_learners
+from dmrl_ray.control import stages
+from dmrl_ray.cluster.pool import WorkerActor
 """
 
 NONE = """

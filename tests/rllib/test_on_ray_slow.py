@@ -5,11 +5,11 @@ import signal
 import pytest
 
 import dmrl_ray
-from dmrl_ray import controller
-from dmrl_ray.commits import verify
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.results.display import Display
 from dmrl_ray.rllib import register
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.store.commits import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_instance")]
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dmrl_ray.learner import Learner
+from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.spec import Weights
+from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 from dmrl_ray.rllib.packed import PackedConfig
-from dmrl_ray.spec import Weights
-from dmrl_ray.worker import CollectCall, RolloutWorker
 
 SETTINGS = {
     "tasks": {"type": "cartpole"},

@@ -7,17 +7,17 @@ import torch
 from cases import play
 from ray.rllib.algorithms.ppo import PPOConfig
 
-from dmrl_ray.checkpoint import load_arrays
-from dmrl_ray.commits import newest_commit
-from dmrl_ray.config import RunConfig
+from dmrl_ray.config.loading import load_config
+from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.errors import ConfigError
+from dmrl_ray.jobs.spec import build, get_weights, job_spec, set_weights
+from dmrl_ray.jobs.transfer import rllib_start
 from dmrl_ray.rllib import register
 from dmrl_ray.rllib.environments import EnvSettings, TaskEnv
 from dmrl_ray.rllib.policies import ActorCriticModule, export_policy, exported, module_spec
-from dmrl_ray.spec import build, get_weights, job_spec, set_weights
-from dmrl_ray.transfer import rllib_start
+from dmrl_ray.store.commits import newest_commit
+from dmrl_ray.store.files import load_arrays
 from dmrl_ray.types import random_stream
-from dmrl_ray.yaml_config import load_config
 
 KINDS = {
     "feed_forward": ("point_goal", "{type: mlp, sizes: [16]}", "{type: ppo, num_steps: 20}"),

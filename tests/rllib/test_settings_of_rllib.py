@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
+from dmrl_ray.config.components import SHORT_NAMES
+from dmrl_ray.config.loading import parse_config, resolved
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.rllib import baselines
 from dmrl_ray.rllib.settings import apply
-from dmrl_ray.settings import SHORT_NAMES
-from dmrl_ray.yaml_config import parse_config, resolved
 
 KINDS = [
     getattr(baselines, name.partition(":")[2]) for name in SHORT_NAMES["algorithm"] if ":" in name

@@ -11,17 +11,17 @@ import torch
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
-from dmrl_ray import controller
-from dmrl_ray.display import Display
+from dmrl_ray.config.loading import parse_config
+from dmrl_ray.control import controller
+from dmrl_ray.control.run_state import Run
+from dmrl_ray.control.stages import _policy
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.policy import ActorCritic
-from dmrl_ray.results import load
-from dmrl_ray.run import Run
-from dmrl_ray.spec import set_weights
-from dmrl_ray.stages import _policy
-from dmrl_ray.transfer import rllib_start
-from dmrl_ray.writer import RunWriter
-from dmrl_ray.yaml_config import parse_config
+from dmrl_ray.jobs.spec import set_weights
+from dmrl_ray.jobs.transfer import rllib_start
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.results.display import Display
+from dmrl_ray.results.reading import load
+from dmrl_ray.store.writer import RunWriter
 
 OBS = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
 TWO = gym.spaces.Discrete(2)

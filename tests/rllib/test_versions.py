@@ -6,7 +6,7 @@ import sys
 import pytest
 import ray
 
-from dmrl_ray.settings import import_class
+from dmrl_ray.config.components import import_class
 
 
 @pytest.mark.parametrize("version", ["2.9.3", "2.59.0", "3.0.0"])

@@ -1,0 +1,199 @@
+"""The connection to Ray: an instance on this machine, a running cluster, or the job's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
+from dmrl_ray.config.schema import RunConfig, settled
+from dmrl_ray.errors import ClusterError, JobLost
+
+START_TIMEOUT_S = 60.0
+"""Time for actors to be placed and to import what they need."""
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""Read when NumPy is imported. Learners set their own number of threads afterwards."""
+
+NOT_SHIPPED = [
+    "runs",
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    "*.parquet",
+    ".env",
+    "*.pem",
+    "*.key",
+]
+"""What no node of a cluster needs, or must not see, of the working directory."""
+
+
+def connect(address: str | None, config: RunConfig) -> dict[str, object]:
+    """Connect this process to Ray, unless it is connected already.
+
+    Args:
+        address: of a running cluster; None takes ``RAY_ADDRESS``, or the cluster that this process
+            is a job of, or else starts Ray on this machine; "local" always does the latter.
+        config: says how many processes there will be.
+
+    Returns:
+        What the cluster is: version, address, nodes, cpus, gpus.
+
+    Raises:
+        ClusterError: there is no connection.
+    """
+    # An error is in all results of a call; taken from the first, it would be logged for the others.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    if not ray.is_initialized():
+        cluster = find_cluster(address)
+        with _own_sigterm():
+            if cluster is None:
+                _start_here(config)
+            else:
+                _join(cluster, inside_job=JOB_VARIABLE in os.environ)
+    resources = ray.cluster_resources()
+    return {
+        "ray": ray.__version__,
+        "address": ray.get_runtime_context().gcs_address,
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "cpus": int(resources.get("CPU", 0)),
+        "gpus": int(resources.get("GPU", 0)),
+    }
+
+
+def where() -> tuple[int, str]:
+    """Process id, and address of the node, of an actor that calls this."""
+    return os.getpid(), ray.util.get_node_ip_address()
+
+
+def cause_of(error: RayError) -> Exception:
+    """What an actor raised; or `JobLost` where it is data that is gone, or the actor itself."""
+    cause: Exception = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayError):
+        cause = JobLost(f"data or a process of the job was lost: {first_sentence(cause)}")
+    cause.__cause__ = error
+    return cause
+
+
+def first_sentence(error: Exception) -> str:
+    """An error's name and the first sentence of what it says."""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0].split('. ')[0]}"
+
+
+def no_room(what: str, cpus: int, gpus: int = 0) -> ClusterError:
+    """The error for actors that could not be placed in time."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    needs, has = f"{cpus} CPUs", f"{total.get('CPU', 0):g} ({free.get('CPU', 0):g} of them free)"
+    if gpus:
+        needs += f" and {gpus} GPUs"
+        has += f" and {total.get('GPU', 0):g} ({free.get('GPU', 0):g} free)"
+    return ClusterError(
+        f"{what} not up after {START_TIMEOUT_S:g} s: needs {needs}, cluster has {has}"
+    )
+
+
+def nodes_are_coming() -> bool:
+    """Whether an autoscaler is launching nodes."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    except Exception:  # There need not be an autoscaler, nor one that answers.
+        return False
+    return bool(status.pending_launches or status.pending_nodes)
+
+
+def _start_here(config: RunConfig) -> None:
+    """Ray on this machine, with as many logical CPUs as the run has processes."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray's ports are open to the network. It asks for a token by itself, and given one here
+        # it leaves no token file behind.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    learners = config.learners.num * settled(config.learners.threads)
+    cpus = max(os.cpu_count() or 1, settled(config.workers.num) + learners + 1)
+    # Environment variables that Ray's daemons inherit cost nothing; a runtime_env would keep the
+    # workers from using processes that Ray has started in advance (1.0 s against 1.6 s each).
+    # Ray's niceness of 15 made learning 3 times slower beside other busy processes.
+    paths = os.pathsep.join(_own_paths())
+    with _environment({**ONE_THREAD, "PYTHONPATH": paths, "RAY_worker_niceness": "0"}):
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_QUIET)
+
+
+def _join(address: str, *, inside_job: bool) -> None:
+    if inside_job:  # The job has a working directory, and variables that must not be given twice.
+        runtime_env: dict[str, Any] = {
+            "env_vars": {k: v for k, v in ONE_THREAD.items() if k not in os.environ}
+        }
+    else:
+        runtime_env = {
+            "working_dir": os.getcwd(),
+            "excludes": NOT_SHIPPED,
+            "env_vars": dict(ONE_THREAD),
+        }
+    try:
+        _knock(address)
+        ray.init(address=address, runtime_env=runtime_env, **_QUIET)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(
+            f"no connection to the Ray cluster at {address!r} ({first_sentence(error)}); check "
+            f"that it is up, that it runs Ray {ray.__version__} and Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}, and, as most clusters ask for a "
+            "token, that RAY_AUTH_MODE=token is set here and ~/.ray/auth_token is the cluster's"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens; `ray.init` would try for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+
+
+def _own_paths() -> list[str]:
+    """Where this process finds modules that are not installed."""
+    installed = (sys.prefix, sys.base_prefix)
+    return [p or os.getcwd() for p in sys.path if not p.startswith(installed)]
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the process's own way with SIGTERM, which `ray.init` replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

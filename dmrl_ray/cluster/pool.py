@@ -1,0 +1,274 @@
+"""A pool of rollout workers that outlives any of them.
+
+    submit --> waiting --dispatch--> worker i: at most 2 calls in flight --+
+                  ^                                                        |
+                  +---- replace: dead, or silent past its deadline --------+
+                                                                           |
+    answers <-- take: the small result; large ones stay references <-------+
+
+What a call returns depends on its arguments alone, so that a call that was lost with its worker is
+simply made again. Its answer is taken through the reference of its newest submission and no other:
+whatever a replaced worker still says is not listened to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from dmrl_ray.cluster.connection import (
+    START_TIMEOUT_S,
+    cause_of,
+    first_sentence,
+    no_room,
+    nodes_are_coming,
+)
+from dmrl_ray.cluster.worker_actor import Request, WorkerActor
+from dmrl_ray.config.schema import WorkerSettings, settled
+from dmrl_ray.errors import ClusterError
+
+POLL_S = 0.2
+"""A wait for answers looks up this often, so that interrupts and deadlines are seen."""
+
+MAX_BAD_STARTS = 3
+"""Workers in a row that die before they are up, after which the run stops."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor and the calls it has in flight."""
+
+    index: int
+    actor: Any
+    replaces: bool
+    pid: int | None = None  # None until it is up
+    node: str = ""
+    requests: list[Request] = field(default_factory=list)
+    since: float = 0.0  # it began, or last gave an answer
+
+
+class WorkerPool:
+    """Makes calls, each until it is answered once.
+
+    Args:
+        settings: how many workers, and when one counts as lost.
+        on_event: is told of every worker lost or replaced, with its details.
+        check: is called while waiting; what it raises ends the wait.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        on_event: Callable[[str, dict[str, object]], None],
+        check: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._on_event = on_event
+        self._check = check
+        self._actor_class: Any = ray.remote(WorkerActor).options(
+            num_cpus=1,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+            label_selector={"dmrl/pool": "!learner"},
+        )
+        self._waiting: deque[Request] = deque()
+        self._listening: dict[Any, tuple[Worker, Request | None]] = {}
+        self._seconds: dict[str, deque[float]] = {}
+        self._failures = self._bad_starts = 0
+        self._total = self._needed = settled(settings.num)
+        self._complete_at = time.monotonic()
+        self._workers = [self._spawn(index) for index in range(self._total)]
+
+    def start(self) -> None:
+        """Wait until all workers are up; or some, while a cluster launches nodes for the rest.
+
+        Raises:
+            ClusterError: the cluster has no room for the workers, or they cannot start.
+        """
+        try:
+            while len(self.up()) < self._needed:
+                self._pump()
+        except BaseException:
+            self.close()
+            raise
+        self._needed = 1
+
+    def up(self) -> list[Worker]:
+        """Workers that can take calls."""
+        return [worker for worker in self._workers if worker.pid is not None]
+
+    def submit(self, requests: list[Request]) -> None:
+        """Begin some calls."""
+        self._waiting.extend(requests)
+        self._dispatch()
+
+    def answers(self, requests: list[Request]) -> Iterator[Request]:
+        """The requests as they are done; those left when the caller goes away are forgotten.
+
+        Raises:
+            EnvironmentFault: an environment broke the contract; likewise whatever a worker raised.
+            JobLost: an argument was lost with its node.
+            ClusterError: too many workers were lost.
+        """
+        left = list(requests)
+        try:
+            while left:
+                done = [request for request in left if request.done]
+                for request in done:
+                    if request.error is not None:
+                        raise request.error
+                    left.remove(request)
+                    yield request
+                if left and not done:
+                    self._pump()
+        finally:
+            for request in left:
+                if request in self._waiting:
+                    self._waiting.remove(request)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            ray.kill(worker.actor, no_restart=True)
+        self._workers = []
+        self._waiting.clear()
+        self._listening.clear()
+
+    def _check_room(self) -> None:
+        """Workers that cannot be placed are waited for as long as others do the work."""
+        now = time.monotonic()
+        if len(self.up()) >= self._needed:
+            self._complete_at = now
+        elif now - self._complete_at > START_TIMEOUT_S:
+            if not nodes_are_coming():
+                raise no_room(f"workers.num: {self._total} rollout workers", self._total)
+            self._needed = 1
+
+    def _spawn(self, index: int, *, replaces: bool = False) -> Worker:
+        worker = Worker(index, self._actor_class.remote(), replaces, since=time.monotonic())
+        self._listening[worker.actor.where.remote()] = (worker, None)
+        return worker
+
+    def _pump(self) -> None:
+        """Wait shortly for answers, take those that came, and keep the workers busy."""
+        self._check()
+        self._check_room()
+        ready, _ = ray.wait(list(self._listening), num_returns=1, timeout=POLL_S)
+        if ready:
+            everything = list(self._listening)
+            ready, _ = ray.wait(everything, num_returns=len(everything), timeout=0)
+        for ref in ready:
+            if ref in self._listening:  # Not replaced meanwhile.
+                self._take(ref)
+        for worker in list(self._workers):
+            self._replace_if_overdue(worker)
+        self._dispatch()
+
+    def _take(self, ref: Any) -> None:
+        worker, request = self._listening[ref]
+        try:
+            value = ray.get(ref)
+        except RayTaskError as error:
+            if request is None:
+                self._replace(worker, first_sentence(cause_of(error)))
+                return
+            request.error = cause_of(error)
+        except RayError as error:
+            self._replace(worker, first_sentence(error))
+            return
+        else:
+            if request is None:
+                self._up(worker, *value)
+            else:
+                request.answer = value
+        del self._listening[ref]
+        now = time.monotonic()
+        if request is not None:
+            request.end()
+            worker.requests.remove(request)
+            took = getattr(request.answer, "seconds", now - worker.since)
+            self._seconds.setdefault(request.method, deque(maxlen=100)).append(took)
+        worker.since = now
+
+    def _up(self, worker: Worker, pid: int, node: str) -> None:
+        worker.pid, worker.node = pid, node
+        self._bad_starts = 0
+        if worker.replaces:
+            self._on_event("worker_replaced", {"worker": worker.index, "pid": pid, "node": node})
+
+    def _dispatch(self) -> None:
+        """Give waiting calls to workers that are up."""
+        up = self.up()
+        for request in list(self._waiting):
+            worker = self._choose(up, request)
+            if worker is not None:
+                self._waiting.remove(request)
+                self._submit(worker, request)
+
+    def _choose(self, up: list[Worker], request: Request) -> Worker | None:
+        """The shard's own worker, which keeps its environments at hand, unless another is idle."""
+        if not up:
+            return None
+        least = min(up, key=lambda worker: len(worker.requests))
+        if request.shard is None:
+            # A second call in flight saves waiting for the driver, but only while all have work.
+            return least if len(least.requests) < 1 + (len(self._waiting) >= len(up)) else None
+        before = request.waits_for()
+        if before is not None:
+            # Behind it at the same worker, so that no two workers wait for each other.
+            up = [worker for worker in up if before in worker.requests]
+            return next((worker for worker in up if len(worker.requests) < 2), None)
+        own = self._workers[request.shard % len(self._workers)]
+        if own.pid is not None and len(own.requests) < 2:
+            return own
+        return None if least.requests else least
+
+    def _submit(self, worker: Worker, request: Request) -> None:
+        request.submit(worker.actor)
+        self._listening[request.refs[0]] = (worker, request)
+        if not worker.requests:
+            worker.since = time.monotonic()
+        worker.requests.append(request)
+
+    def _replace_if_overdue(self, worker: Worker) -> None:
+        if not worker.requests:
+            return
+        past = self._seconds.get(worker.requests[0].method)
+        limit = max(self._settings.deadline_s, 5 * median(past) if past else 0.0)
+        silent = time.monotonic() - worker.since
+        if silent > limit:
+            self._replace(worker, f"hung: no answer for {silent:.1f} s")
+
+    def _replace(self, worker: Worker, reason: str) -> None:
+        """Another actor in this one's place; its calls are made again."""
+        self._listening = {r: x for r, x in self._listening.items() if x[0] is not worker}
+        ray.kill(worker.actor, no_restart=True)
+        self._on_event(
+            "worker_lost",
+            {
+                "worker": worker.index,
+                "pid": worker.pid,
+                "node": worker.node,
+                "reason": reason,
+                "shards": [r.shard for r in worker.requests if r.shard is not None],
+            },
+        )
+        self._failures += 1
+        self._bad_starts += worker.pid is None
+        if self._bad_starts >= MAX_BAD_STARTS:
+            raise ClusterError(f"rollout workers cannot start: {reason}")
+        if self._failures > self._settings.max_failures:
+            raise ClusterError(
+                f"workers.max_failures: {self._failures} workers were lost, the last one "
+                f"(process {worker.pid} on {worker.node}) because of {reason}"
+            )
+        self._waiting.extendleft(reversed(worker.requests))
+        self._workers[worker.index] = self._spawn(worker.index, replaces=True)

@@ -1,0 +1,243 @@
+"""What does not fit together in a config, found before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from dmrl_ray.algorithms.offline import open_dataset
+from dmrl_ray.cluster.placement import check_gpu
+from dmrl_ray.config.components import at_default, did_you_mean
+from dmrl_ray.config.schema import (
+    RLLIB,
+    Adapt,
+    Finetune,
+    Pretrain,
+    RolloutSettings,
+    RunConfig,
+    Stage,
+)
+from dmrl_ray.control.held_out import check_seen
+from dmrl_ray.data.sources import recordings_of
+from dmrl_ray.errors import Misfit
+from dmrl_ray.jobs.external import check_foreign, foreign_of
+from dmrl_ray.jobs.learner import compiled
+from dmrl_ray.jobs.memory import Part, estimate, machine_bytes, refusal
+from dmrl_ray.jobs.spec import (
+    JobSpec,
+    Program,
+    build,
+    get_weights,
+    job_spec,
+    load_family,
+    outline,
+    rehearse,
+    set_weights,
+)
+from dmrl_ray.jobs.transfer import rllib_start
+
+
+def check(config: RunConfig) -> list[Part]:
+    """Find what does not fit together before anything starts.
+
+    Returns:
+        What the stage that needs most memory holds.
+
+    Raises:
+        Misfit: all that was found, each with its stage and setting.
+        EnvironmentFault: the task family breaks its contract within the first steps.
+    """
+    problems: dict[str, str] = {}  # sentence, and the first stage that it is of
+
+    def attempt(stage: str, step: Callable[[], object]) -> bool:
+        try:
+            step()
+        except ValueError as error:
+            problems.setdefault(str(error), stage)
+            return False
+        return True
+
+    attempt("", lambda: load_family(config.tasks))
+    held: dict[str, list[Part]] = {}
+    # What cannot be made, or would not fit into memory, is not made.
+    known = not problems
+    names = [n for n in config.stages if known and attempt(n, partial(_measure, config, n, held))]
+    too_large = _too_large(held)
+    for setting, (name, text) in too_large.items():
+        problems.setdefault(text, "" if setting.startswith("tasks.") else name)
+    for name in names if not too_large else ():
+        attempt(name, partial(_check_stage, config, name))
+    attempt("", partial(_check_learners, config))
+    attempt("", partial(_check_shared, config))
+    attempt("", partial(check_gpu, config))
+    if problems:
+        raise Misfit([(stage, text) for text, stage in problems.items()])
+    return max(held.values(), key=lambda parts: sum(p.about_bytes for p in parts), default=[])
+
+
+def _measure(config: RunConfig, name: str, held: dict[str, list[Part]]) -> None:
+    """Note what a stage holds; of other libraries' algorithms nothing is known."""
+    spec = job_spec(config, name)
+    if foreign_of(spec) is None:
+        held[name] = estimate(outline(spec), spec, config.stages[name], config.learners.num)
+
+
+def _too_large(held: dict[str, list[Part]]) -> dict[str, tuple[str, str]]:
+    """By setting to lower: the first stage that does not fit into this machine, and why."""
+    limit, found = machine_bytes(), dict[str, tuple[str, str]]()
+    for name, parts in held.items():
+        text = refusal(parts, limit)
+        if text is not None:
+            found.setdefault(text.partition(": ")[0], (name, text))
+    return found
+
+
+def _check_stage(config: RunConfig, name: str) -> None:
+    stage, spec = config.stages[name], job_spec(config, name)
+    source = stage.init_from
+    start = job_spec(config, source) if source in config.stages else None
+    if check_foreign(spec, stage, start):
+        return
+    program = build(spec)
+    asked = None
+    if isinstance(stage, (Pretrain, Finetune)):
+        asked = program.algorithm.asked
+        program.algorithm.prepare_training(spec.trainable)
+        _check_learning(program, spec, stage)
+    _check_acting(program, spec, stage)
+    _check_data(config, name, program)
+    if start is not None:
+        _check_start(program, spec, start)
+    elif source is not None and source.startswith(RLLIB):
+        rllib_start(source, program.policy)
+    rehearse(program, spec, asked)
+
+
+def _check_learners(config: RunConfig) -> None:
+    """See that settings of learners are read by one."""
+    learners = config.learners
+    stages = [stage for stage in config.stages.values() if isinstance(stage, Pretrain)]
+    on_device = any((stage.rollout or config.rollout).device for stage in stages)
+    if learners.num > 1 and (config.workers.num == 0 or on_device):
+        alone = "rollout.device" if on_device else "workers.num: 0"
+        raise ValueError(
+            f"learners.num: {learners.num} learners are processes beside workers, and {alone} "
+            "keeps everything in this one; use 1"
+        )
+    trains = any(isinstance(config.stages[name], Pretrain) for name in _own(config))
+    for name in () if trains else ("num", "device", "compile"):
+        if not at_default(learners, name):
+            raise ValueError(f"learners.{name}: no stage pretrains with it; leave it out")
+
+
+def _check_shared(config: RunConfig) -> None:
+    """See that what the run sets for its stages is taken by one of them."""
+    own = {name: config.stages[name] for name in _own(config)}
+    for setting in ("network", "algorithm"):
+        taken = any(
+            getattr(job_spec(config, name), setting) is getattr(config, setting)
+            for name in config.stages
+        )
+        if not taken and not at_default(config, setting):
+            raise ValueError(f"{setting}: every stage has one of its own; leave it out")
+    training = [stage for stage in own.values() if isinstance(stage, (Pretrain, Finetune))]
+    readers = [stage for stage in training if stage.rollout is None]
+    for field in RolloutSettings.model_fields:
+        reads = any(field == "num_envs" or isinstance(stage, Pretrain) for stage in readers)
+        if not reads and not at_default(config.rollout, field):
+            raise ValueError(f"rollout.{field}: no stage takes it from here; leave it out")
+
+
+def _own(config: RunConfig) -> list[str]:
+    """Stages whose algorithm is no other library's."""
+    return [name for name in config.stages if foreign_of(job_spec(config, name)) is None]
+
+
+def _check_learning(program: Program, spec: JobSpec, stage: Pretrain | Finetune) -> None:
+    """See that an algorithm learns as the learner and the network are set."""
+    algorithm, name = program.algorithm, spec.algorithm_name
+    if spec.precision != "float32" and not algorithm.in_precision:
+        raise ValueError(
+            f"learners.precision: {name} takes no gradient steps on minibatches, so that all of it "
+            "is in float32; leave it out"
+        )
+    if algorithm.frozen_statistics and any(
+        isinstance(module, nn.Dropout) and module.p for module in program.policy.modules()
+    ):
+        raise ValueError(
+            f"network.encoder: gradient steps of {name} see the network as it acts, without "
+            "dropout; leave it out"
+        )
+    if isinstance(stage, Finetune):
+        return
+    if spec.compile:
+        compiled(algorithm, spec)
+    _check_lag(program, spec, stage.max_policy_lag)
+
+
+def _check_acting(program: Program, spec: JobSpec, stage: Stage) -> None:
+    """See that a policy is built and acts as the network and the stage are set."""
+    algorithm, network = program.algorithm, spec.network.settings
+    for setting in algorithm.network_unread:
+        if setting in type(network).model_fields and not at_default(network, setting):
+            raise ValueError(
+                f"network.{setting}: {spec.algorithm_name} leaves no choice in it; leave it out"
+            )
+    acts = program.adaptation(stage.by) if isinstance(stage, Adapt) else algorithm
+    greedy = "greedy" in type(stage).model_fields and not at_default(stage, "greedy")
+    if greedy and not acts.acts_greedily:
+        raise ValueError("greedy: who adapts by gradients of returns always samples; leave it out")
+
+
+def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
+    if lag and not program.algorithm.corrects_for_lag:
+        raise ValueError(
+            f"max_policy_lag: {spec.algorithm_name} learns as if its newest policy had acted; use "
+            "0, or an algorithm that corrects for older ones, such as impala"
+        )
+
+
+def _check_data(config: RunConfig, name: str, program: Program) -> None:
+    """See that a stage that learns from data will find them, and that it records what it plays."""
+    algorithm = program.algorithm
+    stages, stage = list(config.stages), config.stages[name]
+    recorded = isinstance(stage, (Pretrain, Finetune)) and stage.record
+    if recorded and not algorithm.recordable:
+        raise ValueError("record: this algorithm does not play by the environment's rewards alone")
+    learns_from = recordings_of(algorithm.config)
+    for field, data in learns_from.items():
+        if data.stage is None or data.runs:
+            open_dataset(algorithm, data)
+        elif data.stage not in stages[: stages.index(name)]:
+            raise ValueError(
+                f"algorithm.{field}.stage: there is no earlier stage {data.stage!r}"
+                + did_you_mean(data.stage, stages[: stages.index(name)])
+            )
+        elif not getattr(config.stages[data.stage], "record", False):
+            raise ValueError(
+                f"algorithm.{field}.stage: stage {data.stage!r} is not recorded; give it "
+                "record: true"
+            )
+    check_seen(config, name, learns_from, algorithm.distribution)
+
+
+def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:
+    """See that a stage can begin with the policy that another stage leaves."""
+    start = build(source).policy
+    here, there = spec.algorithm_name, source.algorithm_name
+    if start.sees_previous != program.policy.sees_previous:
+        seeing, blind = (there, here) if start.sees_previous else (here, there)
+        raise ValueError(
+            f"init_from: a policy of {seeing} is shown its last action and reward, one of {blind} "
+            f"is not, so {here} cannot go on with the policy of stage {source.stage!r}, which is "
+            f"{there}'s; use algorithm: {there} here, or start from another stage"
+        )
+    try:
+        set_weights(program.policy, get_weights(start))
+    except ValueError as error:
+        raise ValueError(
+            f"init_from: the policy of stage {source.stage!r} does not fit; leave network out, or "
+            f"make it the same: {error}"
+        ) from error

@@ -1,0 +1,254 @@
+"""The meta-controller: takes a run through its stages, over whatever cluster it is given."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from traceback import format_exception
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from dmrl_ray.cluster.placement import place
+from dmrl_ray.config.components import did_you_mean
+from dmrl_ray.config.loading import resolved
+from dmrl_ray.config.paths import JOB_VARIABLE
+from dmrl_ray.config.schema import Pretrain, RunConfig
+from dmrl_ray.control.checks import check
+from dmrl_ray.control.continuation import change, changes
+from dmrl_ray.control.run_state import Run
+from dmrl_ray.control.stages import run_stage
+from dmrl_ray.control.train_loop import evaluate as evaluate_policy
+from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
+from dmrl_ray.jobs.spec import job_spec
+from dmrl_ray.results.display import Display
+from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
+from dmrl_ray.store.writer import RunWriter
+from dmrl_ray.types import Split
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_ROLLBACKS = 10
+"""Times one run goes back to its newest commit, in one process, after losing a job."""
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+    display: Display,
+) -> Path:
+    """Run all stages of a config into a new run folder, and return that folder.
+
+    Raises:
+        ConfigError: the folder exists, or the parts of the config do not fit together.
+        Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
+    """
+    check(config)
+    config, placement = place(config, address)
+    with RunWriter.create(
+        folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
+    ) as writer:
+        current = Run(config, writer, display, address)
+        if placement:
+            current.event("placed", message=placement)
+            display.message(placement)
+        _execute(current)
+        return writer.folder
+
+
+def resume(
+    folder: Path,
+    *,
+    config: RunConfig | None = None,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    display: Display,
+) -> Path:
+    """Go on with a run from its newest complete commit, and return its folder.
+
+    Args:
+        folder: of the run.
+        config: what it is to go by, as far as a run may change; its own config if None.
+        overrides: settings of its own config to change, likewise.
+        address: of a Ray cluster.
+        display: what is shown.
+
+    Raises:
+        ConfigError: the folder is no run, or a newer version's.
+        Misfit: the config differs from the run's where a run may not change.
+        CorruptRun: none of its commits is complete.
+        Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
+    """
+    with RunWriter.open(folder) as writer:
+        before = load_run_config(writer.folder)
+        current = Run(before, writer, display, address)
+        changed = changes(before, config or load_run_config(folder, overrides), current.state)
+        if changed:
+            current.config = load_run_config(folder, as_overrides(changed))
+            check(current.config)
+        writer.keep = current.config.commit.keep
+        for message in writer.recovery:
+            current.event("recovered", message=message)
+            display.message(message)
+        current.event("run_resumed", commit=writer.number)
+        if changed:
+            change(current, before, changed)
+        _execute(current)
+        return writer.folder
+
+
+def evaluate(
+    folder: Path,
+    *,
+    stage: str | None,
+    split: Split,
+    tasks: int,
+    trials: int,
+    checkpoint: str,
+) -> pd.DataFrame:
+    """Play held-out tasks with a policy of a finished stage; writes nothing.
+
+    Raises:
+        ConfigError: the run has no such policy yet.
+    """
+    import pandas as pd
+
+    with RunWriter.open(folder) as writer:
+        config = load_run_config(writer.folder)
+        here = config.workers.model_copy(update={"num": 0})
+        config = config.model_copy(update={"workers": here})
+        current = Run(config, writer, Display(quiet=True), None)
+        trained = [n for n, s in config.stages.items() if isinstance(s, Pretrain)]
+        ready = [n for n in trained if f"{n}.{checkpoint}" in current.files]
+        name = stage or (ready[-1] if ready else "")
+        if name and name not in trained:
+            hint = did_you_mean(name, trained) or f"; there are: {', '.join(trained)}"
+            raise ConfigError(f"command line: --stage: {name!r} trains no policy{hint}")
+        if name not in ready:
+            raise ConfigError(
+                f"{folder}: stage {name or 'any'!r} has no {checkpoint!r} policy yet; "
+                f"there are policies of: {', '.join(ready) or 'no stage'}"
+            )
+        policy = current.load_policy(f"{name}.{checkpoint}")
+        spec = job_spec(config, name)
+        drawn = current.tasks(split, tasks)
+        rows = evaluate_policy(
+            current, spec, policy, drawn, trials=trials, policy_version=policy.version
+        )
+        rows["env_steps"][:] = _env_steps(folder, name, policy.version)
+        return pd.DataFrame(rows).assign(
+            run_id=writer.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed
+        )
+
+
+def _env_steps(folder: Path, stage: str, version: int) -> int:
+    """Environment steps of a stage's training until a policy was made."""
+    wanted = [("stage", "==", stage), ("policy_version", "==", version)]
+    for part in committed_parts(folder, "metrics"):
+        rows = pq.read_table(part, columns=["env_steps"], filters=wanted)
+        if len(rows):
+            return int(rows["env_steps"][0].as_py())
+    return 0
+
+
+def facts(config: RunConfig) -> dict[str, Any]:
+    """What run.json says of the software, the machine and the job it runs in."""
+    packages = ("dmrl-ray", "ray", "torch", "gymnasium", "numpy", "pandas", "pyarrow")
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "versions": {"python": platform.python_version()}
+        | {package: _version(package) for package in packages},
+        "git": _git(),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "ray_job_id": _ray_job_id(),
+    }
+
+
+def _execute(run: Run) -> None:
+    """All stages that are not done yet; a lost job goes back to the newest commit."""
+    run.catch_signals()
+    rollbacks = 0
+    try:
+        while True:
+            try:
+                _run_stages(run)
+                return
+            except JobLost as error:
+                rollbacks += 1
+                if rollbacks > MAX_ROLLBACKS:
+                    raise
+                run.rollback()
+                run.restart_workers()
+                run.event("rollback", commit=run.writer.number, reason=str(error))
+                run.display.message(f"{error}; going on from commit {run.writer.number}")
+    except Interrupted as error:  # No failure: what was done is committed.
+        _note_end(run, "interrupted", reason=str(error))
+        raise
+    except Exception as error:  # Recorded, and told by whoever called.
+        told = {"error": type(error).__name__, "reason": str(error)}
+        _note_end(run, "run_failed", **told, traceback="".join(format_exception(error)))
+        raise
+    finally:
+        run.close()
+
+
+def _note_end(run: Run, event: str, **detail: str) -> None:
+    """Back to the newest commit, and one more that says why the run ends there."""
+    run.rollback()
+    run.event(event, run.next_stage(), **detail)
+    with suppress(StorageError):
+        run.commit()
+
+
+def _run_stages(run: Run) -> None:
+    if len(run.state["done"]) == len(run.config.stages):
+        run.display.message("all stages are done already")
+        return
+    for name in run.config.stages:
+        if name in run.state["done"]:
+            continue
+        run.event("stage_started", name)
+        run_stage(run, name)
+        run.state["done"].append(name)
+        run.event("stage_finished", name)
+        run.commit()
+    run.event("run_finished")
+    run.commit()
+
+
+def _ray_job_id() -> str | None:
+    """The submission id, in a process that `ray job submit` started."""
+    job = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
+    submission_id: str | None = job.get("metadata", {}).get("job_submission_id")
+    return submission_id
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> str | None:
+    """The commit of the source checkout, with a + if it was changed."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=40"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

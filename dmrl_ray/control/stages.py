@@ -1,0 +1,296 @@
+"""The four stages: pretrain, fine-tune per task, adapt online, evaluate on held-out tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dmrl_ray.config.schema import (
+    RLLIB,
+    Adapt,
+    Evaluate,
+    Finetune,
+    Pretrain,
+    Stage,
+)
+from dmrl_ray.control.run_state import Run
+from dmrl_ray.control.train_loop import evaluate as evaluate_policy
+from dmrl_ray.control.train_loop import evaluation_calls, run_job, tasks_at_once
+from dmrl_ray.data.lineage import learned_from
+from dmrl_ray.data.sources import recordings_of
+from dmrl_ray.jobs.external import foreign_of
+from dmrl_ray.jobs.messages import AdaptCall
+from dmrl_ray.jobs.spec import JobSpec, Weights, build, job_spec
+from dmrl_ray.jobs.transfer import rllib_start
+from dmrl_ray.jobs.worker import SinceChange
+from dmrl_ray.results.statistics import t_interval
+from dmrl_ray.rollout.rows import mean_of_known
+from dmrl_ray.types import Task
+
+
+def run_stage(run: Run, name: str) -> None:
+    """Run one stage to its end, from the newest commit if that is inside it."""
+    stage = run.config.stages[name]
+    total = stage.env_steps if isinstance(stage, Pretrain) else None
+    run.display.stage(name, total)
+    if isinstance(stage, Pretrain):
+        pretrain(run, name, stage)
+    elif isinstance(stage, Finetune):
+        finetune(run, name, stage)
+    elif isinstance(stage, Adapt):
+        adapt(run, name, stage)
+    else:
+        evaluate(run, name, stage)
+    run.display.finish(name)
+
+
+def pretrain(run: Run, name: str, stage: Pretrain) -> None:
+    """One job on the training tasks; leaves the policies `best` and `last`, and all that training
+    on takes."""
+    initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
+    spec = _placed(run, name)
+    _note_data(run, spec)
+    progress = run_job(run, spec, stage, initial)
+    run.event(
+        "job_finished",
+        name,
+        name,
+        updates=progress.updates,
+        env_steps=progress.env_steps,
+        seconds=progress.seconds,
+        best_score=progress.best_score,
+        best_update=progress.best_version,
+    )
+
+
+def finetune(run: Run, name: str, stage: Finetune) -> None:
+    """One job for each held-out task, all of them side by side over the workers."""
+    weights = run.workers.put(_policy(run, name, stage, stage.checkpoint).arrays)
+    spec = _placed(run, name)
+    _note_data(run, spec)
+    tasks = run.tasks(stage.split, stage.tasks)
+    specs = [task_spec(spec, i, task) for i, task in enumerate(tasks)]
+    finished: list[str] = list(run.state["jobs"].get(name, []))
+    open_specs = [s for s in specs if s.name not in finished]
+    steps = 0
+
+    def snapshot() -> None:
+        run.state["jobs"][name] = list(finished)
+
+    calls = [(s, weights, stage.updates) for s in open_specs]
+    method = "train_recorded" if stage.record else "train"
+    if foreign_of(spec) is not None:
+        run.connect()
+    with run.committing(snapshot):
+        for i, (rows, trained, env_steps, left_out, *recorded) in run.workers.map(method, calls):
+            job = open_specs[i]
+            if job.name == specs[0].name:  # All learn from the same data.
+                run.add_left_out(job, left_out)
+            for part in recorded[0] if recorded else ():
+                run.add_steps(job, part)
+            run.add_episodes(job, rows)
+            run.save_policy(job.name, trained, stage.updates)
+            made = {"updates": stage.updates, "env_steps": env_steps}
+            run.event("job_finished", name, job.name, **made)
+            finished.append(job.name)
+            steps += env_steps
+            at_the_end = rows["policy_version"] == stage.updates
+            last = rows["return"][at_the_end]  # Empty if no episode ended then.
+            run.display.update(
+                name,
+                steps,
+                return_=float(last.mean()) if len(last) else None,
+                extra={"jobs": f"{len(finished)}/{len(specs)}"},
+                workers_alive=(run.workers.alive, run.workers.total),
+            )
+            run.tick(snapshot)
+    run.state["jobs"].pop(name, None)
+
+
+def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
+    """The job that specialises to one task, on one thread, in one shard.
+
+    It is named by its number: a task's id may be any text, which could not name a file, and small
+    families draw the same task more than once.
+    """
+    return replace(
+        spec,
+        name=f"{spec.stage}.{number:04d}",
+        fixed_tasks=(task,),
+        split=task.split,
+        rollout=spec.rollout.model_copy(update={"shards": 1}),
+        learner_threads=1,
+        compile=False,  # It would take longer than the job.
+        device="cpu",
+    )
+
+
+def adapt(run: Run, name: str, stage: Adapt) -> None:
+    """Streams of tasks, all of them at once over the workers, and the references beside them."""
+    spec = job_spec(run.config, name)
+    policy = _policy(run, name, stage, stage.checkpoint)
+    weights = run.workers.put(policy)
+    tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
+    returns: list[np.ndarray] = []
+    steps = 0
+    if stage.change == "ignore":
+        returns.append(_play_streams(run, spec, stage, weights, policy.version, tasks))
+    restarted = spec.name if stage.change == "told" else f"{spec.name}.restarted"
+    for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
+        calls = evaluation_calls(
+            spec,
+            tasks,
+            greedy=stage.greedy,
+            policy_version=policy.version,
+            by=stage.by,
+            episodes=stage.episodes_per_task,
+            frozen=frozen,
+        )
+        results = dict(run.workers.map("evaluate_steps", [(call, weights) for call in calls]))
+        number = 0
+        for i, call in enumerate(calls):
+            rows = results[i][0]
+            rows["change"], rows["trial"] = np.divmod(number + rows["trial"], stage.streams)
+            run.add_episodes(replace(spec, name=job), rows)
+            number += len(call.tasks)
+            returns.append(rows["return"])
+            steps += int(rows["length"].sum())
+        reward, regret = _joined([results[i][1] for i in range(len(calls))], stage)
+        _report_regret(run, replace(spec, name=job), policy.version, reward, regret)
+    run.display.update(name, steps, return_=float(returns[0].mean()))
+
+
+def _play_streams(
+    run: Run, spec: JobSpec, stage: Adapt, weights: Any, version: int, tasks: list[Task]
+) -> np.ndarray:
+    """The agent that nobody tells of changes; its returns."""
+    program = build(spec)
+    copies = program.adaptation(stage.by).columns_per_task
+    streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
+    episodes = stage.tasks_per_stream * stage.episodes_per_task
+    size = tasks_at_once(program.distribution, copies, episodes)
+    starts = range(0, len(streams), size)
+    calls = [
+        (AdaptCall(spec, tuple(streams[start : start + size]), stage, i), weights)
+        for i, start in enumerate(starts)
+    ]
+    results = dict(run.workers.map("adapt", calls))
+    for i, start in enumerate(starts):
+        rows = results[i][0]
+        rows["trial"] = start + rows["trial"]
+        run.add_episodes(spec, rows)
+    returns = np.concatenate([results[i][0]["return"] for i in range(len(calls))])
+    by_change = zip(*(results[i][1] for i in range(len(calls))), strict=True)
+    reward, regret = _joined([part for parts in by_change for part in parts], stage)
+    _report_regret(run, spec, version, reward, regret)
+    return returns
+
+
+def _joined(parts: list[SinceChange], stage: Adapt) -> tuple[np.ndarray, np.ndarray]:
+    """(K, U, N) reward and regret at each step since change k of stream n; NaN where none was.
+
+    Args:
+        parts: (U, n) each, whose tasks follow one another: the first of all streams, the second ...
+    """
+    longest = max(len(reward) for reward, _ in parts)
+    joined = []
+    for i in range(2):
+        padded = [
+            np.pad(part[i], [(0, longest - len(part[i])), (0, 0)], constant_values=np.nan)
+            for part in parts
+        ]
+        whole = np.concatenate(padded, axis=1)
+        joined.append(whole.reshape(longest, -1, stage.streams).swapaxes(0, 1))
+    return joined[0], joined[1]
+
+
+def _report_regret(
+    run: Run, spec: JobSpec, version: int, reward: np.ndarray, regret: np.ndarray
+) -> None:
+    """Reward and regret per step since a change, as metrics whose `env_steps` is that step.
+
+    The first task of a stream is met without a change before it: it has metrics of its own,
+    ``regret_first``, with the ends of 95 % intervals over streams, as all have.
+    """
+    parts = {"first": slice(0, 1), "since_change": slice(1, None)}
+    for part, changes in parts.items():
+        for measure, values in (("reward", reward[changes]), ("regret", regret[changes])):
+            if not np.isfinite(values).any():
+                continue
+            for u, met in enumerate(mean_of_known(values, axis=0)):
+                known = met[np.isfinite(met)]
+                if len(known) == 0:
+                    continue
+                low, high = t_interval(known) if len(known) > 1 else (np.nan, np.nan)
+                name = f"{measure}_{part}"
+                figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
+                run.add_metrics(spec, version, u + 1, figures)
+
+
+def evaluate(run: Run, name: str, stage: Evaluate) -> None:
+    """Trials on held-out tasks, without learning across them."""
+    spec = job_spec(run.config, name)
+    policy = _policy(run, name, stage, stage.checkpoint)
+    weights = run.workers.put(policy)
+    rows = evaluate_policy(
+        run,
+        spec,
+        weights,
+        run.tasks(stage.split, stage.tasks),
+        trials=stage.trials,
+        greedy=stage.greedy,
+        policy_version=policy.version,
+        record=stage.record,
+    )
+    run.add_episodes(spec, rows)
+    score = None if np.isnan(rows["score"]).any() else float(rows["score"].mean())
+    run.display.update(
+        name, int(rows["length"].sum()), return_=float(rows["return"].mean()), score=score
+    )
+
+
+def _placed(run: Run, name: str) -> JobSpec:
+    """The job of a stage that trains, which may learn from what earlier stages recorded."""
+    return replace(job_spec(run.config, name), run_folder=str(run.writer.folder))
+
+
+def _note_data(run: Run, spec: JobSpec) -> None:
+    """What a stage learns from besides what it plays: its tasks, and where it was recorded."""
+    if spec.stage in run.state["jobs"]:  # It is noted already.
+        return
+    for field, data in recordings_of(spec.algorithm.settings).items():
+        found = learned_from(data, run.writer.folder)
+        run.add_trained_on(spec.stage, found.tasks)
+        run.event(
+            "learned_from",
+            spec.stage,
+            setting=field,
+            runs=found.runs,
+            tasks=len(found.tasks),
+            complete=found.complete,
+            allowed_by=found.allowed_by,
+        )
+
+
+def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Weights:
+    """What a stage starts from; a checkpoint of RLlib is read once, and kept in the run."""
+    assert stage.init_from is not None
+    if not stage.init_from.startswith(RLLIB):
+        return run.load_policy(f"{stage.init_from}.{checkpoint}")
+    kept = f"{name}.start"
+    if kept in run.files:
+        return run.load_policy(kept)
+    start = rllib_start(stage.init_from, build(job_spec(run.config, name)).policy)
+    run.save(kept, start.weights)
+    run.event(
+        "policy_read",
+        name,
+        source=stage.init_from,
+        matched=start.matched,
+        missing=start.missing,
+        unused=start.unused,
+    )
+    run.display.message(f"{name} starts from {stage.init_from}:\n{start.table()}")
+    return Weights(0, start.weights)

@@ -1,0 +1,1 @@
+"""Recorded and replayed steps, for learning from what was not just collected."""

@@ -1,0 +1,345 @@
+"""Blocks of recorded transitions: the row groups of Parquet files, with an index of what they hold.
+
+Blocks are read whole, and nothing else is read of the steps in them.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmrl_ray.store.commits import committed_parts
+from dmrl_ray.store.tables import HISTORY, IN_HISTORY, fits
+
+CONTENT = ("obs", "action", "reward", "terminated", "truncated", "next_obs")
+KEYS = ("episode", "trial", "history", "task_id")
+TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
+"""Extension types that are lists of numbers."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps in memory: arrays (n, ...), observations flat; what is missing is NaN or None."""
+
+    obs: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    next_obs: np.ndarray  # (m, D) successors that are not the observation of the next row ...
+    next_row: np.ndarray  # (n,) ... and each step's row in them, or -1
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory it takes."""
+        return sum(int(array.nbytes) for array in vars(self).values())
+
+    def check(self, obs_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        """Raise ValueError if the steps cannot be of a family with these spaces."""
+        width, shape = self.obs.shape[1], tuple(obs_space.shape or ())
+        if width != math.prod(shape):
+            raise ValueError(
+                f"data: observations have {width} numbers, but those of the task family have shape "
+                f"{shape}; use the family that was recorded"
+            )
+        action = self.action
+        fits = action.shape[1:] == tuple(action_space.shape or ())
+        if fits and isinstance(action_space, gym.spaces.Discrete):
+            action = action[~_not_finite(action)]  # A column with gaps is read as floats.
+            within = (action >= 0) & (action < action_space.n)
+            fits = bool(within.all() and (action == action.astype(np.int64)).all())
+        if not fits:
+            raise ValueError("data: there are actions that the task family does not have")
+
+    def not_finite(self) -> dict[str, np.ndarray]:
+        """(n,) bool for each column with numbers that float32 cannot hold: the rows with one."""
+        found = {name: _not_finite(getattr(self, name)) for name in CONTENT}
+        if found["next_obs"].any():
+            found["next_obs"] = (self.next_row >= 0) & found["next_obs"][self.next_row]
+        return {name: rows for name, rows in found.items() if rows.any()}
+
+
+class Source(ABC):
+    """Blocks of steps, numbered from 0; histories are put in order by their names."""
+
+    num_blocks: int
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._task_numbers: dict[str, int] = {}
+
+    @property
+    def histories(self) -> list[tuple[Any, ...]]:
+        """Names of the histories, by number."""
+        return list(self._numbers)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, by number."""
+        return list(self._task_numbers)
+
+    @abstractmethod
+    def pieces(self, block: int) -> np.ndarray:
+        """(P, 7) history, trial, episode, t, task, row, length of unbroken parts of episodes."""
+
+    @abstractmethod
+    def read(self, block: int) -> Block:
+        """The steps of a block."""
+
+    @abstractmethod
+    def where(self, block: int, row: int) -> str:
+        """The place of a row, as messages name it."""
+
+    def not_finite(self, block: int) -> dict[str, np.ndarray]:
+        """As `Block.not_finite`, of a block that need not be read otherwise."""
+        return self.read(block).not_finite()
+
+    def history_number(self, history: tuple[Any, ...]) -> int:
+        """The number of a history, a new one if it is met for the first time."""
+        return self._numbers.setdefault(history, len(self._numbers))
+
+    def task_number(self, task: str) -> int:
+        """The number of a task, likewise."""
+        return self._task_numbers.setdefault(task, len(self._task_numbers))
+
+
+class ParquetSource(Source):
+    """Row groups of files.
+
+    Args:
+        paths: the files.
+        names: our names of the columns that are read, and theirs.
+
+    Raises:
+        ValueError: a file cannot be read, or lacks a column.
+    """
+
+    def __init__(self, paths: Sequence[Path], names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.paths, self.names = list(paths), dict(names)
+        self._opened: tuple[int, Any] = (-1, None)
+        groups = [self.file(i).num_row_groups for i in range(len(self.paths))]
+        self.place = [(i, group) for i, count in enumerate(groups) for group in range(count)]
+        self.num_blocks = len(self.place)
+
+    def read(self, block: int, names: Collection[str] = CONTENT) -> Block:
+        names = [name for name in CONTENT if name in names and name in self.names]
+        table = self.table(block, names)
+        size = table.num_rows
+        next_row, next_obs = np.full(size, -1), np.empty((0, 1), np.float32)
+        if "next_obs" in names:
+            column = table["next_obs"].combine_chunks()
+            present = column.is_valid().to_numpy(zero_copy_only=False)
+            next_obs = _flat(column.drop_null())
+            next_row[present] = np.arange(len(next_obs))
+        zero, never = np.zeros(size, np.float32), np.zeros(size, np.bool_)
+        column = {name: _flat(table[name].combine_chunks()) for name in names if name != "next_obs"}
+        obs = column.get("obs", zero).reshape(size, -1)
+        return Block(
+            obs=obs,
+            action=column.get("action", zero),
+            reward=column.get("reward", zero),
+            terminated=column.get("terminated", never),
+            truncated=column.get("truncated", never),
+            next_obs=next_obs.reshape(-1, obs.shape[1]),
+            next_row=next_row,
+        )
+
+    def where(self, block: int, row: int) -> str:
+        file, group = self.place[block]
+        metadata = self.file(file).metadata
+        before = sum(metadata.row_group(i).num_rows for i in range(group))
+        return f"{self.paths[file]} row {before + row}"
+
+    def not_finite(self, block: int) -> dict[str, np.ndarray]:
+        schema = self.file(self.place[block][0]).schema_arrow
+        doubtful = {name for name in self.names if not _pixels(schema.field(self.names[name]))}
+        return self.read(block, doubtful).not_finite()
+
+    def table(self, block: int, names: Sequence[str]) -> pa.Table:
+        """Some columns of a row group, under our names."""
+        file, group = self.place[block]
+        theirs = [self.names[name] for name in names]
+        table = self.file(file).read_row_group(group, columns=theirs, use_threads=False)
+        return pa.table(
+            {ours: _storage(table[name]) for ours, name in zip(names, theirs, strict=True)}
+        )
+
+    def file(self, number: int) -> Any:
+        """One of the files, checked and opened."""
+        if self._opened[0] != number:
+            path = self.paths[number]
+            try:
+                file = pq.ParquetFile(path, page_checksum_verification=True)
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"{path}: cannot be read: {error}") from error
+            self._check(path, file.schema_arrow)  # Before any data: some types run code.
+            self._opened = (number, file)
+        return self._opened[1]
+
+    def _check(self, path: Path, schema: pa.Schema) -> None:
+        for ours, theirs in self.names.items():
+            if theirs not in schema.names:
+                raise ValueError(
+                    f"{path}: has no column {theirs!r} for {ours!r}, but {', '.join(schema.names)}"
+                )
+            field = schema.field(theirs)
+            if not _plain(field):
+                raise ValueError(f"{path}: column {theirs!r} is {field.type}, which is not plain")
+            if ours in CONTENT and pa.types.is_string(field.type):
+                raise ValueError(
+                    f"{path}: column {theirs!r} is text instead of numbers; RLlib writes them with "
+                    "output_compress_columns=[]"
+                )
+
+
+class Recorded(ParquetSource):
+    """Transitions tables of run folders.
+
+    Args:
+        runs: folders, or patterns.
+        stage: None takes all that were recorded.
+
+    Raises:
+        ValueError: nothing was recorded there.
+    """
+
+    def __init__(self, runs: Sequence[str], stage: str | None) -> None:
+        folders = [Path(path) for run in runs for path in sorted(glob.glob(run))]
+        paths = [part for folder in folders for part in committed_parts(folder, "transitions")]
+        if not paths:
+            raise ValueError(
+                f"data: {', '.join(runs)}: no transitions are recorded there; record a stage with "
+                "record: true"
+            )
+        self._stage = stage
+        known = ("task_id", "split", *HISTORY, *IN_HISTORY, *CONTENT)
+        super().__init__(paths, {name: name for name in known})
+
+    def pieces(self, block: int) -> np.ndarray:
+        table = self.table(block, ("task_id", *HISTORY, *IN_HISTORY))
+        codes = {name: _codes(table[name]) for name in ("task_id", "run_id", "stage", "job")}
+        columns = {name: code for name, (code, _) in codes.items()}
+        columns |= {name: table[name].to_numpy() for name in ("column", *IN_HISTORY)}
+        t = columns.pop("t")
+        breaks = np.diff(t) != 1
+        for column in columns.values():
+            breaks |= np.diff(column) != 0
+        row = np.flatnonzero(np.concatenate([[True], breaks]))
+        length = np.diff(np.append(row, len(t)))
+        at = {name: column[row] for name, column in columns.items()}
+        names = [codes[name][1][at[name]] for name in ("run_id", "stage", "job")]
+        task = codes["task_id"][1][at["task_id"]]
+        mine = np.ones(len(row), np.bool_) if self._stage is None else names[1] == self._stage
+        labels = zip(*(n[mine] for n in names), at["column"][mine].tolist(), strict=True)
+        numbers = (
+            np.array([self.history_number(label) for label in labels], np.int64),
+            np.array([self.task_number(name) for name in task[mine]], np.int64),
+        )
+        rest = np.stack([at["trial"], at["episode"], t[row], row, length], 1)[mine]
+        return np.column_stack([numbers[0], rest[:, :3], numbers[1], rest[:, 3:]])
+
+    def where(self, block: int, row: int) -> str:
+        names = ("stage", "job", "column", *IN_HISTORY)
+        (cells,) = self.table(block, names).slice(row, 1).to_pylist()
+        known = ", ".join(f"{name} {cell}" for name, cell in cells.items())
+        return f"{super().where(block, row)} ({known})"
+
+    def drawn(self) -> set[tuple[str, str, str, str]]:
+        """Run, stage, task and split of everything that was recorded."""
+        names = ["run_id", "stage", "task_id", "split"]
+        found: set[tuple[str, str, str, str]] = set()
+        for block in range(self.num_blocks):
+            rows = self.table(block, names).group_by(names).aggregate([]).select(names)
+            found.update(zip(*rows.to_pydict().values(), strict=True))
+        return {row for row in found if self._stage in (None, row[1])}
+
+    def _check(self, path: Path, schema: pa.Schema) -> None:
+        super()._check(path, schema)
+        for name in self.names:
+            if not fits("transitions", name, schema.field(name).type):
+                raise ValueError(f"{path}: column {name!r} is {schema.field(name).type}")
+
+
+def _plain(field: pa.Field) -> bool:
+    """Whether reading it runs no code: numbers, text, lists of numbers, and Ray's tensors of them.
+
+    Where Ray's data library is imported its tensors are types of their own, elsewhere lists.
+    """
+    kind, name = field.type, (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if isinstance(kind, pa.BaseExtensionType):
+        name = kind.extension_name
+    kind = _element(kind)
+    return name in ("", *TENSORS) and (pa.types.is_primitive(kind) or pa.types.is_string(kind))
+
+
+def _pixels(field: pa.Field) -> bool:
+    """Whether it holds lists of whole numbers, which are always finite, and large."""
+    return field.type != _element(field.type) and pa.types.is_integer(_element(field.type))
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    """The type of the numbers in lists, or in lists of lists."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    while _is_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What an extension type is made of, or the column as it is."""
+    if not isinstance(column.type, pa.BaseExtensionType):
+        return column
+    return pa.chunked_array([c.storage for c in column.chunks], column.type.storage_type)
+
+
+def _flat(column: pa.Array) -> np.ndarray:
+    """Numbers (n,), or lists as (n, width); NaN for a list that is missing."""
+    size, nested = len(column), False
+    if column.null_count and _is_list(column.type) and pa.types.is_floating(_element(column.type)):
+        there = _flat(column.drop_null())
+        rows = np.full((size, math.prod(there.shape[1:])), np.nan, there.dtype)
+        rows[column.is_valid().to_numpy(zero_copy_only=False)] = there.reshape(-1, rows.shape[1])
+        return rows
+    while _is_list(column.type):
+        column, nested = column.flatten(), True
+    values = column.to_numpy(zero_copy_only=False)
+    if not nested or size == 0:
+        return np.asarray(values)
+    if len(values) % size:
+        raise ValueError("data: lists of one column differ in length")
+    return np.asarray(values).reshape(size, -1)
+
+
+def _not_finite(x: np.ndarray) -> np.ndarray:
+    """(n,) bool: rows of an array (n, ...) in which float32 cannot hold a number, or it is None."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if x.dtype == object:
+            x = x.astype(np.float32)  # None becomes NaN.
+        # The sum of finite numbers may overflow, but one that is finite has no others in it.
+        if x.dtype.kind != "f" or np.isfinite(x.sum(dtype=np.float32)):
+            return np.zeros(len(x), np.bool_)
+        rows = x.astype(np.float32).reshape(len(x), -1)
+    return np.logical_or.reduce(~np.isfinite(rows), axis=1)
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the words, and the words."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy(), np.array(encoded.dictionary.to_pylist(), object)

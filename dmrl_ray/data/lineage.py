@@ -1,0 +1,153 @@
+"""What policies were trained on: tasks of their own training, and of what they learned from.
+
+It is kept while a run goes, so that nothing that becomes of recordings later changes it. The table
+``trained_on`` has the tasks of every stage that trains: those that it played, those in its
+recordings, and those that the recorded policies were trained on. The event ``learned_from`` says
+where the recordings were.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmrl_ray.config.yaml_text import parse
+from dmrl_ray.data.files import Recorded
+from dmrl_ray.data.sources import DataSettings
+from dmrl_ray.store.commits import committed_parts, settings_changed
+from dmrl_ray.store.tables import check_columns
+
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a policy was trained on.
+
+    Attributes:
+        tasks: id and split of each task.
+        complete: False where there may have been others, as in data of others.
+        allowed_by: of the stages it goes back to, one that says ``allow_seen``; "" if none does.
+        runs: ids of the runs whose recordings it learned from.
+    """
+
+    tasks: frozenset[tuple[str, str]] = frozenset()
+    complete: bool = True
+    allowed_by: str = ""
+    runs: tuple[str, ...] = ()
+
+
+class Lineage:
+    """What the policies of a run were trained on, as far as it is committed.
+
+    Args:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run_id = str(json.loads((run / "run.json").read_text())["run_id"])
+        self._stages: dict[str, dict[str, Any]] = run_config(run).get("stages", {})
+        self._tasks: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        for stage, *task in _rows(run, "trained_on", ("stage", "task_id", "split")):
+            self._tasks[stage].add((task[0], task[1]))
+        self._learned: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for event, stage, detail in _rows(run, "events", ("event", "stage", "detail")):
+            if event == "learned_from":
+                self._learned[stage].append(json.loads(detail))
+
+    def of(self, stage: str) -> Trained:
+        """What the policy of a stage was trained on, in all stages that it goes back to."""
+        starts = {key: [settings.get("init_from")] for key, settings in self._stages.items()}
+        tasks: set[tuple[str, str]] = set()
+        complete, allowed_by = True, ""
+        for name in line_of(starts, stage):
+            settings, learned = self._stages.get(name, {}), self._learned[name]
+            tasks |= self._tasks[name]
+            # Without any task it was trained before these were kept.
+            known = settings.get("type") != "pretrain" or bool(self._tasks[name] or learned)
+            here = (settings.get("init_from") or name) in self._stages
+            complete = complete and known and here and all(d["complete"] for d in learned)
+            marks = [name] if settings.get("allow_seen") else [d["allowed_by"] for d in learned]
+            allowed_by = allowed_by or next(filter(None, marks), "")
+        return Trained(frozenset(tasks), complete, allowed_by)
+
+
+def line_of(starts: Mapping[str, Sequence[str | None]], stage: str) -> list[str]:
+    """A stage and those that its policy goes back to, newest first.
+
+    Args:
+        starts: of all stages, those that each starts or learns from.
+        stage: the newest.
+    """
+    line = [stage]
+    for name in line:  # It grows.
+        line += [s for s in starts.get(name, ()) if s is not None and s in starts and s not in line]
+    return line
+
+
+def learned_from(data: DataSettings, run: Path) -> Trained:
+    """What whoever learns from these data is trained on, that of the recorded policies included.
+
+    Args:
+        data: of a stage that is about to begin.
+        run: folder of its run.
+
+    Raises:
+        ValueError: nothing is recorded there.
+    """
+    if not (data.stage or data.runs):
+        return Trained(complete=False)
+    patterns = data.runs or (glob.escape(str(run)),)
+    drawn = Recorded(patterns, data.stage).drawn()
+    folders = [Path(path) for pattern in patterns for path in glob.glob(pattern)]
+    lineages = [Lineage(folder) for folder in folders if (folder / "run.json").is_file()]
+    own = Lineage(run).run_id if (run / "run.json").is_file() else ""
+    tasks = {(task_id, split) for _, _, task_id, split in drawn}
+    complete, allowed_by = True, ""
+    made_by = {(run_id, stage) for run_id, stage, _, _ in drawn}
+    for lineage in {lineage.run_id: lineage for lineage in lineages}.values():
+        for stage in sorted(stage for run_id, stage in made_by if run_id == lineage.run_id):
+            before = lineage.of(stage)
+            tasks |= before.tasks
+            complete = complete and before.complete
+            elsewhere = "" if lineage.run_id == own else f" of {lineage.run_id}"
+            allowed_by = allowed_by or (before.allowed_by and before.allowed_by + elsewhere)
+    return Trained(
+        frozenset(tasks), complete, allowed_by, tuple(sorted({run_id for run_id, _ in made_by}))
+    )
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """The settings that a run goes on with, as they are written; empty if there are none."""
+    path = run / "config.yaml"
+    document = parse(str(path), path.read_text() if path.is_file() else "")
+    if not isinstance(document.data, dict):
+        return {}
+    for override in settings_changed(run):
+        document.override(override)
+    return document.data
+
+
+def _rows(run: Path, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    for _ in range(_TRIES):
+        try:
+            parts = [_part(path, table, columns) for path in committed_parts(run, table)]
+        except FileNotFoundError as error:  # Compacted since it was listed, or lost.
+            missing = error.filename
+        else:
+            return [row for part in parts for row in zip(*part.to_pydict().values(), strict=True)]
+    raise ValueError(f"{missing}: is missing, though a commit names it")
+
+
+def _part(path: Path, table: str, columns: Sequence[str]) -> pa.Table:
+    file = pq.ParquetFile(path)
+    check_columns(path, file.schema_arrow, table)  # Before any data: some types run code.
+    return file.read(list(columns)).select(list(columns))

@@ -1,0 +1,1 @@
+"""What a job is, and the workers and learners that do it, without Ray."""

@@ -1,0 +1,1 @@
+"""Steps along gradients: optimisers, compiled gradients, minibatches, trust regions."""

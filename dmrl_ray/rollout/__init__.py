@@ -1,0 +1,1 @@
+"""Policies act in many environments at once; what happened becomes rows."""

@@ -1,0 +1,64 @@
+"""Numbers that are not finite, and whose fault they are: an environment's or a policy's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dmrl_ray.errors import NumericalError
+from dmrl_ray.rollout.episodes import Episodes
+from dmrl_ray.tasks.distribution import TaskDistribution
+from dmrl_ray.tasks.faults import name_of
+from dmrl_ray.types import EnvironmentFault, Rollout
+
+
+def check_finite(
+    family: TaskDistribution, rollout: Rollout, episodes: Episodes, steps: int
+) -> None:
+    """See that everything in a rollout is a finite number.
+
+    Args:
+        steps: done in the collection before the rollout.
+
+    Raises:
+        EnvironmentFault: something is not; the message says where, and on which task.
+    """
+    found = _first_not_finite(rollout)
+    if found is not None:
+        name, t, column, value = found
+        task = episodes.task_at(steps + t, column)
+        raise EnvironmentFault(
+            f"{name_of(family)}: {name} of column {column} at step {t} is {value}, on task "
+            f"{task.id}; environments must return finite numbers"
+        )
+
+
+def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -> NumericalError:
+    """The error of a policy whose actions are not finite, though all that it met is.
+
+    Args:
+        update: after which it acted, where that is known.
+        adaptation_step: likewise; the most of any environment is told.
+    """
+    after = "" if update is None else f" after update {update}"
+    sizes = "algorithm.lr"
+    if most := int(np.max(adaptation_step)):
+        after += f" and adaptation step {most}"
+        sizes += " or the step size of adaptation"
+    return NumericalError(
+        f"the policy diverged{after}: its actions are not finite numbers, though the observations "
+        f"and rewards are; lower {sizes}, or check the size of the rewards"
+    )
+
+
+def _first_not_finite(rollout: Rollout) -> tuple[str, int, int, float] | None:
+    """Name, step, column and value of an observation or reward that is not finite, if any."""
+    ends = np.stack([rollout.final_step, rollout.final_column], 1)
+    for name in ("obs", "reward", "final_obs"):
+        array = getattr(rollout, name)
+        if np.isfinite(array.sum()):
+            continue
+        where = np.argwhere(~np.isfinite(array))
+        if len(where):
+            t, column = ends[where[0][0]] if name == "final_obs" else where[0][:2]
+            return name, int(t), int(column), float(array[tuple(where[0])])
+    return None

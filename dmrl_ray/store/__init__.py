@@ -1,0 +1,1 @@
+"""Run folders: files, tables and commits that survive a stop at any moment."""
