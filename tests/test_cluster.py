@@ -95,7 +95,7 @@ def assert_same(answer, expected):
 
 @pytest.fixture(scope="module")
 def pool(ray_instance):
-    from dmrl_ray.cluster.workers import RayWorkers
+    from dmrl_ray.cluster.pool import RayWorkers
 
     events, checks = [], []
     workers = RayWorkers(
@@ -239,7 +239,7 @@ def test_more_shards_than_workers_end_the_same(workers):
 
 
 def test_too_many_lost_workers_end_the_run(ray_instance):
-    from dmrl_ray.cluster.workers import RayWorkers
+    from dmrl_ray.cluster.pool import RayWorkers
 
     spec = make_spec("too many")
     workers = RayWorkers(WorkerSettings(num=1, max_failures=0), on_event=lambda *_: None)
@@ -372,16 +372,16 @@ def test_learners_go_on_from_a_checkpoint(ray_instance):
 
 def test_no_process_imports_more_of_ray_than_its_core(workers):
     heavy = {"ray.rllib", "ray.train", "ray.tune", "ray.data"}
-    (worker, _) = workers._pool.up()
+    (worker, _) = workers.up()
     loaded = ray.get(worker.actor.__ray_call__.remote(lambda self: set(sys.modules)))
     assert not heavy & loaded
-    code = "import sys, dmrl_ray.cluster.workers, dmrl_ray.cluster.learners; print(*sys.modules)"
+    code = "import sys, dmrl_ray.cluster.pool, dmrl_ray.cluster.learners; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert not heavy & set(run.stdout.decode().split())
 
 
 def test_workers_have_one_thread(workers):
-    (worker, _) = workers._pool.up()
+    (worker, _) = workers.up()
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     read = worker.actor.__ray_call__.remote(lambda self: [os.environ[name] for name in names])
     assert ray.get(read) == ["1", "1", "1"]

@@ -24,7 +24,7 @@ from test_cluster import assert_same, collect, make_spec, start, undisturbed
 
 from dmrl_ray.cluster.connection import connect
 from dmrl_ray.cluster.learners import RayLearners
-from dmrl_ray.cluster.workers import RayWorkers
+from dmrl_ray.cluster.pool import RayWorkers
 from dmrl_ray.config.schema import LearnerSettings, RunConfig, WorkerSettings
 from dmrl_ray.errors import JobLost
 from dmrl_ray.jobs.learner import LocalLearners
@@ -47,7 +47,7 @@ def mid_collect(cluster, nodes, workers):
     spec = make_spec("mid collect", shards=3)
     weights = workers.put(LocalLearners(spec).published())
     states = [state for _, _, state in collect(workers, spec, 0, weights, [{}] * 3)]
-    victim = workers._pool.up()[0]
+    victim = workers.up()[0]
     os.kill(victim.pid, signal.SIGSTOP)
     node = nodes.pop(node_of_pid[victim.pid])
     started = start(workers, spec, 1, weights, states)
@@ -64,7 +64,7 @@ def lost_data(cluster, nodes, workers):
     spec = make_spec("lost data", tasks="cartpole", shards=3, num_envs=4000, num_steps=8)
     learners = RayLearners(spec, LearnerSettings(threads=4, device="cpu"), WorkerSettings())
     answers = collect(workers, spec, 0, learners.published(), [{}] * 3)
-    by_node = {node_of(worker) for worker in workers._pool.up()}
+    by_node = {node_of(worker) for worker in workers.up()}
     node = nodes.pop(next(n for n in nodes if n in by_node))
     wait_until_gone(cluster, node)
     reasons = []
@@ -96,12 +96,12 @@ workers = RayWorkers(
     WorkerSettings(num=3), on_event=lambda event, detail: events.append([event, detail])
 )
 workers.start()
-node_of_pid = {worker.pid: node_of(worker) for worker in workers._pool.up()}
+node_of_pid = {worker.pid: node_of(worker) for worker in workers.up()}
 result = {"facts": facts, "nodes": list(node_of_pid.values()), "small": list(nodes)}
 mid_collect(cluster, nodes, workers)
 while workers.alive < 3:
-    workers._pool._pump()
-result["after"] = [node_of(worker) for worker in workers._pool.up()]
+    workers._pump()
+result["after"] = [node_of(worker) for worker in workers.up()]
 result["lost"] = lost_data(cluster, nodes, workers)
 result["events"] = events
 (Path(sys.argv[1]) / "result.json").write_text(json.dumps(result))  # Ray prints, too.

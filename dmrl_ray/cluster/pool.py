@@ -29,16 +29,74 @@ from dmrl_ray.cluster.connection import (
     first_sentence,
     no_room,
     nodes_are_coming,
+    where,
 )
-from dmrl_ray.cluster.worker_actor import Request, WorkerActor
 from dmrl_ray.config.schema import WorkerSettings, settled
 from dmrl_ray.errors import ClusterError
+from dmrl_ray.jobs.messages import CollectCall, CollectReport
+from dmrl_ray.jobs.worker import RolloutWorker
+from dmrl_ray.types import Arrays
 
 POLL_S = 0.2
 """A wait for answers looks up this often, so that interrupts and deadlines are seen."""
 
 MAX_BAD_STARTS = 3
 """Workers in a row that die before they are up, after which the run stops."""
+
+
+class WorkerActor(RolloutWorker):
+    """A rollout worker as a Ray actor."""
+
+    def where(self) -> tuple[int, str]:
+        """Process id and node; answered once the worker is up."""
+        return where()
+
+    def _read(self, state: Any) -> Arrays:
+        """A state that was not there yet when the call was made came as a reference in a list."""
+        arrays: Arrays = ray.get(state[0]) if isinstance(state, list) else state
+        return arrays
+
+
+@dataclass(eq=False)
+class Request:
+    """One call, wherever it is made, and however often.
+
+    Attributes:
+        shard: whose collection it is; None for other calls.
+        state: of the shard, its last argument; or the request whose answer that state is part of.
+        refs: of the newest submission: report, trial and state of a collection, else the answer.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+    shard: int | None = None
+    state: Any = None
+    refs: list[Any] = field(default_factory=list)
+    answer: Any = None
+    error: BaseException | None = None
+    done: bool = False
+
+    def waits_for(self) -> Request | None:
+        """The request that must be answered before this one can be."""
+        before = self.state
+        return before if isinstance(before, Request) and not before.done else None
+
+    def submit(self, actor: Any) -> None:
+        """Make the call, or make it again."""
+        method = getattr(actor, self.method)
+        if self.shard is None:
+            self.refs = [method.remote(*self.arguments)]
+            return
+        state = self.state
+        if isinstance(state, Request):
+            # Ray would hold the call back until the state is there. The worker that makes the
+            # state needs no other, and in a list Ray does not look.
+            state = state.refs[2] if state.done else [state.refs[2]]
+        self.refs = method.options(num_returns=3).remote(*self.arguments, state)
+
+    def end(self) -> None:
+        """It has its answer, or its error."""
+        self.done, self.state = True, None
 
 
 @dataclass(eq=False)
@@ -54,8 +112,11 @@ class Worker:
     since: float = 0.0  # it began, or last gave an answer
 
 
-class WorkerPool:
-    """Makes calls, each until it is answered once.
+class RayWorkers:
+    """The worker pool of a run on Ray, with the interface of `worker.LocalWorkers`.
+
+    Trials, shard states and weights are references here: the driver passes them on and never reads
+    them. Each call is made until it is answered once.
 
     Args:
         settings: how many workers, and when one counts as lost.
@@ -67,7 +128,7 @@ class WorkerPool:
         self,
         settings: WorkerSettings,
         on_event: Callable[[str, dict[str, object]], None],
-        check: Callable[[], None],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._on_event = on_event
@@ -83,9 +144,9 @@ class WorkerPool:
         self._listening: dict[Any, tuple[Worker, Request | None]] = {}
         self._seconds: dict[str, deque[float]] = {}
         self._failures = self._bad_starts = 0
-        self._total = self._needed = settled(settings.num)
+        self.total = self._needed = settled(settings.num)
         self._complete_at = time.monotonic()
-        self._workers = [self._spawn(index) for index in range(self._total)]
+        self._workers = [self._spawn(index) for index in range(self.total)]
 
     def start(self) -> None:
         """Wait until all workers are up; or some, while a cluster launches nodes for the rest.
@@ -101,23 +162,90 @@ class WorkerPool:
             raise
         self._needed = 1
 
+    @property
+    def alive(self) -> int:
+        """Workers that are up."""
+        return len(self.up())
+
     def up(self) -> list[Worker]:
         """Workers that can take calls."""
         return [worker for worker in self._workers if worker.pid is not None]
 
-    def submit(self, requests: list[Request]) -> None:
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are up."""
+        return [worker.pid for worker in self.up() if worker.pid is not None]
+
+    def start_collect(
+        self, calls: list[CollectCall], weights: Any, states: list[Any]
+    ) -> list[Request]:
+        """Begin one iteration of every shard; the answer is for `finish_collect`."""
+        requests = [
+            Request("collect", (call, weights), call.shard, state)
+            for call, state in zip(calls, states, strict=True)
+        ]
+        self._make(requests)
+        return requests
+
+    def states_after(self, started: list[Request]) -> list[Any]:
+        """What the next iteration begins with, while this one may still be in flight."""
+        return list(started)
+
+    def finish_collect(self, started: list[Request]) -> list[tuple[CollectReport, Any, Any]]:
+        """Reports, and references of trials and states, by shard number.
+
+        Raises:
+            EnvironmentFault: an environment broke the contract; likewise whatever a worker raised.
+            JobLost: a shard's state or the weights were lost with their node.
+            ClusterError: too many workers were lost.
+        """
+        for _ in self._answers(started):
+            pass
+        return [(r.answer, r.refs[1], r.refs[2]) for r in started]
+
+    def map(self, method: str, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Results of a worker's method over many arguments, with their indices, as they come.
+
+        Raises the same as `finish_collect`.
+        """
+        requests = [Request(method, arguments) for arguments in calls]
+        index = {id(request): i for i, request in enumerate(requests)}
+        self._make(requests)
+        for request in self._answers(requests):
+            yield index[id(request)], request.answer
+            request.answer = None
+
+    def put(self, value: Any) -> Any:
+        """Make a large argument ready to be used in many calls."""
+        return ray.put(value)
+
+    def fetch(self, value: Any) -> Any:
+        """The value behind what a call returned as large.
+
+        Raises:
+            JobLost: it was lost with its node.
+        """
+        if not isinstance(value, ray.ObjectRef):
+            return value
+        try:
+            return ray.get(value)
+        except RayError as error:
+            raise cause_of(error) from error
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            ray.kill(worker.actor, no_restart=True)
+        self._workers = []
+        self._waiting.clear()
+        self._listening.clear()
+
+    def _make(self, requests: list[Request]) -> None:
         """Begin some calls."""
         self._waiting.extend(requests)
         self._dispatch()
 
-    def answers(self, requests: list[Request]) -> Iterator[Request]:
-        """The requests as they are done; those left when the caller goes away are forgotten.
-
-        Raises:
-            EnvironmentFault: an environment broke the contract; likewise whatever a worker raised.
-            JobLost: an argument was lost with its node.
-            ClusterError: too many workers were lost.
-        """
+    def _answers(self, requests: list[Request]) -> Iterator[Request]:
+        """The requests as they are done; those left when the caller goes away are forgotten."""
         left = list(requests)
         try:
             while left:
@@ -134,14 +262,6 @@ class WorkerPool:
                 if request in self._waiting:
                     self._waiting.remove(request)
 
-    def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            ray.kill(worker.actor, no_restart=True)
-        self._workers = []
-        self._waiting.clear()
-        self._listening.clear()
-
     def _check_room(self) -> None:
         """Workers that cannot be placed are waited for as long as others do the work."""
         now = time.monotonic()
@@ -149,7 +269,7 @@ class WorkerPool:
             self._complete_at = now
         elif now - self._complete_at > START_TIMEOUT_S:
             if not nodes_are_coming():
-                raise no_room(f"workers.num: {self._total} rollout workers", self._total)
+                raise no_room(f"workers.num: {self.total} rollout workers", self.total)
             self._needed = 1
 
     def _spawn(self, index: int, *, replaces: bool = False) -> Worker:

@@ -32,7 +32,7 @@ from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Split, Task
 
 if TYPE_CHECKING:
-    from dmrl_ray.cluster.workers import RayWorkers
+    from dmrl_ray.cluster.pool import RayWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def workers(self) -> Any:
-        """The rollout workers, started on first use: `LocalWorkers` or `workers.RayWorkers`."""
+        """The rollout workers, started on first use: `LocalWorkers` or `pool.RayWorkers`."""
         if self._workers is None and self.config.workers.num == 0:
             self._workers = LocalWorkers(self.check)
         elif self._workers is None:
@@ -91,7 +91,7 @@ class Run:
 
     def _starting_workers(self) -> RayWorkers:
         """The workers, which may not be up yet."""
-        from dmrl_ray.cluster.workers import RayWorkers
+        from dmrl_ray.cluster.pool import RayWorkers
 
         if self._workers is None:
             self.connect()

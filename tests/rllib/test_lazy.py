@@ -19,7 +19,7 @@ assert answer.exit_code == 0, answer.output
 
 ON_RAY = """
 import ray, sys
-from dmrl_ray.cluster import workers as cluster
+from dmrl_ray.cluster import pool as cluster
 from dmrl_ray.cluster import learners as ray_learners
 from dmrl_ray.control import stages
 from dmrl_ray.cluster.pool import WorkerActor
