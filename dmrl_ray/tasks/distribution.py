@@ -274,10 +274,11 @@ def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> l
     flat = [np.ascontiguousarray(v).reshape(len(v), -1) for v in params.values()]
     rows = np.concatenate([v.view(np.uint8) for v in flat], axis=1)
     data, size, names = rows.tobytes(), rows.shape[1], tuple(params)
+    named = _named(family, names)
     values = zip(*(v.tolist() if v.ndim == 1 else v for v in params.values()), strict=True)
     return [
         Task(
-            task_id(family, names, data[i * size : (i + 1) * size]),
+            _hash(named + data[i * size : (i + 1) * size]),
             family,
             split,
             dict(zip(names, value, strict=True)),
@@ -292,5 +293,12 @@ def _unsigned_zeros(values: np.ndarray) -> np.ndarray:
 
 def task_id(family: str, names: tuple[str, ...] = (), values: bytes = b"") -> str:
     """A hash of a family's name and a task's parameters: 16 digits, in every split and run."""
-    named = "\0".join((family, *names, "")).encode()
-    return blake2b(named + values, digest_size=8).hexdigest()
+    return _hash(_named(family, names) + values)
+
+
+def _named(family: str, names: tuple[str, ...]) -> bytes:
+    return "\0".join((family, *names, "")).encode()
+
+
+def _hash(text: bytes) -> str:
+    return blake2b(text, digest_size=8).hexdigest()
