@@ -62,8 +62,8 @@ def check(config: RunConfig) -> list[Part]:
     attempt("", lambda: load_family(config.tasks))
     held: dict[str, list[Part]] = {}
     # What cannot be made, or would not fit into memory, is not made.
-    known = not problems
-    names = [n for n in config.stages if known and attempt(n, partial(_measure, config, n, held))]
+    stages = () if problems else config.stages
+    names = [name for name in stages if attempt(name, partial(_measure, config, name, held))]
     too_large = _too_large(held)
     for setting, (name, text) in too_large.items():
         problems.setdefault(text, "" if setting.startswith("tasks.") else name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from dmrl_ray.cluster.placement import place
 from dmrl_ray.config.components import did_you_mean
@@ -29,6 +29,7 @@ from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
+from dmrl_ray.store.tables import read_columns
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import Split
 
@@ -153,9 +154,10 @@ def evaluate(
 
 def _env_steps(folder: Path, stage: str, version: int) -> int:
     """Environment steps of a stage's training until a policy was made."""
-    wanted = [("stage", "==", stage), ("policy_version", "==", version)]
+    wanted = (pc.field("stage") == stage) & (pc.field("policy_version") == version)
+    columns = ("stage", "policy_version", "env_steps")
     for part in committed_parts(folder, "metrics"):
-        rows = pq.read_table(part, columns=["env_steps"], filters=wanted)
+        rows = read_columns(part, "metrics", columns).filter(wanted)
         if len(rows):
             return int(rows["env_steps"][0].as_py())
     return 0

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.control.held_out import evaluation_tasks
@@ -27,6 +26,7 @@ from dmrl_ray.results.display import Display
 from dmrl_ray.rollout.rows import Steps, task_rows
 from dmrl_ray.store.commits import committed_parts
 from dmrl_ray.store.files import FileRecord
+from dmrl_ray.store.tables import read_columns
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays, Columns, Split, Task
@@ -268,12 +268,13 @@ class Run:
         self._known_tasks: set[int] = set()
         self._trained_on: dict[str, set[int]] = {}
         for part in committed_parts(self.writer.folder, "tasks"):
-            rows = pq.read_table(part, columns=["task_id", "split"]).to_pydict()
+            rows = read_columns(part, "tasks", ("task_id", "split")).to_pydict()
             self._known_tasks.update(_names(rows["task_id"], rows["split"]))
         for part in committed_parts(self.writer.folder, "trained_on"):
-            rows = pq.read_table(part, columns=["stage", "task_id", "split"]).to_pydict()
-            for stage, task_id, split in zip(*rows.values(), strict=True):
-                self._trained_on.setdefault(stage, set()).update(_names([task_id], [split]))
+            rows = read_columns(part, "trained_on", ("stage", "task_id", "split")).to_pydict()
+            names = _names(rows["task_id"], rows["split"])
+            for stage, name in zip(rows["stage"], names, strict=True):
+                self._trained_on.setdefault(stage, set()).add(name)
 
     def tick(self, snapshot: Callable[[], None]) -> None:
         """Called after every update: commit if it is time, stop if it was asked for.

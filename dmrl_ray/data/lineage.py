@@ -16,16 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dmrl_ray.config.yaml_text import parse
 from dmrl_ray.data.files import Recorded
 from dmrl_ray.data.sources import DataSettings
-from dmrl_ray.store.commits import committed_parts, settings_changed
-from dmrl_ray.store.tables import check_columns
-
-_TRIES = 5
+from dmrl_ray.store.commits import read_committed, settings_changed
+from dmrl_ray.store.tables import read_columns
 
 
 @dataclass(frozen=True)
@@ -137,17 +132,8 @@ def run_config(run: Path) -> dict[str, Any]:
 
 
 def _rows(run: Path, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
-    for _ in range(_TRIES):
-        try:
-            parts = [_part(path, table, columns) for path in committed_parts(run, table)]
-        except FileNotFoundError as error:  # Compacted since it was listed, or lost.
-            missing = error.filename
-        else:
-            return [row for part in parts for row in zip(*part.to_pydict().values(), strict=True)]
-    raise ValueError(f"{missing}: is missing, though a commit names it")
+    def read(paths: list[Path]) -> list[tuple[Any, ...]]:
+        parts = [read_columns(path, table, columns).to_pydict() for path in paths]
+        return [row for part in parts for row in zip(*part.values(), strict=True)]
 
-
-def _part(path: Path, table: str, columns: Sequence[str]) -> pa.Table:
-    file = pq.ParquetFile(path)
-    check_columns(path, file.schema_arrow, table)  # Before any data: some types run code.
-    return file.read(list(columns)).select(list(columns))
+    return read_committed([run], table, read)

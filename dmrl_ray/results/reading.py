@@ -24,7 +24,7 @@ from dmrl_ray.results.statistics import (
     method_interval,
     policy_interval,
 )
-from dmrl_ray.store.commits import committed_parts
+from dmrl_ray.store.commits import read_committed
 from dmrl_ray.store.tables import HISTORY, IN_HISTORY, check_columns, schema_of
 
 MEASURES = ("return", "score", "success")
@@ -40,7 +40,6 @@ _IN_A_START = ("trial", "episode", "adaptation_step")
 
 _HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
 _READERS = 4
-_TRIES = 5
 
 
 def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd.DataFrame:
@@ -57,14 +56,7 @@ def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd
     """
     schema = schema_of(table)
     runs = find_runs(path)
-    for _ in range(_TRIES):
-        try:
-            tables = _read_parts([p for run in runs for p in committed_parts(run, table)], table)
-            break
-        except FileNotFoundError as error:  # Renamed since it was listed, or lost.
-            missing = error.filename
-    else:
-        raise ValueError(f"{missing}: is missing, though a commit names it")
+    tables = read_committed(runs, table, lambda paths: _read_parts(paths, table))
     kinds = {field.name: field.type for part in tables[:1] for field in part.schema}
     first = pa.schema([f.with_type(kinds.get(f.name, f.type)) for f in schema]).empty_table()
     try:

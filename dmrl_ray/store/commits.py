@@ -20,11 +20,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from dmrl_ray.config.loading import load_config
 from dmrl_ray.config.schema import RunConfig
@@ -34,6 +34,9 @@ from dmrl_ray.store.files import FileRecord, difference
 FORMAT_VERSION = 2
 Json: TypeAlias = dict[str, object]
 _NAME = re.compile(r"(\d{8})\.json")
+_TRIES = 5
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +217,21 @@ def newest_commit(run: Path) -> Commit | None:
     """
     records = sorted((run / "commits").glob("[0-9]*.json"))
     return Commit.read(records[-1]) if records else None
+
+
+def read_committed(runs: Iterable[Path], table: str, read: Callable[[list[Path]], Read]) -> Read:
+    """What `read` makes of the committed parts of a table, run by run.
+
+    Raises:
+        ValueError: a part is missing for good, and not only renamed since it was listed.
+    """
+    runs = list(runs)
+    for _ in range(_TRIES):
+        try:
+            return read([part for run in runs for part in committed_parts(run, table)])
+        except FileNotFoundError as error:
+            missing = error.filename
+    raise ValueError(f"{missing}: is missing, though a commit names it")
 
 
 def settings_changed(run: Path) -> list[str]:

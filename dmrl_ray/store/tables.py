@@ -145,6 +145,17 @@ def check_columns(path: Path, found: pa.Schema, table: str) -> None:
             raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
+def read_columns(path: Path, table: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a part, which are checked before any data: some types run code when read.
+
+    Raises:
+        ValueError: the columns of the file cannot stand in the table.
+    """
+    file = pq.ParquetFile(path)
+    check_columns(path, file.schema_arrow, table)
+    return file.read(list(columns)).select(list(columns))
+
+
 def _schema(table: str) -> pa.Schema:
     fields = [pa.field(n, t, nullable=n in _NULLABLE) for n, t in _COLUMNS[table].items()]
     return pa.schema(fields, {"dmrl.schema_version": str(SCHEMA_VERSION), "dmrl.table": table})
