@@ -26,13 +26,13 @@ from dmrl_ray.jobs.messages import CollectCall
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import RolloutWorker
 
-LSTM = {"type": "lstm", "size": 128}
+LSTM = {"type": "lstm", "hidden_size": 128}
 RL2 = {"type": "rl2", "epochs": 4, "minibatches": 4}
 PPO = {"type": "ppo", "num_steps": 100, "epochs": 4, "minibatches": 4}
 TASKS = {
     "bandit": ({"type": "bandit", "arms": 5, "pulls": 10}, LSTM, RL2),
     "grid_nav": ({"type": "grid_nav"}, LSTM, RL2),
-    "point_goal": ({"type": "point_goal"}, {"type": "mlp", "sizes": [64, 64]}, PPO),
+    "point_goal": ({"type": "point_goal"}, {"type": "mlp", "hidden_sizes": [64, 64]}, PPO),
 }
 WARM_UP = 2
 """Updates before the clock starts."""
@@ -44,8 +44,10 @@ def measure(
     """Train for some seconds and return the figures."""
     family, encoder, algorithm = TASKS[task]
     parts = (family, {"type": "actor_critic", "encoder": encoder}, algorithm)
-    resident = None if device == "numpy" else device
-    rollout = RolloutSettings.model_validate({"shards": 1, "num_envs": columns, "device": resident})
+    on_device = None if device == "numpy" else device
+    rollout = RolloutSettings.model_validate(
+        {"shards": 1, "num_envs": columns, "device": on_device}
+    )
     spec = JobSpec(
         "device",
         "device",
@@ -53,7 +55,7 @@ def measure(
         *map(Component.model_validate, parts),
         rollout,
         env_steps=10**12,
-        device=resident or "cpu",
+        device=on_device or "cpu",
         compile=compile and encoder is not LSTM,
     )
     worker, learner = RolloutWorker(), Learner(spec)

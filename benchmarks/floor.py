@@ -67,7 +67,7 @@ def work(spec: JobSpec) -> Work:
     program = build(spec)
     config = program.algorithm.config
     epochs: int = getattr(config, "epochs", 1)
-    meta = program.algorithm.columns_per_task > 1
+    meta = program.algorithm.envs_per_task > 1
     weights, units = size(program.policy, critic=not meta)
     if not meta:
         operations = weights * (2 + 6 * epochs)

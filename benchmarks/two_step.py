@@ -26,8 +26,8 @@ def profile(rows: pd.DataFrame) -> np.ndarray:
     Args:
         rows: transitions of whole trials, of as many rounds each.
     """
-    rows = rows.sort_values(["run_id", "column", "trial", "t"], kind="stable")
-    trials = rows.groupby(["run_id", "column", "trial"]).ngroups
+    rows = rows.sort_values(["run_id", "environment", "trial", "t"], kind="stable")
+    trials = rows.groupby(["run_id", "environment", "trial"]).ngroups
 
     def by_round(values: np.ndarray) -> np.ndarray:
         return values.reshape(trials, -1).T

@@ -22,7 +22,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Arrays: TypeAlias = dict[str, np.ndarray]
 """Named arrays: weights, optimiser state, the state of a shard."""
 
-State: TypeAlias = tuple[Array, ...]
+Memory: TypeAlias = tuple[Array, ...]
 """A policy's memory: leaves (B, ...); empty for policies without memory."""
 
 Columns: TypeAlias = dict[str, np.ndarray]
@@ -122,7 +122,7 @@ class Rollout:
     adaptation_step: Array  # (B,) int, adaptation steps done before; 0 = not adapted
     obs: Array  # (T + 1, B, *obs_shape), the last row is what follows the last step
     final_step: Array  # (N,) int, steps at which an episode ended ...
-    final_column: Array  # (N,) int, ... in these columns ...
+    final_env: Array  # (N,) int, ... in these columns ...
     final_obs: Array  # (N, *obs_shape), ... and the true successor there, before the auto-reset
     action: Array  # (T, B, *action_shape)
     reward: Array  # (T, B) float32
@@ -130,17 +130,17 @@ class Rollout:
     truncated: Array  # (T, B) bool
     mask: Array  # (T, B) bool, steps that count: not those after an environment's last episode
     all_count: bool  # No step is masked, as where all episodes have one length.
-    reset_state: Array  # (T, B) bool, policy state is zeroed before this step
+    reset: Array  # (T, B) bool, policy state is zeroed before this step
     log_prob: Array  # (T, B), under the policy that acted
     value: Array  # (T, B), V(obs[t]) under the policy that acted
     next_value: Array  # (T, B), V of the true successor; 0 where terminated
     advantage: Array  # (T, B), set by the algorithm's collect
     value_target: Array  # (T, B), set by the algorithm's collect
-    oracle_action: Array  # (T, B, *action_shape), what the oracle would have done, if asked
+    expert_action: Array  # (T, B, *action_shape), what the oracle would have done, if asked
     previous_action: Array  # (B, *action_shape), before step 0; -1 or 0 where there is none
     previous_reward: Array  # (B,), before step 0
     previous_done: Array  # (B,) bool, before step 0; True at the start of a trial
-    initial_state: State  # leaves (B, ...), policy state before step 0
+    initial_memory: Memory  # leaves (B, ...), policy state before step 0
 
     @property
     def num_steps(self) -> int:
@@ -148,7 +148,7 @@ class Rollout:
         return int(self.reward.shape[0])
 
     @property
-    def num_columns(self) -> int:
+    def num_envs(self) -> int:
         """B."""
         return int(self.reward.shape[1])
 
@@ -157,14 +157,14 @@ class Rollout:
         """N, of the tasks that the columns play."""
         return int(self.task_index[-1]) + 1
 
-    def columns_of(self, start: int, stop: int) -> slice:
+    def envs_of(self, start: int, stop: int) -> slice:
         """The columns that play the tasks `start` to `stop`."""
         return slice(*(int((self.task_index < task).sum()) for task in (start, stop)))
 
     def of_tasks(self, start: int, stop: int) -> Rollout:
         """The rollout of the tasks `start` to `stop` alone; its arrays are views where they can."""
-        columns = self.columns_of(start, stop)
-        ended = (self.final_column >= columns.start) & (self.final_column < columns.stop)
+        columns = self.envs_of(start, stop)
+        ended = (self.final_env >= columns.start) & (self.final_env < columns.stop)
         cut: dict[str, Any] = {}
         for field in fields(Rollout):
             name, value = field.name, getattr(self, field.name)
@@ -172,12 +172,12 @@ class Rollout:
                 cut[name] = value[ended]
             elif name in ("task_index", "adaptation_step") or name.startswith("previous_"):
                 cut[name] = value[columns]
-            elif name == "initial_state":
+            elif name == "initial_memory":
                 cut[name] = tuple(leaf[columns] for leaf in value)
             elif hasattr(value, "dtype"):
                 cut[name] = value[:, columns]
         cut["task_index"] = cut["task_index"] - start
-        cut["final_column"] = cut["final_column"] - columns.start
+        cut["final_env"] = cut["final_env"] - columns.start
         return replace(self, **cut)
 
     def counted(self, array: Array) -> Array:
@@ -188,7 +188,7 @@ class Rollout:
     def tells(self) -> np.ndarray:
         """(B,) bool, columns of the tasks of which any column has a step that counts."""
         if self.all_count:
-            return np.ones(self.num_columns, np.bool_)
+            return np.ones(self.num_envs, np.bool_)
         counted = np.bincount(self.task_index, self.mask.any(0)) > 0
         return np.asarray(counted[self.task_index])
 
@@ -197,11 +197,11 @@ class Rollout:
 
         Environments that had played all their episodes before are left out.
         """
-        total, played = self.reward.sum(0), self.num_columns
+        total, played = self.reward.sum(0), self.num_envs
         if not self.all_count:
             total, played = (self.reward * self.mask).sum(0), int(self.mask.any(0).sum())
         ended = int(((self.terminated | self.truncated) & self.mask).sum())
-        return float(total.mean()) * (self.num_columns / max(ended, played, 1))
+        return float(total.mean()) * (self.num_envs / max(ended, played, 1))
 
     def padded(self, num_steps: int) -> Rollout:
         """The same with steps that do not count behind it, up to `num_steps`."""
@@ -226,15 +226,15 @@ class Rollout:
         following = (
             self.obs[1:].copy() if isinstance(self.obs, np.ndarray) else self.obs[1:].clone()
         )
-        following[self.final_step, self.final_column] = self.final_obs
+        following[self.final_step, self.final_env] = self.final_obs
         return following
 
     def map(self, function: Callable[[Array], Array]) -> Rollout:
         """The same rollout with every array replaced by ``function(array)``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         arrays = {k: function(v) for k, v in values.items() if hasattr(v, "dtype")}
-        state = tuple(function(leaf) for leaf in self.initial_state)
-        return replace(self, **arrays, initial_state=state)
+        state = tuple(function(leaf) for leaf in self.initial_memory)
+        return replace(self, **arrays, initial_memory=state)
 
     @staticmethod
     def concatenate(rollouts: list[Rollout]) -> Rollout:
@@ -253,7 +253,7 @@ class Rollout:
 
             join = torch.concatenate
         merged: dict[str, Any] = {}
-        offset = np.cumsum([0] + [r.num_columns for r in rollouts])
+        offset = np.cumsum([0] + [r.num_envs for r in rollouts])
         tasks = np.cumsum([0] + [r.num_tasks for r in rollouts])
         for field in fields(Rollout):
             parts = [getattr(r, field.name) for r in rollouts]
@@ -262,7 +262,7 @@ class Rollout:
             if field.name == "all_count":
                 merged[field.name] = all(parts)
                 continue
-            if field.name == "initial_state":
+            if field.name == "initial_memory":
                 merged[field.name] = tuple(join(leaf) for leaf in zip(*parts, strict=True))
             elif field.name == "adaptation_step":
                 merged[field.name] = np.concatenate(parts)
@@ -270,7 +270,7 @@ class Rollout:
                 merged[field.name] = np.concatenate(
                     [p + n for p, n in zip(parts, tasks, strict=False)]
                 )
-            elif field.name == "final_column":
+            elif field.name == "final_env":
                 merged[field.name] = join([p + n for p, n in zip(parts, offset, strict=False)])
             elif field.name.startswith(("final_", "previous_")):
                 merged[field.name] = join(parts)
@@ -280,8 +280,8 @@ class Rollout:
 
 
 _NOT_BY_STEP = {
-    *("task_index", "policy_version", "adaptation_step", "all_count", "obs", "initial_state"),
-    *("final_step", "final_column", "final_obs"),
+    *("task_index", "policy_version", "adaptation_step", "all_count", "obs", "initial_memory"),
+    *("final_step", "final_env", "final_obs"),
     *("previous_action", "previous_reward", "previous_done"),
 }
 """Fields of a rollout that are not (T, B, ...)."""

@@ -86,7 +86,7 @@ class BanditVectorEnv(RememberingVectorEnv):
         done = (self.t / self.pulls)[:, None]
         return np.concatenate([mean, count, done], axis=1, dtype=np.float32)
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """(B,) arms of the largest index, or mean where arms are dependent; the first of equals."""
         if self.prior != "independent":
             mean = posterior_mean(self.prior, self.wins, self.pulled)

@@ -116,7 +116,7 @@ class GridNavVectorEnv(RememberingVectorEnv):
         count = self.possible.sum(axis=1, keepdims=True)
         return np.concatenate([self.possible / count, count == 1], axis=1, dtype=np.float32)
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """(B,) the first move towards the cell that may be the goal and is first in `search_rank`.
 
         From the start this is the policy of `reference`.

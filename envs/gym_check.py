@@ -1,4 +1,4 @@
-"""Checks of a foreign environment before a run starts; each mistake is one sentence."""
+"""Checks of an external environment before a run starts; each mistake is one sentence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def first_make(make: Callable[[], gym.Env[Any, Any]], env_id: str) -> gym.Env[An
         ) from None
     except gym.error.Error as error:
         raise ValueError(f"tasks.id: {error}") from None
-    except Exception as error:  # a foreign environment may raise anything
+    except Exception as error:  # an external environment may raise anything
         raise ValueError(
             f"tasks.id: {env_id} cannot be built ({type(error).__name__}: {error}); "
             "check tasks.kwargs and what is varied"

@@ -55,7 +55,7 @@ class GymColumn:
             if changed:
                 self.become(values)
             answer = self.env.reset(seed=seed)
-        except Exception as error:  # a foreign environment may raise anything
+        except Exception as error:  # an external environment may raise anything
             self._fail("reset", f"raised {type(error).__name__}: {error}", error)
         if not (isinstance(answer, tuple) and len(answer) == 2):
             self._fail("reset", "did not return (observation, info)")
@@ -66,7 +66,7 @@ class GymColumn:
         self.actions.append(action)
         try:
             answer = self.env.step(self._action(action))
-        except Exception as error:  # a foreign environment may raise anything
+        except Exception as error:  # an external environment may raise anything
             self._fail("step", f"raised {type(error).__name__}: {error}", error)
         if not (isinstance(answer, tuple) and len(answer) == 5):
             self._fail("step", "did not return (observation, reward, terminated, truncated, info)")

@@ -1,4 +1,4 @@
-"""Spaces of foreign environments, and what the policy sees of them and chooses from."""
+"""Spaces of external environments, and what the policy sees of them and chooses from."""
 
 from __future__ import annotations
 

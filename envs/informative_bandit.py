@@ -103,7 +103,7 @@ class InformativeBanditVectorEnv(RememberingVectorEnv):
     def _asks(self) -> np.ndarray:
         return np.array([plan(*planned)[1] for planned in self._plans])
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """(B,) the target if it is known, else the informative arm or the first candidate left."""
         count = self.possible.sum(axis=1)
         asks = self._asks[self.split, self.pulls - self.t, count]

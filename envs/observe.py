@@ -94,9 +94,9 @@ class ObserveVectorEnv(TaskVectorEnv):
         """As the environment has it."""
         return self.env.belief()
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """As the environment has it."""
-        return self.env.oracle_action()
+        return self.env.expert_action()
 
     def best_action(self) -> np.ndarray:
         """As the environment has it."""

@@ -86,7 +86,7 @@ class RestlessBanditVectorEnv(RememberingVectorEnv):
         mean = self.filter.mean(self.posterior)[:, None]
         return np.concatenate([joint, mean, self.observe()], axis=1, dtype=np.float32)
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """(B,) the arm of the larger mean; Bayes-optimal, since both arms tell the same."""
         return np.where(self.filter.mean(self.posterior) >= 0.5, 0, 1)
 

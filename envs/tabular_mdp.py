@@ -124,7 +124,7 @@ class TabularMDPVectorEnv(RememberingVectorEnv):
         parts = [transition.reshape(self.num_envs, -1), reward_mean, count, done]
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """(B,) actions of a plan in the mean MDP with a bonus for what is little known.
 
         The best rule known that is fair: see `optimistic_action`. A Bayes-optimal one is not

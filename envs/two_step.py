@@ -107,7 +107,7 @@ class TwoStepVectorEnv(RememberingVectorEnv):
         now, start = self.posterior.sum(axis=1)[:, 0], self.posterior.sum(axis=2)[:, 0]
         return np.stack([now, start, done], axis=1).astype(np.float32)
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """(B,) the choice that commonly leads to the likelier place; 0 at a place.
 
         Bayes-optimal: either place tells the same about which of them is the better one.

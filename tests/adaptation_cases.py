@@ -41,7 +41,7 @@ def make_algorithm(kind="maml", encoder=None, tasks="point_goal", context=0, **s
     else:
         points = {"point_goal": PointGoal, "images": PointImages}[tasks]
         family = points(PointGoal.Config(horizon=HORIZON))
-    encoder = encoder or {"type": "mlp", "sizes": [8], "activation": "tanh"}
+    encoder = encoder or {"type": "mlp", "hidden_sizes": [8], "activation": "tanh"}
     network = ActorCritic.Config.model_validate({"encoder": encoder, "context": context})
     spaces = family.observation_space, family.action_space
     kind = import_class(kind, "algorithm") if isinstance(kind, str) else kind
@@ -59,7 +59,7 @@ def make_algorithm(kind="maml", encoder=None, tasks="point_goal", context=0, **s
 
 def one_trial(algorithm, num_tasks=3, seed=0):
     """What a learner gets of one collection."""
-    columns = num_tasks * algorithm.columns_per_task
+    columns = num_tasks * algorithm.envs_per_task
     sampler = Sampler(algorithm.distribution, columns, memory_spans_trial=False)
     sampler.start(np.random.default_rng(seed), 0)
     tasks = algorithm.distribution.sample(np.random.default_rng(seed), num_tasks, "train")

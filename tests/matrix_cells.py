@@ -27,7 +27,7 @@ from tests.matrix_family import EPISODES
 COPIES = 2
 """Parallel episodes of one task, where an algorithm or a stage has such."""
 
-REPLAY = {"gradient_steps": 2, "batch_trials": 4, "batch_steps": 4, "critic_sizes": [8]}
+REPLAY = {"gradient_steps": 2, "batch_trials": 4, "batch_steps": 4, "critic_hidden_sizes": [8]}
 CLIPPED = {"epochs": 1, "minibatches": 2}
 GRADIENT = {"episodes_per_task": COPIES, "evaluation_steps": 1}
 OUTER = GRADIENT | {"epochs": 1}
@@ -37,13 +37,24 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "appo": CLIPPED | {"num_steps": 12},
     "impala": {"minibatches": 2, "num_steps": 12},
     "sac": REPLAY | {"num_steps": 12, "replay_trials": 16},
-    "pearl": REPLAY | {"latent": 2, "context_sizes": [8], "replay_trials": 16},
+    "pearl": REPLAY | {"latent": 2, "context_hidden_sizes": [8], "replay_trials": 16},
     "pearl_within": REPLAY
-    | {"type": "pearl", "belief_steps": 5, "latent": 2, "context_sizes": [8], "replay_trials": 16},
+    | {
+        "type": "pearl",
+        "belief_steps": 5,
+        "latent": 2,
+        "context_hidden_sizes": [8],
+        "replay_trials": 16,
+    },
     "rl2": CLIPPED,
     "varibad": CLIPPED
-    | {"belief_updates": 1, "belief_trials": 2, "replay_trials": 16, "decoder": {"sizes": [8]}},
-    "distillation": {"minibatches": 2},
+    | {
+        "belief_updates": 1,
+        "belief_trials": 2,
+        "replay_trials": 16,
+        "decoder": {"hidden_sizes": [8]},
+    },
+    "dagger": {"minibatches": 2},
     "dpt": {"minibatches": 2},
     "maml": OUTER,
     "maml_within": {
@@ -52,23 +63,24 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "episodes_per_task": COPIES,
         "epochs": 1,
     },
-    "anil": OUTER | {"type": "maml", "adapt": ["policy_head"]},
+    "anil": OUTER | {"type": "maml", "trainable": ["policy_head"]},
     "promp": OUTER,
     "cavia": OUTER,
     "meta_sgd": OUTER,
     "reptile": GRADIENT | {"inner_steps": 2},
-    "cloning": READING,
+    "behavior_cloning": READING,
     "trial_cloning": READING,
     "algorithm_distillation": READING,
-    "autoencoder": READING | {"decoder": [8]},
-    "vae": READING | {"decoder": [8], "latent": 2},
-    "gail": CLIPPED | {"num_steps": 6, "discriminator": [8], "data": {"stage": "source"}},
+    "autoencoder": READING | {"decoder_hidden_sizes": [8]},
+    "vae": READING | {"decoder_hidden_sizes": [8], "latent": 2},
+    "gail": CLIPPED
+    | {"num_steps": 6, "discriminator_hidden_sizes": [8], "data": {"stage": "source"}},
 }
 
 GRADIENTS = {"maml", "maml_within", "anil", "promp", "cavia", "meta_sgd", "reptile"}
 BELIEFS = {"pearl", "pearl_within"}
 VARIANTS = {"pearl_within", "maml_within", "anil"}
-MEMORIES = {"rl2", "varibad", "distillation", "dpt", "trial_cloning", "algorithm_distillation"}
+MEMORIES = {"rl2", "varibad", "dagger", "dpt", "trial_cloning", "algorithm_distillation"}
 """Whose memory is what adapts to a task."""
 
 READERS = {name for name, settings in ALGORITHMS.items() if "data" in settings}
@@ -254,19 +266,19 @@ def _tasks(cell: Cell) -> dict[str, Any]:
 
 def encoder(cell: Cell) -> dict[str, Any]:
     """A network of eight units that fits what a cell sees and remembers."""
-    mlp: dict[str, Any] = {"type": "mlp", "sizes": [8]}
-    cnn = {"type": "cnn", "channels": [2], "stride": 2, "sizes": [8]}
-    gru = {"type": "gru", "size": 8}
+    mlp: dict[str, Any] = {"type": "mlp", "hidden_sizes": [8]}
+    cnn = {"type": "cnn", "channels": [2], "stride": 2, "hidden_sizes": [8]}
+    gru = {"type": "gru", "hidden_size": 8}
     remembers = cell.memory == "memory"
     if cell.seen == "dict":
         parts = {"place": mlp, "picture": cnn, "third": mlp}
         network = {"type": "combined", "parts": parts, "trunk": gru if remembers else mlp}
     elif cell.seen == "picture":
-        network = gru | {"body": cnn} if remembers else cnn
+        network = gru | {"torso": cnn} if remembers else cnn
     else:
         network = gru if remembers else mlp
     if cell.algorithm == "varibad" and remembers:
-        return {"type": "belief", "latent": 2, "history": network, "sizes": [8]}
+        return {"type": "belief", "latent": 2, "history": network, "hidden_sizes": [8]}
     return network
 
 

@@ -94,7 +94,7 @@ class WalkVectorEnv(RememberingVectorEnv):
         obs, infos = self.auto_reset(self.observe(), terminated | truncated)
         return obs, reward, terminated, truncated, infos
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """Back to the middle, which is the best place for one who does not know the goal."""
         return self._towards(np.zeros(self.num_envs))
 

@@ -127,7 +127,7 @@ if "Line-v0" not in gym.registry:
 
 CONFIG = """\
 tasks: {type: family:Broken, horizon: 20}
-network: {type: actor_critic, encoder: {type: mlp, sizes: [8]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [8]}}
 algorithm: {type: ppo, num_steps: 20, epochs: 1, minibatches: 1}
 rollout: {shards: 1, num_envs: 8}
 workers: {num: 0}
@@ -236,10 +236,10 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}
             ["run.yaml:2:1: network.context: ", "found one of width 0"],
         ),
         (
-            ["algorithm={type: distillation}", "network.encoder=gru"],
+            ["algorithm={type: dagger}", "network.encoder=gru"],
             [
-                "command line: algorithm.type: distillation learns",
-                "oracle_action",
+                "command line: algorithm.type: dagger learns",
+                "expert_action",
                 "'broken' leaves out",
             ],
         ),
@@ -248,8 +248,8 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}
             ["algorithm.type: dpt learns", "best_action", "'two_step' leaves out; use another"],
         ),
         (
-            ["algorithm={type: distillation}", "network.encoder=gru", MANY_PULLS],
-            ["algorithm.type: ", "oracle_action", "leaves out (an index table is for at most"],
+            ["algorithm={type: dagger}", "network.encoder=gru", MANY_PULLS],
+            ["algorithm.type: ", "expert_action", "leaves out (an index table is for at most"],
         ),
         (
             ["tasks={type: observe, of: {type: gym, id: CartPole-v1}}"],

@@ -26,7 +26,7 @@ from dmrl_ray.types import EnvironmentFault, storable
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).resolve().parent.parent
 ONE_THREAD = LearnerSettings(threads=1, device="cpu")
-PATIENT = WorkerSettings(deadline_s=60)
+PATIENT = WorkerSettings(timeout_s=60)
 
 
 class BrokenEnv(PointGoalVectorEnv):
@@ -99,7 +99,7 @@ def pool(ray_instance):
 
     events, checks = [], []
     workers = RayWorkers(
-        WorkerSettings(num=2, deadline_s=2, max_failures=100),
+        WorkerSettings(num=2, timeout_s=2, max_failures=100),
         on_event=lambda event, detail: events.append((event, detail)),
         check=lambda: [check() for check in checks],
     )
@@ -162,7 +162,7 @@ def test_a_killed_worker_changes_nothing_where_iterations_are_in_flight_together
     assert_same(stored, [storable(state) for state in states])
 
 
-def test_a_hung_worker_is_replaced_after_the_deadline(workers):
+def test_a_hung_worker_is_replaced_after_the_timeout(workers):
     spec = make_spec("hung")
     pid = workers.pids()[1]
     os.kill(pid, signal.SIGSTOP)
@@ -322,7 +322,7 @@ def test_a_dead_learner_loses_the_job(ray_instance):
 def test_a_hung_learner_loses_the_job(ray_instance):
     from dmrl_ray.cluster.learners import RayLearners
 
-    learners = RayLearners(make_spec("hung learner"), ONE_THREAD, WorkerSettings(deadline_s=1))
+    learners = RayLearners(make_spec("hung learner"), ONE_THREAD, WorkerSettings(timeout_s=1))
     os.kill(learners.pids()[0], signal.SIGSTOP)
     with pytest.raises(JobLost, match="hung"):
         learners.get_state()

@@ -24,6 +24,7 @@ class Tasks:
 class Encoder:
     class Config(Settings):
         hidden: tuple[int, ...] = (64, 64)
+        hidden_size: int = 64
 
 
 class Network:
@@ -122,9 +123,8 @@ CORPUS = {
         "run.yaml:12:3: algorithm.iner_lr: unknown setting; did you mean 'inner_lr'?",
     ),
     "a setting by its old name": (
-        ("inner_lr: 1e-3", "steps_per_shot: 5"),
-        "run.yaml:12:3: algorithm.steps_per_shot: this setting has another name: "
-        "steps_per_adaptation",
+        ("hidden: [32]", "size: 32"),
+        "run.yaml:9:5: network.encoder.size: this setting has another name: hidden_size",
     ),
     "unknown key of a nested component": (
         ("hidden: [32]", "hiden: [32]"),

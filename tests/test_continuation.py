@@ -26,7 +26,7 @@ from dmrl_ray.store.commits import load_run_config, newest_commit, settings_chan
 CONFIG = """\
 name: longer
 tasks: {type: cartpole}
-network: {encoder: {type: mlp, sizes: [8]}}
+network: {encoder: {type: mlp, hidden_sizes: [8]}}
 algorithm: {type: ppo, num_steps: 16, epochs: 1}
 rollout: {shards: 2, num_envs: 4}
 workers: {num: 0}
@@ -39,7 +39,7 @@ stages:
   held_out: {type: evaluate, init_from: train, tasks: 3}
   cloned:
     type: pretrain
-    algorithm: {type: cloning, num_steps: 16, data: {stage: train}}
+    algorithm: {type: behavior_cloning, num_steps: 16, data: {stage: train}}
     env_steps: 256
     validation_tasks: 2
 """

@@ -79,7 +79,7 @@ def add_rows(writer, step):
 def add_steps(writer, step):
     vectors = pa.array(np.zeros((3, 4), np.float32).tolist(), pa.list_(pa.float32()))
     zeros = dict.fromkeys(
-        ["column", "episode", "t", "policy_version", "adaptation_step", "action"], 0
+        ["environment", "episode", "t", "policy_version", "adaptation_step", "action"], 0
     )
     ends = {"terminated": False, "truncated": False, "log_prob": 0.0}
     where = {"stage": "s", "job": f"j{step}", "task_id": "t", "split": "train"}

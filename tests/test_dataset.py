@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Discrete
 
 from dmrl_ray.data.dataset import Dataset
 from dmrl_ray.data.files import Recorded
-from dmrl_ray.data.sources import DataSettings, Foreign, Minari, source_of
+from dmrl_ray.data.sources import DataSettings, External, Minari, source_of
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.store.writer import RunWriter
 from tests.test_recording import make_record, recorded
@@ -103,9 +103,9 @@ def test_windows_forget_at_the_ends_of_episodes_and_nowhere_else(folder):
     rollout = opened(folder).windows(np.random.default_rng(0), 20, 60)
     done = rollout.terminated | rollout.truncated
     # An episode that was still open when recording ended begins another stretch as well.
-    assert (rollout.reset_state[1:] >= done[:-1]).all()
-    assert rollout.reset_state[0].all()
-    assert rollout.reset_state[1:].sum() < done[:-1].sum() + 20
+    assert (rollout.reset[1:] >= done[:-1]).all()
+    assert rollout.reset[0].all()
+    assert rollout.reset[1:].sum() < done[:-1].sum() + 20
 
 
 def test_windows_take_every_step_equally_often(folder):
@@ -142,7 +142,7 @@ def test_histories_keep_the_order_of_learning(tmp_path):
     rollout = data.histories(np.random.default_rng(0), 16, 30, every=1)
     order = rollout.obs[:-1, :, 0]
     assert (np.diff(order, axis=0) >= 0).all()
-    assert rollout.reset_state[1:].sum() == 0
+    assert rollout.reset[1:].sum() == 0
     assert len(set(order[0])) > 3
     skipping = data.histories(np.random.default_rng(0), 16, 20, every=3).obs[:-1, :, 0]
     assert ((skipping[10] - skipping[9]) == 3).all()
@@ -184,7 +184,7 @@ def test_a_file_much_larger_than_the_memory_is_read_in_a_bounded_one(tmp_path):
             ends = np.arange(1000) % 10 == 9
             writer.write_table(pa.table([obs, np.zeros(1000, int), ends], schema))
     space = Box(-np.inf, np.inf, (500,), np.float32)
-    data = Dataset(Foreign((str(path),), {}), space, Discrete(2), memory_bytes=5 << 20)
+    data = Dataset(External((str(path),), {}), space, Discrete(2), memory_bytes=5 << 20)
     before, largest = pa.default_memory_pool().bytes_allocated(), 0
     for _ in range(3):
         data.units(rng, "episode", 32, 10)
@@ -195,21 +195,21 @@ def test_a_file_much_larger_than_the_memory_is_read_in_a_bounded_one(tmp_path):
     assert path.stat().st_size > 60 << 20
 
 
-def foreign(tmp_path, **columns):
+def external(tmp_path, **columns):
     path = tmp_path / "theirs.parquet"
     pq.write_table(pa.table(columns), path, row_group_size=3)
     return str(path)
 
 
 def test_columns_of_others_are_mapped_and_their_episodes_found(tmp_path):
-    file = foreign(
+    file = external(
         tmp_path,
         o=[[float(i)] for i in range(7)],
         a=[0, 1, 2, 0, 1, 2, 0],
         done=[False, False, True, False, False, False, True],
     )
     names = {"obs": "o", "action": "a", "terminated": "done"}
-    data = Dataset(Foreign((file,), names), *LINE)
+    data = Dataset(External((file,), names), *LINE)
     assert data.starts["episode"].tolist() == [0, 3, 7]
     rollout = data.rollout([[(1, 3, True), (3, 5, True)]], 4)
     assert rollout.obs[:, 0, 0].tolist() == [1, 2, 3, 4, 5]
@@ -219,8 +219,8 @@ def test_columns_of_others_are_mapped_and_their_episodes_found(tmp_path):
 
 
 def test_episodes_of_others_may_be_numbered(tmp_path):
-    file = foreign(tmp_path, obs=[[0.0]] * 6, action=[0] * 6, episode=[1, 1, 5, 5, 5, 9])
-    assert Dataset(Foreign((file,), {}), *LINE).starts["episode"].tolist() == [0, 2, 5, 6]
+    file = external(tmp_path, obs=[[0.0]] * 6, action=[0] * 6, episode=[1, 1, 5, 5, 5, 9])
+    assert Dataset(External((file,), {}), *LINE).starts["episode"].tolist() == [0, 2, 5, 6]
 
 
 def test_episodes_of_minari_have_their_last_successor():
@@ -279,7 +279,7 @@ def test_what_does_not_fit_the_family_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="record a stage"):
         Dataset(Recorded((str(folder),), "other"), *CART)
     with pytest.raises(ValueError, match="no column 'o' for 'obs'"):
-        Foreign((foreign(tmp_path, obs=[[0.0]], action=[0]),), {"obs": "o"})
+        External((external(tmp_path, obs=[[0.0]], action=[0]),), {"obs": "o"})
 
 
 ROWS = {
@@ -297,7 +297,7 @@ def holed(tmp_path, **changes):
     for name, cells in changes.items():
         for row, value in cells.items():
             columns[name][row] = value
-    return Dataset(Foreign((foreign(tmp_path, **columns),), {}), *LINE)
+    return Dataset(External((external(tmp_path, **columns),), {}), *LINE)
 
 
 def seen(rollout):
@@ -332,7 +332,7 @@ def test_steps_that_are_not_finite_are_not_drawn_and_nothing_is_joined_over_them
     for rollout in (data.windows(rng, 50, 6), data.of_tasks(rng, data.task_names * 50, 6)):
         assert seen(rollout) == left
         assert all_finite(rollout)
-        joined = ~rollout.reset_state[1:]
+        joined = ~rollout.reset[1:]
         assert (np.diff(rollout.obs[:-1, :, 0], axis=0)[joined] == 1).all()
     for rollout in (data.units(rng, "episode", 50, 6), data.histories(rng, 50, 6, every=1)):
         assert seen(rollout) == {0, 1, 2, 6, 7, 8}
@@ -345,7 +345,7 @@ def test_steps_that_are_not_finite_are_not_drawn_and_nothing_is_joined_over_them
 
 def test_a_trial_with_a_gap_is_left_out_as_a_whole(tmp_path):
     columns = {**ROWS, "trial": [0] * 6 + [1] * 3, "reward": [1.0, np.nan, *[1.0] * 7]}
-    data = Dataset(Foreign((foreign(tmp_path, **columns),), {}), *LINE)
+    data = Dataset(External((external(tmp_path, **columns),), {}), *LINE)
     assert seen(data.units(np.random.default_rng(0), "trial", 20, 5)) == {6, 7, 8}
 
 
@@ -357,12 +357,12 @@ def test_the_first_rows_that_are_left_out_are_named_and_the_others_counted(tmp_p
     assert str(data.left_out).endswith("row 7: reward and 1 more")
 
 
-def test_recorded_rows_are_named_with_their_stage_and_column(answers, tmp_path):
+def test_recorded_rows_are_named_with_their_stage_and_environment(answers, tmp_path):
     steps, trial = answers[0]
     broken = {**steps, "reward": np.where(np.arange(len(steps["t"])) == 25, np.nan, 1.0)}
     data = opened(write(tmp_path / "run", [(broken, trial), *answers[1:]]))
     (place,) = data.left_out.first
-    known = r"\(stage seen, job seen, column 5, trial 0, episode 0, t 5\): reward$"
+    known = r"\(stage seen, job seen, environment 5, trial 0, episode 0, t 5\): reward$"
     assert re.search(r"run/\S+\.parquet row 25 " + known, place)
     assert data.left_out.of == 480
 

@@ -16,7 +16,7 @@ from dmrl_ray.results.reading import load
 CONFIG = """
 name: delayed
 tasks: {type: "delayed_family:DelayedCartPole"}
-network: {encoder: {type: mlp, sizes: [16]}}
+network: {encoder: {type: mlp, hidden_sizes: [16]}}
 algorithm: {type: ppo, num_steps: 16, epochs: 2}
 rollout: {shards: 3, num_envs: 8}
 learners: {threads: 1}

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-LSTM = {"type": "lstm", "size": 32}
+LSTM = {"type": "lstm", "hidden_size": 32}
 CASES = {
     "ppo": ("cartpole", "mlp", {"num_steps": 32}),
     "recurrent ppo": ("cartpole", LSTM, {"num_steps": 32}),
@@ -95,7 +95,7 @@ def test_a_resumed_learner_goes_on_exactly(case):
 RESIDENT = {"ppo": {"type": "point_goal", "horizon": 20}, "rl2": "bandit", "maml": "point_goal"}
 
 
-def resident_spec(case: str) -> JobSpec:
+def device_spec(case: str) -> JobSpec:
     rollout = RolloutSettings(shards=1, num_envs=64, device="cuda")
     tasks = Component.model_validate(RESIDENT[case])
     return replace(make_spec(case, "cuda"), tasks=tasks, rollout=rollout)
@@ -105,7 +105,7 @@ def resident_spec(case: str) -> JobSpec:
 def test_what_stays_on_the_gpu_is_fixed_by_its_seed(case):
     results = []
     for _ in range(2):
-        learner, worker, state = Learner(resident_spec(case)), RolloutWorker(), {}
+        learner, worker, state = Learner(device_spec(case)), RolloutWorker(), {}
         for version in range(3):
             weights = Weights(version, learner.weights())
             call = CollectCall(learner.spec, 0, version, 0)
@@ -119,7 +119,7 @@ def test_what_stays_on_the_gpu_is_fixed_by_its_seed(case):
 
 @pytest.mark.parametrize("case", RESIDENT)
 def test_the_host_does_not_wait_while_the_gpu_acts(case):
-    spec = resident_spec(case)
+    spec = device_spec(case)
     program = build(spec, "cuda")
     sampler = program.sampler(64)
     sampler.start(np.random.default_rng(0), 0)
@@ -142,12 +142,12 @@ def test_the_host_does_not_wait_while_the_gpu_acts(case):
 @pytest.mark.parametrize(
     "rollout",
     ["{shards: 2, num_envs: 512}", "{shards: 1, num_envs: 1024, device: cuda}"],
-    ids=["on the host", "resident"],
+    ids=["on the host", "on the device"],
 )
 def test_a_whole_run_trains_on_the_gpu_without_ray(tmp_path, rollout):
     text = f"""
         tasks: {{type: bandit}}
-        network: {{encoder: {{type: lstm, size: 64}}}}
+        network: {{encoder: {{type: lstm, hidden_size: 64}}}}
         algorithm: {{type: rl2}}
         rollout: {rollout}
         workers: {{num: 0}}

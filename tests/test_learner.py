@@ -16,7 +16,7 @@ from dmrl_ray.types import join_shards
 PPO = {"type": "ppo", "num_steps": 10}
 MAML = {"type": "maml", "episodes_per_task": 2}
 RL2 = {"type": "rl2"}
-MLP, LSTM = {"type": "mlp", "sizes": [8]}, {"type": "lstm", "size": 8}
+MLP, LSTM = {"type": "mlp", "hidden_sizes": [8]}, {"type": "lstm", "hidden_size": 8}
 CASES = {"ppo": (PPO, MLP), "maml": (MAML, MLP), "rl2": (RL2, LSTM)}
 
 
@@ -133,7 +133,7 @@ def test_two_shards_are_the_columns_of_one():
     np.testing.assert_array_equal(support.obs[:, :4], trials[0][0].obs)
 
 
-def poisoned(learner, version=0):
+def non_finite(learner, version=0):
     trial = collect(learner, version)
     trial[-1].advantage[0, 0] = np.nan
     trial[-1].value_target = trial[-1].advantage
@@ -145,20 +145,20 @@ def test_an_advantage_that_is_not_a_number_skips_the_batch(case):
     learner = Learner(make_spec(case))
     learner.update(0, 0, [collect(learner)])
     before = learner.get_state()
-    metrics = learner.update(1, 0, [poisoned(learner, 1)])
+    metrics = learner.update(1, 0, [non_finite(learner, 1)])
     assert metrics["skipped_batches"] > 0
     assert_same(before, learner.get_state())
 
 
-def test_three_poisoned_updates_in_a_row_stop_the_job():
+def test_three_non_finite_updates_in_a_row_stop_the_job():
     learner = Learner(make_spec())
     for version in range(2):
-        learner.update(version, 0, [poisoned(learner, version)])
+        learner.update(version, 0, [non_finite(learner, version)])
     learner.update(2, 0, [collect(learner, 2)])  # a good one starts the count again
     for version in range(2):
-        learner.update(version, 0, [poisoned(learner, version)])
+        learner.update(version, 0, [non_finite(learner, version)])
     with pytest.raises(NumericalError, match=r"stage 's', update 9: .*3 updates"):
-        learner.update(9, 0, [poisoned(learner, 9)])
+        learner.update(9, 0, [non_finite(learner, 9)])
 
 
 @pytest.mark.parametrize(

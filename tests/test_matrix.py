@@ -53,7 +53,7 @@ REFUSED: list[tuple[Callable[[Cell], bool], str]] = [
     ),
     (lambda c: c.algorithm == "dpt" and c.stage == "continue", "dpt acts by asking"),
     (
-        lambda c: c.algorithm in {"cloning", "autoencoder", "vae"} and c.stage == "adapt",
+        lambda c: c.algorithm in {"behavior_cloning", "autoencoder", "vae"} and c.stage == "adapt",
         "has no adaptation of its own",
     ),
 ]
@@ -111,7 +111,7 @@ def steps(played: Played) -> None:
     if not whole_trials:  # Its episodes go on from one collection to the next.
         trained = trained.assign(trial=0)
     for rows in (held_out, trained):
-        t = rows.groupby(["trial", "column", "episode"])["t"].agg(["max", "nunique", "size"])
+        t = rows.groupby(["trial", "environment", "episode"])["t"].agg(["max", "nunique", "size"])
         assert (t["max"] + 1 == t["nunique"]).all()
         assert (t["nunique"] == t["size"]).all()
 

@@ -49,11 +49,13 @@ def sizes(*overrides, stage="meta", **parts):
 def test_weights_are_counted_with_gradients_and_moments():
     # Two encoders of 2 -> 10 (30 numbers), a policy head 10 -> 2 with 2 spreads (24), a value head
     # 10 -> 1 (11): 95 numbers of 4 bytes; weight, two copies of the gradient, two moments.
-    held, _ = sizes(encoder="{type: mlp, sizes: [10]}")
+    held, _ = sizes(encoder="{type: mlp, hidden_sizes: [10]}")
     assert held["weights"] == 5 * 4 * 95
-    held, _ = sizes(encoder="{type: mlp, sizes: [10]}", algorithm="{type: ppo, optimizer: sgd}")
+    held, _ = sizes(
+        encoder="{type: mlp, hidden_sizes: [10]}", algorithm="{type: ppo, optimizer: sgd}"
+    )
     assert held["weights"] == 3 * 4 * 95
-    held, _ = sizes(encoder="{type: mlp, sizes: [10]}", stage="held_out")
+    held, _ = sizes(encoder="{type: mlp, hidden_sizes: [10]}", stage="held_out")
     assert held["weights"] == 4 * 95
 
 
@@ -62,7 +64,7 @@ def test_frozen_weights_have_no_gradients():
     finetune = (
         "stages.held_out={type: finetune, init_from: meta, trainable: [policy_head, value_head]}"
     )
-    held, _ = sizes(finetune, encoder="{type: mlp, sizes: [10]}", stage="held_out")
+    held, _ = sizes(finetune, encoder="{type: mlp, hidden_sizes: [10]}", stage="held_out")
     assert held["weights"] == 4 * 95 + 4 * 4 * 35
 
 
@@ -82,21 +84,24 @@ def test_replay_is_counted_whole():
 def test_each_task_has_parameters_of_its_own():
     # The actor has 54 numbers. Two shards of 40 environments, 20 a task, are 4 tasks; after two
     # inner steps they have two sets of parameters each, and a gradient.
-    held, _ = sizes(encoder="{type: mlp, sizes: [10]}", algorithm="{type: maml, inner_steps: 2}")
+    held, _ = sizes(
+        encoder="{type: mlp, hidden_sizes: [10]}", algorithm="{type: maml, inner_steps: 2}"
+    )
     assert held["tasks' parameters"] == 3 * 4 * 4 * 54
 
 
 def test_heads_that_adapt_alone_are_all_that_tasks_have():
     # 24 numbers of the policy head; 4 tasks, one inner step and the gradient.
     held, _ = sizes(
-        encoder="{type: mlp, sizes: [10]}", algorithm="{type: maml, adapt: [policy_head]}"
+        encoder="{type: mlp, hidden_sizes: [10]}",
+        algorithm="{type: maml, trainable: [policy_head]}",
     )
     assert held["tasks' parameters"] == 2 * 4 * 4 * 24
 
 
 def test_keys_and_values_of_a_context_are_memory():
     # 40 environments, 3 layers x keys and values x 50 steps x 8 numbers of 4 bytes.
-    encoder = "{type: transformer, layers: 3, context: 50, size: 8, heads: 2}"
+    encoder = "{type: transformer, layers: 3, context: 50, hidden_size: 8, heads: 2}"
     held, _ = sizes(encoder=encoder, algorithm="rl2")
     assert held["memory"] == 40 * 3 * 2 * 50 * 8 * 4
 
@@ -120,7 +125,7 @@ def test_where_episodes_may_end_early_the_mask_alone_is_sure():
 
 
 PARTS = [
-    Part("weights", "5 weights", ((7, "network.encoder.sizes"),), 3 << 30, 4 << 30),
+    Part("weights", "5 weights", ((7, "network.encoder.hidden_sizes"),), 3 << 30, 4 << 30),
     Part(
         "rollouts",
         "9 steps",
@@ -177,20 +182,23 @@ SAC, RL2, MAML = ({"algorithm": name} for name in ("sac", "rl2", "maml"))
 GRU = {"encoder": "gru", **RL2}
 TWO_STEP = {"family": "{type: two_step}"}
 LARGE = {
-    "network.encoder.sizes=[65536, 65536]": {},
-    "network.encoder.size=65536": GRU,
+    "network.encoder.hidden_sizes=[65536, 65536]": {},
+    "network.encoder.hidden_size=65536": GRU,
     "network.encoder.context=65536": {
-        "encoder": "{type: transformer, size: 512, layers: 8}",
+        "encoder": "{type: transformer, hidden_size: 512, layers: 8}",
         **RL2,
     },
     "algorithm.num_steps=1000000": {},
     "algorithm.replay_trials=1000000": SAC,
-    "algorithm.critic_sizes=[65536, 65536]": SAC,
+    "algorithm.critic_hidden_sizes=[65536, 65536]": SAC,
     "algorithm.inner_steps=1000000": MAML,
     "rollout.num_envs=1000000": {},
     "rollout.shards=65536": {},
     "tasks.horizon=1000000": GRU,
-    "tasks.arms=65536": {"family": "{type: bandit}", "encoder": "{type: mlp, sizes: [4096]}"},
+    "tasks.arms=65536": {
+        "family": "{type: bandit}",
+        "encoder": "{type: mlp, hidden_sizes: [4096]}",
+    },
     "tasks.episodes=1000000": {"family": "{type: grid_nav}", **GRU},
     "tasks.rounds=1000000": TWO_STEP,
     "tasks.pulls=1000000": {"family": "{type: restless_bandit}"},

@@ -16,12 +16,12 @@ FAMILIES = {
     " vary: {gravity: [5, 15]}}",
 }
 METHODS = {
-    "rl2": ("rl2", "{type: gru, size: 8}"),
+    "rl2": ("rl2", "{type: gru, hidden_size: 8}"),
     "maml": (
         "{type: maml, episodes_per_task: 2, evaluation_steps: 2}",
-        "{type: mlp, sizes: [8]}",
+        "{type: mlp, hidden_sizes: [8]}",
     ),
-    "ppo": ("{type: ppo, num_steps: 8}", "{type: mlp, sizes: [8]}"),
+    "ppo": ("{type: ppo, num_steps: 8}", "{type: mlp, hidden_sizes: [8]}"),
 }
 
 

@@ -11,7 +11,7 @@ from dmrl_ray.cluster import placement
 from dmrl_ray.cluster.placement import WORTH_S, WORTH_US, place, step_us
 from dmrl_ray.config.loading import load_config, parse_config
 from dmrl_ray.config.paths import JOB_VARIABLE
-from dmrl_ray.config.schema import settled
+from dmrl_ray.config.schema import resolve_auto
 from dmrl_ray.control import controller
 from dmrl_ray.envs.cartpole import CartPole, CartPoleVectorEnv
 from dmrl_ray.errors import ConfigError
@@ -142,4 +142,4 @@ def test_the_choice_is_told_kept_and_not_made_again(tmp_path):
 
 
 def test_before_a_run_an_open_number_counts_as_one():
-    assert (settled("auto"), settled(0), settled(5)) == (1, 0, 5)
+    assert (resolve_auto("auto"), resolve_auto(0), resolve_auto(5)) == (1, 0, 5)

@@ -13,7 +13,7 @@ from dmrl_ray.networks.heads import CategoricalHead, GaussianHead
 from dmrl_ray.tasks.spaces import Packed
 
 VECTOR, IMAGE = Box(-1, 1, (3,), np.float32), Box(0, 255, (6, 5, 3), np.uint8)
-LSTM = {"type": "lstm", "size": 8}
+LSTM = {"type": "lstm", "hidden_size": 8}
 
 
 def make_policy(obs=VECTOR, action=None, *, sees_previous=False, **settings):
@@ -118,10 +118,10 @@ def test_a_constant_input_becomes_zero(value):
 def test_numbers_that_are_not_finite_do_not_enter_a_norm(shape, bad):
     norm, expected = RunningNorm(shape), RunningNorm(shape)
     batch = torch.randn(20, *shape) * 3 + 5
-    poisoned = torch.cat([batch, batch[:1]])
-    poisoned[-1:].flatten()[:1] = bad
+    broken = torch.cat([batch, batch[:1]])
+    broken[-1:].flatten()[:1] = bad
     norm.update(torch.full_like(batch, bad))
-    norm.update(poisoned)
+    norm.update(broken)
     expected.update(batch)
     for found, wanted in zip(norm.buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(found, wanted)

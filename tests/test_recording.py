@@ -22,7 +22,7 @@ from tests.test_worker import RECURRENT, SPECS, make_spec, weights
 CONFIG = """
 name: recorded
 tasks: {type: cartpole}
-network: {encoder: {type: mlp, sizes: [8]}}
+network: {encoder: {type: mlp, hidden_sizes: [8]}}
 algorithm: {type: ppo, num_steps: 30, epochs: 1}
 rollout: {shards: 2, num_envs: 4}
 workers: {num: 0}
@@ -66,8 +66,8 @@ def vectors(cells):
 def test_rows_hold_what_was_played_column_after_column(name):
     (steps, trial), *_ = recorded(make_record(SPECS[name]))
     obs = np.concatenate([r.obs[:-1] for r in trial])
-    for b in range(trial[0].num_columns):
-        mine = steps["column"] == trial[0].num_columns + b  # of the second shard
+    for b in range(trial[0].num_envs):
+        mine = steps["environment"] == trial[0].num_envs + b  # of the second shard
         for field in ("action", "reward", "terminated", "truncated", "log_prob"):
             cells = steps[field] if isinstance(steps[field], np.ndarray) else vectors(steps[field])
             played = np.concatenate([getattr(r, field)[:, b] for r in trial])
@@ -89,7 +89,7 @@ def test_episodes_that_go_on_are_counted_on():
     answers = recorded(make_record(SPECS["ppo"]), iterations=6)
     for b in range(4):
         t, episode, done = (
-            np.concatenate([steps[k][steps["column"] == 4 + b] for steps, _ in answers])
+            np.concatenate([steps[k][steps["environment"] == 4 + b] for steps, _ in answers])
             for k in ("t", "episode", "terminated")
         )
         ends = np.flatnonzero(done)
@@ -108,7 +108,7 @@ def test_a_row_names_the_task_that_was_played_not_the_one_that_waits():
         call = CollectCall(spec, 0, i, 0)
         report, _, state = worker.collect(call, weights(spec, i), state)
         rows = zip(
-            report.steps["column"],
+            report.steps["environment"],
             report.steps["episode"],
             report.steps["task_id"].to_pylist(),
             strict=True,
@@ -141,7 +141,7 @@ def test_the_steps_of_a_run_add_up_to_its_episodes(run):
     counts = steps[ended & (steps["stage"] != "held_out")].groupby(key).size()
     assert counts.equals(episodes[episodes["stage"] != "held_out"].groupby(key).size())
     first = steps[(steps["stage"] == "held_out") & (steps["episode"] == 0)]
-    returns = first.groupby(["trial", "column"])["reward"].sum()
+    returns = first.groupby(["trial", "environment"])["reward"].sum()
     held_out = episodes[episodes["stage"] == "held_out"]["return"]
     assert sorted(returns) == sorted(held_out)
 
@@ -152,7 +152,7 @@ def test_the_table_is_read_with_its_vectors(run):
     assert steps["obs"].iloc[0].shape == (4,)
     assert steps["action"].dtype == np.int64
     # A learning history: one column of one job, in order of learning.
-    job = steps[steps["stage"] == "special"].groupby(["job", "column"])
+    job = steps[steps["stage"] == "special"].groupby(["job", "environment"])
     for _, rows in job:
         assert rows["adaptation_step"].is_monotonic_increasing
         assert (rows["t"].diff().iloc[1:].isin([1]) | (rows["t"].iloc[1:] == 0)).all()
@@ -223,12 +223,12 @@ def test_a_collection_from_its_middle_is_recorded_without_the_sampler():
     tasks = program.distribution.sample(np.random.default_rng(0), 2, "train")
     trial = program.algorithm.collect(sampler, tasks)
     rows = transition_rows(
-        trial, tasks, number=5, first_column=8, open_before=None, step_is_episode=True
+        trial, tasks, number=5, first_env=8, open_before=None, step_is_episode=True
     )
     assert set(rows["policy_version"]) == {3}
     assert rows["task_id"].to_pylist()[0] == tasks[0].id
     assert rows["task_id"].to_pylist()[-1] == tasks[1].id
-    assert set(rows["column"]) == {8, 9, 10, 11}
+    assert set(rows["environment"]) == {8, 9, 10, 11}
 
 
 class Told(Walk):

@@ -59,7 +59,7 @@ def test_the_successor_is_the_true_one_where_an_episode_ended():
     assert trial[0].final_step.numel() + trial[1].final_step.numel() > 0
     for i, rollout in enumerate(trial):
         at = rollout.final_step + i * STEPS // 2
-        assert torch.equal(steps.next_obs[rollout.final_column, at], rollout.final_obs)
+        assert torch.equal(steps.next_obs[rollout.final_env, at], rollout.final_obs)
     within = ~(steps.terminated | steps.truncated)[:, :-1]
     assert torch.equal(steps.next_obs[:, :-1][within], steps.obs[:, 1:][within])
 

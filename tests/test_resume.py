@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG = """
 name: killed
 tasks: {type: cartpole}
-network: {type: actor_critic, encoder: {type: mlp, sizes: [16]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [16]}}
 algorithm: {type: ppo, num_steps: 16, epochs: 1}
 rollout: {shards: 2, num_envs: 8}
 workers: {num: 0}
@@ -48,7 +48,7 @@ stages:
   seen: {{type: evaluate, init_from: train, tasks: 3, trials: 2, record: true}}
   cloned:
     type: pretrain
-    algorithm: {{type: cloning, num_steps: 16, data: {{stage: again}}}}
+    algorithm: {{type: behavior_cloning, num_steps: 16, data: {{stage: again}}}}
     env_steps: 1536
     validation_tasks: 4
 """

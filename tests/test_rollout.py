@@ -49,7 +49,7 @@ class WalkColumns(TaskVectorEnv):
         terminal, limit, _ = self.present.T
         ends = self.t >= terminal, self.t >= limit
         obs = self.observe()
-        step, column, what = self.family.poison
+        step, column, what = self.family.broken
         if len(self.felt) == step + 1:
             (obs if what == "obs" else reward)[column] = np.nan
         obs, infos = self.auto_reset(obs, ends[0] | ends[1])
@@ -62,10 +62,10 @@ class WalkColumns(TaskVectorEnv):
 class Walk(TaskDistribution):
     family, max_episode_steps = "walk", 4
 
-    def __init__(self, discrete=True, poison=(-1, 0, "")):
+    def __init__(self, discrete=True, broken=(-1, 0, "")):
         self.observation_space = Box(-np.inf, np.inf, (2,), np.float32)
         self.action_space = Discrete(3) if discrete else Box(-1, 1, (2,), np.float32)
-        self.poison = poison
+        self.broken = broken
 
     def make_vec(self, num_envs):
         return WalkColumns(self, num_envs)
@@ -84,7 +84,7 @@ MIXED = [task("a", terminal=3), task("b", limit=4), task("c", terminal=2, limit=
 def make_policy(family, encoder="mlp", sees_previous=False, **settings):
     """Far from its initial weights and norms, so that nothing is zero or one by chance."""
     torch.manual_seed(0)
-    encoder = {"type": encoder} | ({"size": 8} if encoder in ("lstm", "gru") else {})
+    encoder = {"type": encoder} | ({"hidden_size": 8} if encoder in ("lstm", "gru") else {})
     config = ActorCritic.Config.model_validate({"encoder": encoder} | settings)
     spaces = family.observation_space, family.action_space
     policy = ActorCritic(config, *spaces, sees_previous=sees_previous)
@@ -146,8 +146,8 @@ def test_the_learners_forward_reproduces_what_the_worker_did(case, discrete):
     for rollout in (r.map(torch.from_numpy) for r in rollouts):
         previous = previous_inputs(rollout) if policy.sees_previous else None
         inputs = rollout.obs[:-1], previous
-        reset = rollout.reset_state if policy.recurrent else None
-        pi, features, _ = policy(*inputs, rollout.initial_state, reset)
+        reset = rollout.reset if policy.recurrent else None
+        pi, features, _ = policy(*inputs, rollout.initial_memory, reset)
         log_prob = policy.policy_head.log_prob(pi, rollout.action)
         torch.testing.assert_close(log_prob, rollout.log_prob)
         value = policy.value(features if policy.value_encoder is None else None, *inputs, reset)
@@ -219,8 +219,8 @@ def test_the_last_transition_of_an_episode_reaches_a_memory_that_spans_the_trial
     np.testing.assert_array_equal(reward[:, 0], [0, 11, 12, 13, 11])
     np.testing.assert_array_equal(done[:, 0], [True, False, False, True, False])
     np.testing.assert_array_equal(action[0], [-1, -1])
-    assert rollout.reset_state[0].all()
-    assert not rollout.reset_state[1:].any()
+    assert rollout.reset[0].all()
+    assert not rollout.reset[1:].any()
 
 
 def test_an_episodes_end_clears_everything_where_memory_is_an_episodes():
@@ -230,7 +230,7 @@ def test_an_episodes_end_clears_everything_where_memory_is_an_episodes():
     np.testing.assert_array_equal(action[3], [-1, -1])
     np.testing.assert_array_equal(reward[:, 0], [0, 11, 12, 0, 11])
     np.testing.assert_array_equal(done[:, 0], [True, False, False, True, False])
-    np.testing.assert_array_equal(rollout.reset_state[:, 0], [True, False, False, True, False])
+    np.testing.assert_array_equal(rollout.reset[:, 0], [True, False, False, True, False])
 
 
 @pytest.mark.parametrize("spans", [True, False])
@@ -247,7 +247,7 @@ def test_without_a_reset_memory_goes_on_over_an_episodes_end():
     policy = make_policy(Walk(), "lstm", sees_previous=True)
     sampler = make_sampler(Walk(), policy=policy, spans=True)
     sampler.rollout(policy, 4)  # ends with an end of column b
-    assert all((leaf != 0).all() for leaf in sampler.rollout(policy, 1).initial_state)
+    assert all((leaf != 0).all() for leaf in sampler.rollout(policy, 1).initial_memory)
 
 
 def test_the_true_successor_of_every_step_is_kept():
@@ -274,7 +274,7 @@ def test_a_fresh_sampler_that_should_go_on_begins_a_trial():
     policy = make_policy(Walk())
     sampler = make_sampler(Walk())
     sampler.continue_episodes(MIXED, policy)
-    assert sampler.rollout(policy, 1).reset_state.all()
+    assert sampler.rollout(policy, 1).reset.all()
 
 
 def test_rows_of_episodes_by_hand():
@@ -287,7 +287,7 @@ def test_rows_of_episodes_by_hand():
     rows = sampler.take_episodes()
     assert [t.id for t in rows["task"]] == ["b", "a", "b", "a", "b"]
     expected = {
-        "column": [1, 0, 1, 0, 1],
+        "environment": [1, 0, 1, 0, 1],
         "episode": [0, 0, 1, 1, 2],
         "adaptation_step": [7] * 5,
         "return": [3, 36, 3, 36, 3],
@@ -312,7 +312,7 @@ class Endless(pictures.Walk):
     max_episode_steps = 10**10
 
 
-def walked(teacher=None):
+def walked(beta=None):
     """A rollout of two episodes in each of four environments."""
     family = Endless(Endless.Config(seen="picture", varying=True))
     torch.manual_seed(0)
@@ -321,7 +321,7 @@ def walked(teacher=None):
     sampler = Sampler(family, 4, memory_spans_trial=False)
     sampler.start(rng(), 0)
     sampler.begin_trial(family.sample(rng(), 4, "train"), policy, 2)
-    return sampler.rollout(policy, with_value=False, teacher=teacher)
+    return sampler.rollout(policy, with_value=False, beta=beta)
 
 
 def test_a_rollout_takes_memory_for_the_steps_that_are_played():
@@ -330,11 +330,11 @@ def test_a_rollout_takes_memory_for_the_steps_that_are_played():
     assert rollout.obs.base.nbytes < 1e6
 
 
-@pytest.mark.parametrize("teacher", [None, 0.5])
-def test_a_rollout_is_the_same_however_its_memory_grew(teacher, monkeypatch):
-    at_once = walked(teacher)
+@pytest.mark.parametrize("beta", [None, 0.5])
+def test_a_rollout_is_the_same_however_its_memory_grew(beta, monkeypatch):
+    at_once = walked(beta)
     monkeypatch.setattr("dmrl_ray.rollout.sampler.BLOCK_STEPS", 3)
-    grown = walked(teacher)
+    grown = walked(beta)
     assert grown.num_steps > 3 * 2
     assert not grown.all_count
     assert_same_rollout(at_once, grown)
@@ -486,7 +486,7 @@ def test_the_same_stream_gives_the_same_rollout():
 @pytest.mark.parametrize("what", ["obs", "reward"])
 def test_a_value_that_is_not_finite_names_column_step_and_task(what, discrete):
     # What the policy would do next is not finite either, and that is not its fault.
-    family = Walk(discrete, poison=(0, 1, what))
+    family = Walk(discrete, broken=(0, 1, what))
     policy = make_policy(family, sees_previous=True)
     tasks = [task("fine"), task("bad", limit=3)]
     sampler = make_sampler(family, tasks, policy)
@@ -497,7 +497,7 @@ def test_a_value_that_is_not_finite_names_column_step_and_task(what, discrete):
 
 
 def test_the_task_at_fault_is_named_also_when_the_column_has_another_since():
-    family = Walk(poison=(0, 0, "reward"))
+    family = Walk(broken=(0, 0, "reward"))
     policy = make_policy(family)
     sampler = make_sampler(family, [task("bad", limit=3)], policy)
     sampler.set_tasks([task("next")])
@@ -506,7 +506,7 @@ def test_the_task_at_fault_is_named_also_when_the_column_has_another_since():
 
 
 def test_a_last_observation_that_is_not_finite_is_found_before_the_reset_hides_it():
-    family = Walk(poison=(2, 1, "obs"))
+    family = Walk(broken=(2, 1, "obs"))
     policy = make_policy(family)
     sampler = make_sampler(family, [task("fine"), task("bad", limit=3)], policy)
     with pytest.raises(EnvironmentFault, match=r"final_obs of column 1 at step 2 .*nan.* task bad"):
@@ -550,7 +550,7 @@ def test_every_environment_plays_its_episodes_and_no_step_more_counts(spans):
     assert rollout.num_steps == 8
     assert not rollout.all_count
     rows = sampler.take_episodes()
-    assert sorted(zip(rows["column"].tolist(), rows["episode"].tolist(), strict=True)) == [
+    assert sorted(zip(rows["environment"].tolist(), rows["episode"].tolist(), strict=True)) == [
         (column, episode) for column in range(4) for episode in range(2)
     ]
     assert rows["length"].sum() == rollout.mask.sum()
@@ -587,7 +587,7 @@ def test_experience_counts_all_environments_of_a_task():
     rows = sampler.take_episodes()
     seen = sorted(
         zip(
-            *(rows[n].tolist() for n in ("column", "experience_steps", "experience_episodes")),
+            *(rows[n].tolist() for n in ("environment", "experience_steps", "experience_episodes")),
             strict=True,
         )
     )

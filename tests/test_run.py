@@ -61,7 +61,7 @@ def test_a_rollback_before_the_first_commit_forgets_everything(run):
 
 TWO_STAGES = """\
 tasks: {type: bandit}
-network: {type: actor_critic, encoder: {type: mlp, sizes: [4]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [4]}}
 algorithm: {type: ppo, num_steps: 10}
 rollout: {shards: 1, num_envs: 4}
 workers: {num: 0}

@@ -57,8 +57,8 @@ from tests.settings_walk import (
     put,
 )
 
-MLP: dict[str, Any] = {"type": "mlp", "sizes": [8]}
-GRU: dict[str, Any] = {"type": "gru", "size": 8}
+MLP: dict[str, Any] = {"type": "mlp", "hidden_sizes": [8]}
+GRU: dict[str, Any] = {"type": "gru", "hidden_size": 8}
 WALK: dict[str, Any] = {"type": "tests.matrix_family:Walk"}
 PPO: dict[str, Any] = {"type": "ppo", "num_steps": 10, "epochs": 2, "minibatches": 2}
 READS: dict[str, Any] = {"runs": ["DATA/run"], "stage": "source"}
@@ -92,7 +92,7 @@ def algorithm_config(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     kind = settings.get("type", name)
     encoder = GRU if kind in MEMORIES and kind != "varibad" else MLP
     if kind == "varibad":
-        encoder = {"type": "belief", "latent": 2, "history": GRU, "sizes": [8]}
+        encoder = {"type": "belief", "latent": 2, "history": GRU, "hidden_sizes": [8]}
     more = {"context": 2} if kind == "cavia" else {}
     settings = {"type": kind, **settings}
     if "data" in settings:
@@ -118,7 +118,7 @@ RUNS = {
 RUNS["dpt_reading"] = algorithm_config("dpt", {"type": "dpt", "minibatches": 2, "data": READS})
 
 VALUES: dict[str, list[Any]] = {
-    "adapt": [["policy_head"]],
+    "trainable": [["policy_head"]],
     "steps_per_adaptation": [5],
     "replay_trials": [4, 2],
     "belief_steps": [5],
@@ -133,8 +133,8 @@ ALIKE = {
     "promp": "maml",
     "cavia": "maml",
     "meta_sgd": "maml",
-    "trial_cloning": "cloning",
-    "algorithm_distillation": "cloning",
+    "trial_cloning": "behavior_cloning",
+    "algorithm_distillation": "behavior_cloning",
     "vae": "autoencoder",
 }
 """Whose inherited settings are walked where slow tests are: the other one's always are."""
@@ -158,7 +158,11 @@ def algorithm_sections() -> Iterator[Section]:
         yield Section(f"algorithm {name}", model, "algorithm", config, VALUES, only=only)
         if reading:
             continue
-        encoder = {"type": "lstm", "size": 8} if kind in MEMORIES else {"type": "mlp", "sizes": [9]}
+        encoder = (
+            {"type": "lstm", "hidden_size": 8}
+            if kind in MEMORIES
+            else {"type": "mlp", "hidden_sizes": [9]}
+        )
         if kind == "varibad":
             encoder = {"type": "belief", "latent": 3}
         values = {"encoder": [encoder], "critic_only": [["task"]]}
@@ -197,26 +201,26 @@ def encoder_config(encoder: dict[str, Any]) -> dict[str, Any]:
 
 
 IN_TRIALS = {"belief", "transformer", "symmetric", "tabular"}
-CNN = {"type": "cnn", "channels": [2], "stride": 2, "sizes": [8]}
+CNN = {"type": "cnn", "channels": [2], "stride": 2, "hidden_sizes": [8]}
 ENCODERS: list[dict[str, Any]] = [
     MLP,
     CNN,
-    {"type": "residual", "channels": [2], "blocks": 1, "sizes": [8]},
+    {"type": "residual", "channels": [2], "blocks": 1, "hidden_sizes": [8]},
     {"type": "embedding", "size": 8},
     {"type": "combined", "parts": {"place": MLP, "picture": CNN, "third": MLP}},
-    {"type": "lstm", "size": 8},
+    {"type": "lstm", "hidden_size": 8},
     GRU,
-    {"type": "belief", "latent": 2, "history": GRU, "sizes": [8]},
-    {"type": "rnn", "size": 8},
-    {"type": "transformer", "size": 8, "layers": 1, "heads": 2, "context": 4},
-    {"type": "symmetric", "size": 8, "width": 4},
-    {"type": "tabular", "size": 8, "width": 4},
+    {"type": "belief", "latent": 2, "history": GRU, "hidden_sizes": [8]},
+    {"type": "rnn", "hidden_size": 8},
+    {"type": "transformer", "hidden_size": 8, "layers": 1, "heads": 2, "context": 4},
+    {"type": "symmetric", "hidden_size": 8, "width": 4},
+    {"type": "tabular", "hidden_size": 8, "width": 4},
 ]
 OTHER_NETWORKS: dict[str, list[Any]] = {
-    "body": [MLP],
+    "torso": [MLP],
     "trunk": [MLP],
-    "history": [{"type": "lstm", "size": 8}],
-    "parts": [{"place": {"type": "mlp", "sizes": [9]}, "picture": CNN, "third": MLP}],
+    "history": [{"type": "lstm", "hidden_size": 8}],
+    "parts": [{"place": {"type": "mlp", "hidden_sizes": [9]}, "picture": CNN, "third": MLP}],
 }
 
 
@@ -353,7 +357,7 @@ SCHEDULES = {
     "ppo": ("anneal_lr", "anneal_entropy"),
     "maml": ("anneal_lr",),
     "sac": ("anneal_lr",),
-    "distillation": ("anneal_lr", "teacher", "teacher_until"),
+    "dagger": ("anneal_lr", "beta", "beta_until"),
 }
 """Settings that depend on how much of the budget is spent, which in fine-tuning is in updates."""
 
@@ -372,7 +376,7 @@ NOT_NESTED = [name for name in RunConfig.model_fields if name not in {"stages"}]
 
 
 def data_sections() -> Iterator[Section]:
-    config = RUNS["cloning"]
+    config = RUNS["behavior_cloning"]
     yield Section("data", DataSettings, "algorithm.data", config, DATA_VALUES, DATA_BESIDE)
 
 
@@ -388,7 +392,7 @@ SECTIONS = [
 UNSEEN = {
     "run.name": "names the folder",
     "workers.num": "spreads the same work over more processes",
-    "workers.deadline_s": "says when a worker that does not answer is replaced, on Ray",
+    "workers.timeout_s": "says when a worker that does not answer is replaced, on Ray",
     "workers.max_failures": "says when a run that loses workers stops, on Ray",
     "learners.threads": "changes the last bits, of large networks",
     "learners.compile": "compiles for seconds: tests/algorithms/test_gradients.py",

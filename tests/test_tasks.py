@@ -26,7 +26,7 @@ from tests.small_run import create
 CONFIG = """
 name: tasks
 tasks: {type: grid_nav, episodes: 1}
-network: {encoder: {type: mlp, sizes: [8]}}
+network: {encoder: {type: mlp, hidden_sizes: [8]}}
 algorithm: {type: ppo, num_steps: 15, epochs: 1, minibatches: 1}
 rollout: {shards: 1, num_envs: 4}
 workers: {num: 0}
@@ -139,7 +139,7 @@ RECORDED = """
 def recorded(split="train", more="", data="stage: played", tasks="{type: bandit}"):
     """A config whose second policy is cloned from what the first one played."""
     stages = RECORDED.replace("SPLIT", split).replace("MORE", more)
-    stages = stages.replace("ALGORITHM", f"{{type: cloning, data: {{{data}}}}}")
+    stages = stages.replace("ALGORITHM", f"{{type: behavior_cloning, data: {{{data}}}}}")
     config = CONFIG.rstrip() + stages.replace("num_steps: 15, ", "")
     return parse_config(config, "c.yaml", [f"tasks={tasks}"])
 
@@ -229,7 +229,9 @@ def test_what_was_learned_from_stays_known_whatever_a_pattern_finds_later(tmp_pa
     assert text_report(clone) == report
 
 
-CLONING = "type: pretrain, env_steps: 60, validation_tasks: 6, algorithm: {type: cloning, data: "
+CLONING = (
+    "type: pretrain, env_steps: 60, validation_tasks: 6, algorithm: {type: behavior_cloning, data: "
+)
 LAUNDERED = f"""
   played: {{type: evaluate, init_from: train, split: test, tasks: 4, record: true}}
   taught: {{ALLOWED {CLONING} {{stage: played}}}}}}
@@ -303,7 +305,9 @@ def test_the_pages_lines_join_every_episode_with_its_parameters(tmp_path, monkey
 
 def test_the_pages_stage_can_be_learned_from():
     text = CONFIG.replace("  train:", "  experts:") + "  " + block("yaml")
-    cloned = "stages.cloned={type: pretrain, env_steps: 60, algorithm: {type: cloning, DATA}}"
+    cloned = (
+        "stages.cloned={type: pretrain, env_steps: 60, algorithm: {type: behavior_cloning, DATA}}"
+    )
     controller.check(
         parse_config(text, "c.yaml", [cloned.replace("DATA", "data: {stage: played}")])
     )

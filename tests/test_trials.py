@@ -19,8 +19,8 @@ from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
 from tests.matrix_family import LIMIT, SHORT, LazyWalk
 
-MLP = {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [8]}}
-GRU = {"type": "actor_critic", "encoder": {"type": "gru", "size": 8}}
+MLP = {"type": "actor_critic", "encoder": {"type": "mlp", "hidden_sizes": [8]}}
+GRU = {"type": "actor_critic", "encoder": {"type": "gru", "hidden_size": 8}}
 WALK = {"type": "tests.matrix_family:Walk"}
 POLES = {"type": "gym", "id": "CartPole-v1", "vary": {"gravity": [5, 15]}}
 META = {"type": "pretrain", "env_steps": 1, "validation_tasks": 2}
@@ -61,7 +61,7 @@ def five_shot(tmp_path_factory):
 
 def test_recorded_adaptation_steps_have_exactly_their_episodes(five_shot):
     steps = rows(five_shot, "transitions", stage="held_out")
-    episodes = steps[["task_id", "adaptation_step", "column", "episode"]].drop_duplicates()
+    episodes = steps[["task_id", "adaptation_step", "environment", "episode"]].drop_duplicates()
     counts = episodes.groupby(["task_id", "adaptation_step"]).size()
     assert counts.tolist() == [5] * 4
     assert len(steps) == rows(five_shot, stage="held_out")["length"].sum()
@@ -165,12 +165,14 @@ def test_adaptation_steps_of_a_task_are_those_that_its_own_steps_led_to(algorith
     tasks = {**WALK, "varying": True, "drawn": True, "episodes": 3}
     held_out = {"type": "evaluate", **START, "tasks": 5, "record": True}
     folder = play(tmp_path / "run", tasks, algorithm, held_out=held_out)
-    steps = rows(folder, "transitions", stage="held_out").sort_values(["column", "episode", "t"])
-    lengths = steps.groupby(["column", "episode"]).size().unstack()
+    steps = rows(folder, "transitions", stage="held_out").sort_values(
+        ["environment", "episode", "t"]
+    )
+    lengths = steps.groupby(["environment", "episode"]).size().unstack()
     assert lengths.sum(axis=1).nunique() > 1
     pieces = np.ceil(lengths / 3) if algorithm["type"] == "pearl" else lengths / 3
     before = pieces.cumsum(axis=1) - pieces
-    begun = [before.loc[key] for key in zip(steps["column"], steps["episode"], strict=True)]
+    begun = [before.loc[key] for key in zip(steps["environment"], steps["episode"], strict=True)]
     np.testing.assert_array_equal(steps["adaptation_step"], np.floor(begun + steps["t"] / 3 + 1e-9))
     told = rows(folder, stage="held_out").sort_values(["task_id", "episode"])
     first = steps[steps["t"] == 0].sort_values(["task_id", "episode"])

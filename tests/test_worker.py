@@ -12,8 +12,8 @@ from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import AdaptCall, CollectCall, EvaluateCall, LocalWorkers, RolloutWorker
 
-SMALL = {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [8]}}
-RECURRENT = {"type": "actor_critic", "encoder": {"type": "lstm", "size": 8}}
+SMALL = {"type": "actor_critic", "encoder": {"type": "mlp", "hidden_sizes": [8]}}
+RECURRENT = {"type": "actor_critic", "encoder": {"type": "lstm", "hidden_size": 8}}
 VARIED = {"type": "cartpole", "length": [0.3, 0.9]}
 
 
@@ -233,7 +233,7 @@ def test_an_episode_counts_the_updates_before_it_began():
     begun = {}
     for part in steps:
         starts = part["t"] == 0
-        keys = zip(part["column"][starts], part["episode"][starts], strict=True)
+        keys = zip(part["environment"][starts], part["episode"][starts], strict=True)
         begun |= dict(zip(keys, part["adaptation_step"][starts], strict=True))
     first = rows["adaptation_step"][rows["experience_episodes"] == 0]
     assert (first == 0).all()

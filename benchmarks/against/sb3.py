@@ -84,7 +84,7 @@ def vector_env(match: Match) -> Any:
 
     class Trials(VecEnv):
         def __init__(self, columns: Columns, action_space: Space[Any]) -> None:
-            super().__init__(columns.num_columns, columns.shown.space, action_space)
+            super().__init__(columns.num_envs, columns.shown.space, action_space)
             self.columns = columns
 
         def reset(self) -> np.ndarray:

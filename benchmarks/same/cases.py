@@ -16,12 +16,12 @@ def network(type_: str, **settings: object) -> Config:
     return {"type": "actor_critic", "encoder": {"type": type_, **settings}}
 
 
-MLP = network("mlp", sizes=[8])
-LSTM = network("lstm", size=8)
-GRU = network("gru", size=8)
-TRANSFORMER = network("transformer", size=8, layers=1, heads=2)
-SYMMETRIC = network("symmetric", size=8, width=4)
-BELIEF = network("belief", latent=2, sizes=[8], history={"type": "gru", "size": 8})
+MLP = network("mlp", hidden_sizes=[8])
+LSTM = network("lstm", hidden_size=8)
+GRU = network("gru", hidden_size=8)
+TRANSFORMER = network("transformer", hidden_size=8, layers=1, heads=2)
+SYMMETRIC = network("symmetric", hidden_size=8, width=4)
+BELIEF = network("belief", latent=2, hidden_sizes=[8], history={"type": "gru", "hidden_size": 8})
 
 POINT = {"type": "point_goal", "horizon": 4}
 SPARSE = {**POINT, "goal": "semicircle", "sparse_radius": 0.2, "episodes": 2}
@@ -140,7 +140,7 @@ def on_device(given: Config) -> Config:
     return {**given, "rollout": {**given["rollout"], "device": "cpu"}}
 
 
-REPLAY = {"critic_sizes": [8], "gradient_steps": 3, "batch_trials": 4, "batch_steps": 4}
+REPLAY = {"critic_hidden_sizes": [8], "gradient_steps": 3, "batch_trials": 4, "batch_steps": 4}
 
 CASES: dict[str, Config] = {
     "maml": config(POINT, MLP, gradient("maml", inner_steps=2), 96, SGD),
@@ -148,7 +148,7 @@ CASES: dict[str, Config] = {
     "maml_trpo": config(GRID, MLP, TRPO, 240, SGD),
     "maml_on_device": on_device(config(POINT, MLP, gradient("maml"), 64, SGD)),
     "fomaml": config(POINT, LSTM, gradient("maml", first_order=True), 64, SGD),
-    "anil": config(BANDIT, MLP, gradient("maml", adapt=["policy_head"]), 80, ADAMW),
+    "anil": config(BANDIT, MLP, gradient("maml", trainable=["policy_head"]), 80, ADAMW),
     "promp": config(POINT, MLP, gradient("promp"), 64, SGD),
     "reptile": config(POINT, MLP, gradient("reptile"), 96, SGD),
     "cavia": config(POINT, {**MLP, "context": 3}, gradient("cavia"), 64, SGD),
@@ -174,7 +174,7 @@ CASES: dict[str, Config] = {
         SPARSE, BELIEF, {"type": "varibad", "belief_trials": 3, "replay_trials": 20}, 64
     ),
     "pearl": config(
-        SPARSE, MLP, {"type": "pearl", "latent": 2, "context_sizes": [8], **REPLAY}, 64
+        SPARSE, MLP, {"type": "pearl", "latent": 2, "context_hidden_sizes": [8], **REPLAY}, 64
     ),
     "sac": config(POINT, MLP, {"type": "sac", "num_steps": 6, **REPLAY}, 48, SGD),
     "sac_discrete": config(BANDIT, MLP, {"type": "sac", "num_steps": 6, **REPLAY}, 48, ADAMW),
@@ -186,15 +186,19 @@ CASES: dict[str, Config] = {
         "trained",
         max_policy_lag=2,
     ),
-    "distillation": config(BANDIT, SYMMETRIC, {"type": "distillation"}, 40),
+    "dagger": config(BANDIT, SYMMETRIC, {"type": "dagger"}, 40),
     "dpt": unrecorded(config(BANDIT, SYMMETRIC, {"type": "dpt"}, 40)),
     "dpt_of_data": of_data(GRID, GRU, {"type": "dpt"}, 240),
-    "cloning": of_data(POINT, MLP, {"type": "cloning"}, 60, SGD),
+    "behavior_cloning": of_data(POINT, MLP, {"type": "behavior_cloning"}, 60, SGD),
     "trial_cloning": of_data(GRID, GRU, {"type": "trial_cloning"}, 240),
     "algorithm_distillation": of_data(GRID, GRU, {"type": "algorithm_distillation"}, 240),
-    "gail": of_data(BANDIT, MLP, {"type": "gail", "num_steps": 6, "discriminator": [8]}, 48),
-    "autoencoder": of_data(GRID, MLP, {"type": "autoencoder", "decoder": [8]}, 240, SGD),
-    "vae": of_data(GRID, MLP, {"type": "vae", "decoder": [8], "latent": 2}, 240, SGD),
+    "gail": of_data(
+        BANDIT, MLP, {"type": "gail", "num_steps": 6, "discriminator_hidden_sizes": [8]}, 48
+    ),
+    "autoencoder": of_data(
+        GRID, MLP, {"type": "autoencoder", "decoder_hidden_sizes": [8]}, 240, SGD
+    ),
+    "vae": of_data(GRID, MLP, {"type": "vae", "decoder_hidden_sizes": [8], "latent": 2}, 240, SGD),
 }
 """By name; every one without Ray."""
 
@@ -205,5 +209,5 @@ GYM_CASES: dict[str, Config] = {
 }
 """Episodes end early in them."""
 
-RAY_CASES = ("maml", "ppo", "rl2", "varibad", "sac", "impala", "cloning")
+RAY_CASES = ("maml", "ppo", "rl2", "varibad", "sac", "impala", "behavior_cloning")
 """Of `CASES`, those that are also run with one worker."""

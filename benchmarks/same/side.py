@@ -76,14 +76,53 @@ def _evaluation_seed(config: Settings) -> None:
     assert config.pop("evaluation_seed", config["seed"]) == config["seed"]
 
 
-OLD_SETTINGS: list[Callable[[Settings], None]] = [_steps_per_shot, _by, _change, _evaluation_seed]
+SETTINGS = {
+    "hidden_sizes": "sizes",
+    "hidden_size": "size",
+    "torso": "body",
+    "decode_obs": "foretell_obs",
+    "critic_hidden_sizes": "critic_sizes",
+    "context_hidden_sizes": "context_sizes",
+    "decoder_hidden_sizes": "decoder",
+    "discriminator_hidden_sizes": "discriminator",
+    "tau": "target_rate",
+    "beta_until": "teacher_until",
+}
+"""Settings, newer to older."""
+
+TYPES = {"dagger": "distillation", "behavior_cloning": "cloning"}
+"""Short names of classes, newer to older."""
+
+
+def _field_names(config: Settings) -> None:
+    for algorithm in _algorithms(config):
+        if algorithm.get("type") == "dagger" and "beta" in algorithm:
+            algorithm["teacher"] = algorithm.pop("beta")
+        if "trainable" in algorithm:
+            algorithm["adapt"] = algorithm.pop("trainable")
+    config |= _older(config)
+
+
+def _older(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    older = {SETTINGS.get(key, key): _older(v) for key, v in value.items()}
+    if older.get("type") in TYPES:
+        older["type"] = TYPES[older["type"]]
+    return older
+
+
+OLD_SETTINGS: list[Callable[[Settings], None]] = [
+    *(_field_names, _steps_per_shot, _by, _change, _evaluation_seed)
+]
 """Each gives a config the older names, in place; used by a checkout that refuses the newer ones."""
 
-OLD_COLUMNS = {"shot": "adaptation_step"}
+OLD_COLUMNS = {"shot": "adaptation_step", "column": "environment"}
 """Columns of tables, older to newer."""
 
 OLD_NAMES: list[tuple[str, str]] = [
     (r"(\.\d{4})\.[^/]+", r"\1"),  # Jobs of fine-tuning, by the number and the id of their task.
+    (r"\bbody\.", "torso."),
 ]
 """Names of jobs and of what checkpoints hold, by regular expression, older to newer."""
 
@@ -213,6 +252,8 @@ def _columns(table: str, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]
     if "job" in rows:
         keys = ["job", "name"] if table == "metrics" else ["job"]
         rows["job"] = rows["job"].where(rows["job"] != "", rows["stage"]).map(newer)
+    if "algorithm" in rows:
+        rows = rows.replace({"algorithm": {old: new for new, old in TYPES.items()}})
     if table == "metrics":
         rows = rows[~rows["name"].str.match("time/|steps_per_s")]
     if table == "events":

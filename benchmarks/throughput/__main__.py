@@ -6,7 +6,7 @@
 Prints a JSON line for each variant of a row when its runs are done, and a table at the end. Every
 run is a process of its own, and the runs of a row's variants take turns. Figures: ``sps``
 environment steps per second; ``cpu_us_per_step`` CPU microseconds per step over the whole process
-tree, which neighbours on the machine move far less; ``cores`` of them busy on average, ``foreign``
+tree, which neighbours on the machine move far less; ``cores`` of them busy on average, ``external``
 cores that other programs kept busy meanwhile; ``to_target_s`` seconds of training until the mean
 of the newest training episodes reached the target return, for which a run goes on longer than its
 seconds, up to its limit; ``compile_s`` seconds of compiling, which are not in it; ``final_return``

@@ -109,5 +109,5 @@ def speed(start: Point, stop: Point) -> dict[str, float]:
         "sps": steps / seconds,
         "cpu_us_per_step": 1e6 * cpu / steps,
         "cores": cpu / seconds,
-        "foreign": max(0.0, (stop.machine - start.machine - cpu) / seconds),
+        "external": max(0.0, (stop.machine - start.machine - cpu) / seconds),
     }

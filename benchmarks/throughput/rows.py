@@ -64,7 +64,7 @@ def workers(*numbers: int, shards: bool = False) -> dict[str, Variant]:
 CARTPOLE = """
 name: throughput
 tasks: cartpole
-network: {type: actor_critic, encoder: {type: mlp, sizes: [64, 64]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [64, 64]}}
 algorithm: {type: ppo, num_steps: 128, epochs: 4, minibatches: 4, lr: 1e-3, entropy_coef: 0.01}
 rollout: {shards: 2, num_envs: 64}
 """
@@ -72,7 +72,7 @@ rollout: {shards: 2, num_envs: 64}
 BANDIT_N10 = """
 name: throughput
 tasks: {type: bandit, arms: 5, pulls: 10}
-network: {type: actor_critic, encoder: {type: lstm, size: 128}}
+network: {type: actor_critic, encoder: {type: lstm, hidden_size: 128}}
 algorithm: {type: rl2, epochs: 4, minibatches: 4}
 rollout: {shards: 2, num_envs: 512}
 """
@@ -80,7 +80,7 @@ rollout: {shards: 2, num_envs: 512}
 BANDIT_N100 = """
 name: throughput
 tasks: {type: bandit, arms: 5, pulls: 100}
-network: {type: actor_critic, encoder: {type: lstm, size: 128}}
+network: {type: actor_critic, encoder: {type: lstm, hidden_size: 128}}
 algorithm: {type: rl2, gae_lambda: 0.3, lr: 2e-3, entropy_coef: 0, epochs: 4, minibatches: 8}
 rollout: {shards: 2, num_envs: 256}
 """
@@ -88,7 +88,7 @@ rollout: {shards: 2, num_envs: 256}
 POINT_GOAL = """
 name: throughput
 tasks: {type: point_goal, horizon: 100}
-network: {type: actor_critic, encoder: {type: mlp, sizes: [64, 64]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [64, 64]}}
 algorithm: {type: maml, episodes_per_task: 20, inner_steps: 1, first_order: false}
 rollout: {shards: 2, num_envs: 400}
 """
@@ -96,7 +96,7 @@ rollout: {shards: 2, num_envs: 400}
 BUSY = """
 name: throughput
 tasks: {type: "benchmarks.busy:Busy", step_ms: 1.0}
-network: {type: actor_critic, encoder: {type: mlp, sizes: [64, 64]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [64, 64]}}
 algorithm: {type: impala, num_steps: 16}
 rollout: {num_envs: 32}
 stages:
@@ -113,7 +113,7 @@ stages: {train: {type: pretrain, env_steps: 1, validation_tasks: 1}}
 TINY = """
 name: throughput
 tasks: {type: bandit, arms: 2, pulls: 2}
-network: {type: actor_critic, encoder: {type: mlp, sizes: [8]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [8]}}
 algorithm: {type: ppo, num_steps: 2, epochs: 1, minibatches: 1}
 rollout: {shards: 1, num_envs: 4}
 """

@@ -63,7 +63,7 @@ class Adaptation(ABC):
     """Where `greedy` asks for it; False always samples, as gradients of returns need it."""
 
     @property
-    def columns_per_task(self) -> int:
+    def envs_per_task(self) -> int:
         """Environments that play one task side by side."""
         return 1
 
@@ -117,7 +117,7 @@ def play_stream(
 
     Args:
         adaptation: of the agents.
-        sampler: with `columns_per_task` environments for each stream.
+        sampler: with `envs_per_task` environments for each stream.
         streams: tasks of each stream, in order.
         episodes: of each environment on a task.
 
@@ -204,7 +204,7 @@ class Continued(Adaptation):
         self._recordings: Recordings = {}
 
     @property
-    def columns_per_task(self) -> int:
+    def envs_per_task(self) -> int:
         return self.settings.episodes
 
     def initial_state(self, sampler: Sampler, num_tasks: int) -> Descending:

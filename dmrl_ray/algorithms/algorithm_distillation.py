@@ -1,6 +1,6 @@
 """Algorithm distillation: a sequence model that imitates not a policy, but its learning.
 
-Source: Laskin et al., "In-context Reinforcement Learning with Algorithm Distillation", 2022
+Source: Laskin et al., "In-context Reinforcement Learning with Algorithm DAgger", 2022
 (arXiv:2210.14215), algorithm 1 and section 4. A learner's histories, each of one task from its
 first episode to its last, are recorded (a finetune stage with ``record: true``); a causal model
 foretells each action from what came before it in the history, across episodes, and so has to
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmrl_ray.algorithms.behavior_cloning import Cloning
+from dmrl_ray.algorithms.behavior_cloning import BehaviorCloning
 from dmrl_ray.config.components import Number
 from dmrl_ray.types import Trial
 
 
-class AlgorithmDistillation(Cloning):
-    """Cloning of learning histories, whole episodes in the order in which they were lived."""
+class AlgorithmDistillation(BehaviorCloning):
+    """Cloning of learning histories, whole episodes in the order in which they were collected."""
 
-    class Config(Cloning.Config):
+    class Config(BehaviorCloning.Config):
         every: Number = 1
         """Of each history every n-th episode is read, beginning with one of the first n."""
 

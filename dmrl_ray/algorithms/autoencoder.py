@@ -33,9 +33,9 @@ class Autoencoder(Offline):
     """What an encoder keeps of an observation is what it can be rebuilt from."""
 
     class Config(Offline.Config):
-        read_with: ClassVar = {"activation": ("decoder", ())}
+        read_with: ClassVar = {"activation": ("decoder_hidden_sizes", ())}
 
-        decoder: Sizes = (64,)
+        decoder_hidden_sizes: Sizes = (64,)
         """Widths of the decoder's layers between features and observation."""
 
         activation: Activation = "relu"
@@ -48,8 +48,8 @@ class Autoencoder(Offline):
         super().__init__(config, distribution, policy)
         shape = distribution.observation_space.shape or ()
         self.width = policy.actor_input(torch.zeros(1, 1, *shape)).numel()
-        layers = stack(self.latent, config.decoder, config.activation)
-        last = (self.latent, *config.decoder)[-1]
+        layers = stack(self.latent, config.decoder_hidden_sizes, config.activation)
+        last = (self.latent, *config.decoder_hidden_sizes)[-1]
         policy.auxiliary["decoder"] = nn.Sequential(*layers, linear(last, self.width, gain=1.0))
 
     @property

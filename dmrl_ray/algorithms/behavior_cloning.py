@@ -15,7 +15,7 @@ from dmrl_ray.learn.minibatches import previous_in
 from dmrl_ray.types import Trial
 
 
-class Cloning(Offline):
+class BehaviorCloning(Offline):
     """Maximum likelihood of actions, given the observation or the episode so far."""
 
     def batch(self, trial: Trial) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ class Cloning(Offline):
         return loss, {"entropy": head.entropy(pi).mean()}
 
 
-class TrialCloning(Cloning):
+class TrialCloning(BehaviorCloning):
     """Maximum likelihood of actions, given the trial so far."""
 
     sees_previous = True

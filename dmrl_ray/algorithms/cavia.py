@@ -18,7 +18,7 @@ class CAVIA(MAML):
     """MAML that adapts ``network.context`` numbers."""
 
     class Config(MAML.Config):
-        adapt: tuple[str, ...] = ("context",)
+        trainable: tuple[str, ...] = Field(default=("context",), min_length=1)
         """Prefixes of the parameter names the inner loop may change."""
 
         inner_lr: float = Field(default=1.0, gt=0)  # Zintgraf et al. 2019, section 4.3

@@ -111,7 +111,7 @@ class DPT(Offline):
 
         sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         played = sampler.rollout(self.policy, self.num_steps, actor=actor, with_value=False)
-        played.oracle_action = np.stack(best)
+        played.expert_action = np.stack(best)
         return [played]
 
     def read(self, rng: np.random.Generator, columns: int) -> Trial:
@@ -128,7 +128,7 @@ class DPT(Offline):
     def batch(self, trial: Trial) -> dict[str, Tensor]:
         """A query, and for each transition, in a random order, two inputs and another query."""
         context, query = trial[0], trial[-1]
-        best = query.action if self.config.data else query.oracle_action
+        best = query.action if self.config.data else query.expert_action
         steps, columns = context.reward.shape
         device = context.reward.device
         shuffled = self.rng.permuted(np.tile(np.arange(steps)[:, None], columns), axis=0)

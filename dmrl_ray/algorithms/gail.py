@@ -36,7 +36,7 @@ class GAIL(PPO):
         data: DataSettings
         """The expert's steps. They count as environment steps of the budget, as the policy's."""
 
-        discriminator: Sizes = (64, 64)
+        discriminator_hidden_sizes: Sizes = (64, 64)
         """Widths of the discriminator's layers."""
 
         discriminator_lr: float = Field(default=3e-4, gt=0)
@@ -54,8 +54,10 @@ class GAIL(PPO):
         super().__init__(config, distribution, policy)
         width = math.prod(distribution.observation_space.shape or ())
         policy.auxiliary["discriminator"] = nn.Sequential(
-            *stack(width + policy.policy_head.num_actions, config.discriminator, "tanh"),
-            linear(config.discriminator[-1], 1, gain=1.0),
+            *stack(
+                width + policy.policy_head.num_actions, config.discriminator_hidden_sizes, "tanh"
+            ),
+            linear(config.discriminator_hidden_sizes[-1], 1, gain=1.0),
         )
 
     def learning_rate(self, name: str) -> float:

@@ -67,7 +67,7 @@ class VTrace(PPO):
         memory: Memory = ()
         reset: Tensor | None = None
         if policy.recurrent:
-            memory, reset = rollout.initial_state, torch.cat([rollout.reset_state, done[-1:]])
+            memory, reset = rollout.initial_memory, torch.cat([rollout.reset, done[-1:]])
         pi, features, _ = policy(rollout.obs, None, memory, reset)
         shared = policy.value_encoder is None
         value = policy.denormalize_value(policy.value(features if shared else None, rollout.obs))

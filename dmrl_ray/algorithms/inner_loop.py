@@ -59,7 +59,7 @@ class GradientAdaptation(Algorithm):
         evaluation_steps: Number = 3
         """Gradient steps taken on each task when evaluating."""
 
-        adapt: tuple[str, ...] = ("",)
+        trainable: tuple[str, ...] = Field(default=("",), min_length=1)
         """Prefixes of the parameter names the inner loop may change.
         ``[""]`` is everything; ``["policy_head"]`` is ANIL."""
 
@@ -87,7 +87,7 @@ class GradientAdaptation(Algorithm):
         super().__init__(config, distribution, policy)
         policy.encoder.use_plain_operations()
         self._recordings: Recordings = {}
-        check_prefixes("algorithm.adapt", config.adapt, per_task(policy, 1))
+        check_prefixes("algorithm.trainable", config.trainable, per_task(policy, 1))
         steps = config.steps_per_adaptation
         if steps is not None and steps >= distribution.trial_steps:
             raise ValueError(
@@ -96,7 +96,7 @@ class GradientAdaptation(Algorithm):
             )
 
     @property
-    def columns_per_task(self) -> int:
+    def envs_per_task(self) -> int:
         return self.config.episodes_per_task
 
     @property
@@ -143,7 +143,7 @@ class GradientAdaptation(Algorithm):
         self, state: Parameters, experience: Rollout, *, create_graph: bool = False
     ) -> Parameters:
         """One gradient step on every task at once (Finn et al. 2017, algorithm 3, line 6)."""
-        moving = [name for name in state if name.startswith(self.config.adapt)]
+        moving = [name for name in state if name.startswith(self.config.trainable)]
         gradients = task_gradients(
             self.policy, state, experience, moving, create_graph=create_graph
         )
@@ -178,4 +178,4 @@ class GradientAdaptation(Algorithm):
         if start == stop:
             start, stop = 0, 1
         mine = [rollout.of_tasks(start, stop) for rollout in trial]
-        return Share(mine, trial[0].columns_of(start, stop), weight)
+        return Share(mine, trial[0].envs_of(start, stop), weight)

@@ -2,7 +2,7 @@
 
 Source: Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017
 (arXiv:1703.03400), algorithm 3; its inner loop is `GradientAdaptation`. ``first_order``
-gives FOMAML (section 5.2 there); ``adapt: [policy_head]`` gives ANIL (Raghu et al., 2020,
+gives FOMAML (section 5.2 there); ``trainable: [policy_head]`` gives ANIL (Raghu et al., 2020,
 arXiv:1909.09157); ``outer: trpo`` is the paper's outer step, for which a clipped policy gradient
 stands in by default.
 """

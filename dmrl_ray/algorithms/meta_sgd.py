@@ -27,7 +27,7 @@ class MetaSGD(MAML):
             {
                 _key(name): torch.full(parameter.shape[1:], config.inner_lr)
                 for name, parameter in per_task(policy, 1).items()
-                if name.startswith(config.adapt)
+                if name.startswith(config.trainable)
             }
         )
         policy.auxiliary["inner_lr"] = self.rates

@@ -57,7 +57,7 @@ class PEARL(SAC):
         latent: Size = 5
         """Dimensions of the latent task."""
 
-        context_sizes: Sizes = (64, 64)
+        context_hidden_sizes: Sizes = (64, 64)
         """Width of each layer between a transition and its factor."""
 
         context_episodes: Number = 1
@@ -89,7 +89,7 @@ class PEARL(SAC):
         if config.kept_noise and isinstance(policy.policy_head, CategoricalHead):
             raise ValueError("algorithm.kept_noise: discrete actions have no noise to keep; use 0")
         width = math.prod(distribution.observation_space.shape or ())
-        sizes = (width + policy.policy_head.num_actions + 1, *config.context_sizes)
+        sizes = (width + policy.policy_head.num_actions + 1, *config.context_hidden_sizes)
         self.context_encoder = nn.Sequential(
             *stack(sizes[0], sizes[1:], "relu"), linear(sizes[-1], 2 * config.latent, gain=1.0)
         )

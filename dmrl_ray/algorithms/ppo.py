@@ -163,8 +163,8 @@ class PPO(Algorithm):
             "target": self.policy.normalize_value(rollout.value_target),
         }
         if self.policy.recurrent:
-            starts = rollout.reset_state[0]
-            for i, leaf in enumerate(rollout.initial_state):
+            starts = rollout.reset[0]
+            for i, leaf in enumerate(rollout.initial_memory):
                 batch[f"memory.{i}"] = (leaf * ~starts.unsqueeze(-1)).unsqueeze(0)
         weight = torch.tensor(self.entropy_weight, device=rollout.reward.device)
         return in_columns(self.policy, batch) | {"entropy_weight": weight}

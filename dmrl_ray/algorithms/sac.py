@@ -63,7 +63,7 @@ class SoftConfig(Algorithm.Config):
     gamma: float = Field(default=0.99, ge=0, lt=1)
     """Discount per environment step."""
 
-    target_rate: float = Field(default=0.005, gt=0, le=1)  # Haarnoja et al. 2018, table 1
+    tau: float = Field(default=0.005, gt=0, le=1)  # Haarnoja et al. 2018, table 1
     """Share of the way that target critics go towards the critics at each step."""
 
     reward_scale: float = Field(default=1.0, gt=0)
@@ -76,7 +76,7 @@ class SoftConfig(Algorithm.Config):
     """In nats; null is minus the number of continuous actions (Haarnoja et al. 2018, table 1), or
     half the entropy of uniform discrete ones."""
 
-    critic_sizes: Sizes = (64, 64)
+    critic_hidden_sizes: Sizes = (64, 64)
     """Width of each layer of the critics."""
 
 
@@ -104,7 +104,7 @@ class SAC(Algorithm):
         self.discrete = isinstance(distribution.action_space, Discrete)
         width = math.prod(distribution.observation_space.shape or ()) + policy.latent
         shape = (width, actions) if self.discrete else (width + actions, 1)
-        self.critics = CriticEnsemble(*shape, config.critic_sizes)
+        self.critics = CriticEnsemble(*shape, config.critic_hidden_sizes)
         self.targets = self.critics.target()
         self.temperature = Temperature(config.temperature or 1.0)
         policy.value_encoder, policy.value_head, policy.value_norm = None, nn.Identity(), None
@@ -181,7 +181,7 @@ class SAC(Algorithm):
             log = self.temperature.log
             loss = loss + temperature_loss(log, entropy, target=self.target_entropy).mean()
         self.step_optimizer(loss * share, ACTOR)
-        self.targets.follow(self.critics, self.config.target_rate)
+        self.targets.follow(self.critics, self.config.tau)
         report = {"q_loss": q_loss, "value": value.mean(), "entropy": entropy.mean()} | costs
         report |= {"temperature": self.temperature(), "grad_norm": norm}
         return {name: x.detach() for name, x in report.items()}

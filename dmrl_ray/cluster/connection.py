@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
-from dmrl_ray.config.schema import RunConfig, settled
+from dmrl_ray.config.schema import RunConfig, resolve_auto
 from dmrl_ray.errors import ClusterError, JobLost
 
 START_TIMEOUT_S = 60.0
@@ -122,8 +122,8 @@ def _start_here(config: RunConfig) -> None:
         # Ray's ports are open to the network. It asks for a token by itself, and given one here
         # it leaves no token file behind.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    learners = config.learners.num * settled(config.learners.threads)
-    cpus = max(os.cpu_count() or 1, settled(config.workers.num) + learners + 1)
+    learners = config.learners.num * resolve_auto(config.learners.threads)
+    cpus = max(os.cpu_count() or 1, resolve_auto(config.workers.num) + learners + 1)
     # Environment variables that Ray's daemons inherit cost nothing; a runtime_env would keep the
     # workers from using processes that Ray has started in advance (1.0 s against 1.6 s each).
     # Ray's niceness of 15 made learning 3 times slower beside other busy processes.

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from dmrl_ray.cluster.connection import START_TIMEOUT_S, cause_of, no_room, nodes_are_coming, where
-from dmrl_ray.config.schema import LearnerSettings, WorkerSettings, settled
+from dmrl_ray.config.schema import LearnerSettings, WorkerSettings, resolve_auto
 from dmrl_ray.errors import ClusterError, JobLost
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights
@@ -97,19 +97,22 @@ class RayLearners:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self.version = 0
-        self._deadline_s = workers.deadline_s
+        self._timeout_s = workers.timeout_s
         self._seconds: deque[float] = deque(maxlen=100)
         self._published: Any = None
         gpus = self._gpus(settings)
         actor: Any = ray.remote(LearnerActor).options(
-            num_cpus=settled(settings.threads), num_gpus=gpus, max_restarts=0, max_task_retries=0
+            num_cpus=resolve_auto(settings.threads),
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
         )
         self._actors: list[Any] = [actor.remote() for _ in range(settings.num)]
         try:
             meanwhile()
             places = self._start(settings, gpus)
             device = spec.device if gpus else "cpu"
-            spec = replace(spec, device=device, learner_threads=settled(settings.threads))
+            spec = replace(spec, device=device, learner_threads=resolve_auto(settings.threads))
             self._on_all("build", spec, least_s=START_TIMEOUT_S)
             if settings.num > 1:
                 _, ip, port = places[0]
@@ -192,7 +195,7 @@ class RayLearners:
             if len(ready) == len(refs):
                 return self._wait(refs)
             if not nodes_are_coming():
-                count, threads = settings.num, settled(settings.threads)
+                count, threads = settings.num, resolve_auto(settings.threads)
                 what = f"learners.num: {count} learners of {threads} threads"
                 raise no_room(what, count * threads, count * gpus)
 
@@ -207,9 +210,9 @@ class RayLearners:
         return self._wait(refs, least_s)
 
     def _wait(self, refs: list[Any], least_s: float = 0.0) -> list[Any]:
-        """Answers of the learners, all within the deadline, or `least_s` where that is later."""
+        """Answers of the learners, all within the timeout, or `least_s` where that is later."""
         usual = 5 * median(self._seconds) if self._seconds else 0.0
-        limit = max(self._deadline_s, usual, least_s)
+        limit = max(self._timeout_s, usual, least_s)
         end = time.monotonic() + limit
         answers: dict[Any, Any] = {}
         waiting = refs

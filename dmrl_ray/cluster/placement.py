@@ -10,7 +10,7 @@ import torch
 from dmrl_ray.config.paths import find_cluster
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.jobs.external import foreign_of
+from dmrl_ray.jobs.external import external_of
 from dmrl_ray.jobs.spec import JobSpec, build, job_spec, one_thread
 from dmrl_ray.tasks.faults import sample
 from dmrl_ray.types import random_stream
@@ -30,7 +30,7 @@ WORTH_S = 30.0
 
 
 def place(config: RunConfig, address: str | None) -> tuple[RunConfig, str]:
-    """The config with `workers.num` and `learners.threads` settled, and why so; "" if they were.
+    """The config with `workers.num` and `learners.threads` resolved, and why so; "" if they were.
 
     On a cluster every shard gets a worker. On one machine a second of rolling out tells whether
     workers pay. Results do not depend on the workers, and on the threads in their last bits.
@@ -83,7 +83,7 @@ def _workers(config: RunConfig, address: str | None, cores: int) -> tuple[int, s
     if most < 2:
         return 0, f"{shards} shards on {cores} cores leave nothing to do side by side"
     training = [spec for spec in specs if isinstance(config.stages[spec.stage], Pretrain)]
-    own = [spec for spec in training if foreign_of(spec) is None]
+    own = [spec for spec in training if external_of(spec) is None]
     if not own:
         return most, f"{shards} shards are played on {cores} cores"
     cost = step_us(own[0])

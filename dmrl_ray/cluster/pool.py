@@ -2,7 +2,7 @@
 
     submit --> waiting --dispatch--> worker i: at most 2 calls in flight --+
                   ^                                                        |
-                  +---- replace: dead, or silent past its deadline --------+
+                  +---- replace: dead, or silent past its timeout --------+
                                                                            |
     answers <-- take: the small result; large ones stay references <-------+
 
@@ -31,14 +31,14 @@ from dmrl_ray.cluster.connection import (
     nodes_are_coming,
     where,
 )
-from dmrl_ray.config.schema import WorkerSettings, settled
+from dmrl_ray.config.schema import WorkerSettings, resolve_auto
 from dmrl_ray.errors import ClusterError
 from dmrl_ray.jobs.messages import CollectCall, CollectReport
 from dmrl_ray.jobs.worker import RolloutWorker
 from dmrl_ray.types import Arrays
 
 POLL_S = 0.2
-"""A wait for answers looks up this often, so that interrupts and deadlines are seen."""
+"""A wait for answers looks up this often, so that interrupts and timeouts are seen."""
 
 MAX_BAD_STARTS = 3
 """Workers in a row that die before they are up, after which the run stops."""
@@ -144,7 +144,7 @@ class RayWorkers:
         self._listening: dict[Any, tuple[Worker, Request | None]] = {}
         self._seconds: dict[str, deque[float]] = {}
         self._failures = self._bad_starts = 0
-        self.total = self._needed = settled(settings.num)
+        self.total = self._needed = resolve_auto(settings.num)
         self._complete_at = time.monotonic()
         self._workers = [self._spawn(index) for index in range(self.total)]
 
@@ -362,7 +362,7 @@ class RayWorkers:
         if not worker.requests:
             return
         past = self._seconds.get(worker.requests[0].method)
-        limit = max(self._settings.deadline_s, 5 * median(past) if past else 0.0)
+        limit = max(self._settings.timeout_s, 5 * median(past) if past else 0.0)
         silent = time.monotonic() - worker.since
         if silent > limit:
             self._replace(worker, f"hung: no answer for {silent:.1f} s")

@@ -63,8 +63,8 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "cavia": "dmrl_ray.algorithms.cavia:CAVIA",
         "meta_sgd": "dmrl_ray.algorithms.meta_sgd:MetaSGD",
         "varibad": "dmrl_ray.algorithms.varibad:VariBAD",
-        "distillation": "dmrl_ray.algorithms.distillation:Distillation",
-        "cloning": "dmrl_ray.algorithms.behavior_cloning:Cloning",
+        "dagger": "dmrl_ray.algorithms.dagger:DAgger",
+        "behavior_cloning": "dmrl_ray.algorithms.behavior_cloning:BehaviorCloning",
         "trial_cloning": "dmrl_ray.algorithms.behavior_cloning:TrialCloning",
         "algorithm_distillation": (
             "dmrl_ray.algorithms.algorithm_distillation:AlgorithmDistillation"
@@ -82,16 +82,30 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
 }
 """Short names of the built-in classes, by the setting they stand under."""
 
-_CONTINUED = "by: {type: continued, optimizer, lr, trainable, episodes}"
-
 OLD_NAMES: dict[str, str] = {
     "steps_per_shot": "steps_per_adaptation",
-    "Adapt.optimizer": _CONTINUED,
-    "Adapt.lr": _CONTINUED,
-    "Adapt.trainable": _CONTINUED,
-    "Adapt.episodes_per_update": _CONTINUED,
+    "sizes": "hidden_sizes",
+    "size": "hidden_size",
+    "body": "torso",
+    "foretell_obs": "decode_obs",
+    "adapt": "trainable",
+    "critic_sizes": "critic_hidden_sizes",
+    "context_sizes": "context_hidden_sizes",
+    "decoder": "decoder_hidden_sizes",
+    "discriminator": "discriminator_hidden_sizes",
+    "target_rate": "tau",
+    "teacher": "beta",
+    "teacher_until": "beta_until",
+    "deadline_s": "timeout_s",
+    "optimizer": "by",
+    "lr": "by",
+    "trainable": "by",
+    "episodes_per_update": "by",
 }
-"""Settings by the names that they had, and what they are called."""
+"""Settings by the names that they had, and what they are called where there is such a setting."""
+
+OLD_TYPES = {"distillation": "dagger", "cloning": "behavior_cloning"}
+"""Short names of classes that have others, likewise."""
 
 LIBRARIES = ("rllib",)
 """What a short name may begin with, before a colon, though it is no module."""
@@ -254,6 +268,8 @@ def _import_path(name: str, kind: str | None) -> str:
     for other, names in SHORT_NAMES.items():
         if name in names:
             raise ValueError(f"'{name}' stands under '{other}', not here; {_choice(known)}")
+    if name in OLD_TYPES:
+        raise ValueError(f"'{name}' has another name: {OLD_TYPES[name]}")
     raise ValueError(f"unknown type '{name}'{did_you_mean(name, known) or '; ' + _choice(known)}")
 
 

@@ -12,6 +12,9 @@ from dmrl_ray.config.components import OLD_NAMES, did_you_mean
 
 NAME_PATTERN = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
 
+BY = "by: {type: continued, optimizer, lr, trainable, episodes}"
+"""How a stage names continued training, which was set beside its other settings."""
+
 NAME_RULE = "must be letters, digits, '.', '_' or '-', at most 64, the first a letter or digit"
 
 
@@ -20,9 +23,9 @@ def message_of(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> 
     kind, context, found = error["type"], error.get("ctx", {}), _shown(error["input"])
     fields = owner.model_fields if owner else {}
     if kind == "extra_forbidden":
-        name = OLD_NAMES.get(key) or OLD_NAMES.get(f"{owner.__name__ if owner else ''}.{key}")
-        if name is not None:
-            return f"this setting has another name: {name}"
+        if (name := OLD_NAMES.get(key)) in fields:
+            like = BY if name == "by" else name
+            return f"this setting has another name: {like}"
         hint = did_you_mean(key, fields)
         return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"
     if kind == "missing":

@@ -52,8 +52,8 @@ Threads: TypeAlias = Annotated[
 ]
 
 
-def settled(number: Processes | Threads) -> int:
-    """The number; 1 for an auto that `placement` has not settled, as in checks before a run."""
+def resolve_auto(number: Processes | Threads) -> int:
+    """The number; 1 for an auto that `placement` has not resolved, as in checks before a run."""
     return 1 if number == "auto" else number
 
 
@@ -87,7 +87,7 @@ class WorkerSettings(Settings):
     """Ray actors that roll out; 0 runs everything in this process, without Ray. auto measures
     what a step costs when the run starts, and says what it chose."""
 
-    deadline_s: float = Field(default=60.0, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0)
     """A worker that has not answered after max(this, 5 x the median answer) is replaced."""
 
     max_failures: int = Field(default=100, ge=0, le=LARGEST_NUMBER)

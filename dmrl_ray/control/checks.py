@@ -22,7 +22,7 @@ from dmrl_ray.config.schema import (
 from dmrl_ray.control.held_out import check_seen
 from dmrl_ray.data.sources import recordings_of
 from dmrl_ray.errors import Misfit
-from dmrl_ray.jobs.external import check_foreign, foreign_of
+from dmrl_ray.jobs.external import check_external, external_of
 from dmrl_ray.jobs.learner import compiled
 from dmrl_ray.jobs.memory import Part, estimate, machine_bytes, refusal
 from dmrl_ray.jobs.spec import (
@@ -33,8 +33,8 @@ from dmrl_ray.jobs.spec import (
     job_spec,
     load_family,
     outline,
-    rehearse,
     set_weights,
+    smoke_test,
 )
 from dmrl_ray.jobs.transfer import rllib_start
 
@@ -80,7 +80,7 @@ def check(config: RunConfig) -> list[Part]:
 def _measure(config: RunConfig, name: str, held: dict[str, list[Part]]) -> None:
     """Note what a stage holds; of other libraries' algorithms nothing is known."""
     spec = job_spec(config, name)
-    if foreign_of(spec) is None:
+    if external_of(spec) is None:
         held[name] = estimate(outline(spec), spec, config.stages[name], config.learners.num)
 
 
@@ -98,7 +98,7 @@ def _check_stage(config: RunConfig, name: str) -> None:
     stage, spec = config.stages[name], job_spec(config, name)
     source = stage.init_from
     start = job_spec(config, source) if source in config.stages else None
-    if check_foreign(spec, stage, start):
+    if check_external(spec, stage, start):
         return
     program = build(spec)
     asked = None
@@ -112,7 +112,7 @@ def _check_stage(config: RunConfig, name: str) -> None:
         _check_start(program, spec, start)
     elif source is not None and source.startswith(RLLIB):
         rllib_start(source, program.policy)
-    rehearse(program, spec, asked)
+    smoke_test(program, spec, asked)
 
 
 def _check_learners(config: RunConfig) -> None:
@@ -152,7 +152,7 @@ def _check_shared(config: RunConfig) -> None:
 
 def _own(config: RunConfig) -> list[str]:
     """Stages whose algorithm is no other library's."""
-    return [name for name in config.stages if foreign_of(job_spec(config, name)) is None]
+    return [name for name in config.stages if external_of(job_spec(config, name)) is None]
 
 
 def _check_learning(program: Program, spec: JobSpec, stage: Pretrain | Finetune) -> None:

@@ -17,7 +17,7 @@ from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.data.sources import recordings_of
 from dmrl_ray.errors import Misfit
-from dmrl_ray.jobs.external import ForeignAlgorithm
+from dmrl_ray.jobs.external import ExternalAlgorithm
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.store.commits import as_overrides
 
@@ -30,7 +30,7 @@ SPEED_ALONE = (
 """Settings that change how fast a run is and never its result. None of `learners` is among them:
 number, threads, device, precision and compiler change the last bits, if not more."""
 
-SETTLED = ("workers.num", "learners.threads")
+RESOLVED = ("workers.num", "learners.threads")
 """Settings whose ``auto`` means what the run chose when it started."""
 
 _ABSENT = object()
@@ -51,7 +51,7 @@ def changes(before: RunConfig, after: RunConfig, state: Mapping[str, Any]) -> di
     problems = []
     for path, old, new in _differences(plain(expanded(before)), plain(expanded(after))):
         name = ".".join(path)
-        if name in SETTLED and new == "auto":
+        if name in RESOLVED and new == "auto":
             continue
         if wrong := _refusal(path, old, new, before, state):
             problems.append(("", f"{name}: {wrong}"))
@@ -169,7 +169,7 @@ def _deviations(run: Run, name: str) -> list[str]:
     ]
     if name in run.state["done"] and run.state["jobs"][name]["updates"] % stage.validate_every:
         reasons.append("the policy that ended the smaller one was validated, too, and may be best")
-    if issubclass(algorithm.load(), ForeignAlgorithm):
+    if issubclass(algorithm.load(), ExternalAlgorithm):
         reasons.append("its library keeps a part of its state to itself")
     if stage.max_policy_lag:
         reasons.append("rollouts in flight begin anew")

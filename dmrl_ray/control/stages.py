@@ -20,7 +20,7 @@ from dmrl_ray.control.train_loop import evaluate as evaluate_policy
 from dmrl_ray.control.train_loop import evaluation_calls, run_job, tasks_at_once
 from dmrl_ray.data.lineage import learned_from
 from dmrl_ray.data.sources import recordings_of
-from dmrl_ray.jobs.external import foreign_of
+from dmrl_ray.jobs.external import external_of
 from dmrl_ray.jobs.messages import AdaptCall
 from dmrl_ray.jobs.spec import JobSpec, Weights, build, job_spec
 from dmrl_ray.jobs.transfer import rllib_start
@@ -81,7 +81,7 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
 
     calls = [(s, weights, stage.updates) for s in open_specs]
     method = "train_recorded" if stage.record else "train"
-    if foreign_of(spec) is not None:
+    if external_of(spec) is not None:
         run.connect()
     with run.committing(snapshot):
         for i, (rows, trained, env_steps, left_out, *recorded) in run.workers.map(method, calls):
@@ -167,7 +167,7 @@ def _play_streams(
 ) -> np.ndarray:
     """The agent that nobody tells of changes; its returns."""
     program = build(spec)
-    copies = program.adaptation(stage.by).columns_per_task
+    copies = program.adaptation(stage.by).envs_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
     episodes = stage.tasks_per_stream * stage.episodes_per_task
     size = tasks_at_once(program.distribution, copies, episodes)

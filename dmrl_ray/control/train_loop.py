@@ -41,9 +41,9 @@ import numpy as np
 
 from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.config.schema import By, Pretrain, settled
+from dmrl_ray.config.schema import By, Pretrain, resolve_auto
 from dmrl_ray.control.run_state import Run
-from dmrl_ray.jobs.external import ForeignAlgorithm, foreign_of
+from dmrl_ray.jobs.external import ExternalAlgorithm, external_of
 from dmrl_ray.jobs.messages import CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.jobs.spec import JobSpec, build
 from dmrl_ray.tasks.distribution import TaskDistribution
@@ -76,9 +76,9 @@ class Progress:
 
 def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) -> Progress:
     """Train until the budget is spent, from the newest commit if it holds this job's state."""
-    foreign = foreign_of(spec, settled(run.config.workers.num))
-    if foreign is not None:
-        return _run_foreign(run, spec, stage, initial, foreign)
+    external = external_of(spec, resolve_auto(run.config.workers.num))
+    if external is not None:
+        return _run_external(run, spec, stage, initial, external)
     with closing(run.learners(spec)) as learners:
         progress, states = _begin(run, spec, learners, initial)
         validation = _validation(run, stage)
@@ -134,21 +134,21 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
 
 
-def _run_foreign(
-    run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None, foreign: ForeignAlgorithm
+def _run_external(
+    run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None, external: ExternalAlgorithm
 ) -> Progress:
     """The same for an algorithm that samples and learns in one."""
     run.connect()
-    with closing(foreign):
-        progress, _ = _begin(run, spec, foreign, initial)
+    with closing(external):
+        progress, _ = _begin(run, spec, external, initial)
         validation = _validation(run, stage)
         clock = time.monotonic()
 
         def snapshot() -> None:
-            _snapshot(run, spec, foreign, progress, [])
+            _snapshot(run, spec, external, progress, [])
 
         while progress.env_steps < stage.env_steps:
-            report, metrics = foreign.iterate(progress.env_steps)
+            report, metrics = external.iterate(progress.env_steps)
             progress.env_steps += report.env_steps
             progress.updates += 1
             elapsed, clock = time.monotonic() - clock, time.monotonic()
@@ -157,9 +157,9 @@ def _run_foreign(
             done = progress.env_steps >= stage.env_steps
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted():
-                    _validate(run, spec, foreign, progress, validation)
+                    _validate(run, spec, external, progress, validation)
             run.tick(snapshot)
-        _save_policy(run, spec, "last", foreign)
+        _save_policy(run, spec, "last", external)
         snapshot()
     return progress
 
@@ -212,9 +212,9 @@ def evaluation_calls(
 ) -> list[EvaluateCall]:
     """Calls that play one trial on each task, of bounded memory, as `EvaluateCall` has it."""
     copies, size = 1, EVALUATION_COLUMNS
-    if foreign_of(spec) is None:
+    if external_of(spec) is None:
         program = build(spec)
-        copies = program.adaptation(by).columns_per_task
+        copies = program.adaptation(by).envs_per_task
         played = episodes or program.algorithm.evaluation_episodes
         size = tasks_at_once(program.distribution, copies, played)
     return [
@@ -225,7 +225,7 @@ def evaluation_calls(
             start // size,
             greedy,
             policy_version,
-            first_column=start * copies,
+            first_env=start * copies,
             by=by,
             episodes=episodes,
             frozen=frozen,

@@ -324,14 +324,14 @@ class Dataset:
             mask=np.ones((steps, columns), np.bool_),
             all_count=True,
             final_step=where[:, 0],
-            final_column=where[:, 1],
+            final_env=where[:, 1],
             final_obs=final_obs.reshape(-1, *obs_shape),
             previous_action=none,
             previous_reward=np.zeros(columns, np.float32),
             previous_done=np.ones(columns, np.bool_),
-            initial_state=(),
+            initial_memory=(),
             **arrays,
-            **{name: np.empty((steps, 0), np.float32) for name in (*never_said, "oracle_action")},
+            **{name: np.empty((steps, 0), np.float32) for name in (*never_said, "expert_action")},
         )
 
     def _gather(
@@ -368,7 +368,7 @@ class Dataset:
                 final[t, b] = self._next(at)
             if t == steps - 1:
                 arrays["obs"][steps, b] = final[t, b]
-        return {**arrays, "reset_state": reset}, dict(sorted(final.items()))
+        return {**arrays, "reset": reset}, dict(sorted(final.items()))
 
     def _end(self, unit: Unit, step: int) -> int:
         """Where the unit that a step belongs to ends."""

@@ -230,7 +230,7 @@ class Recorded(ParquetSource):
         table = self.table(block, ("task_id", *HISTORY, *IN_HISTORY))
         codes = {name: _codes(table[name]) for name in ("task_id", "run_id", "stage", "job")}
         columns = {name: code for name, (code, _) in codes.items()}
-        columns |= {name: table[name].to_numpy() for name in ("column", *IN_HISTORY)}
+        columns |= {name: table[name].to_numpy() for name in ("environment", *IN_HISTORY)}
         t = columns.pop("t")
         breaks = np.diff(t) != 1
         for column in columns.values():
@@ -241,7 +241,7 @@ class Recorded(ParquetSource):
         names = [codes[name][1][at[name]] for name in ("run_id", "stage", "job")]
         task = codes["task_id"][1][at["task_id"]]
         mine = np.ones(len(row), np.bool_) if self._stage is None else names[1] == self._stage
-        labels = zip(*(n[mine] for n in names), at["column"][mine].tolist(), strict=True)
+        labels = zip(*(n[mine] for n in names), at["environment"][mine].tolist(), strict=True)
         numbers = (
             np.array([self.history_number(label) for label in labels], np.int64),
             np.array([self.task_number(name) for name in task[mine]], np.int64),
@@ -250,7 +250,7 @@ class Recorded(ParquetSource):
         return np.column_stack([numbers[0], rest[:, :3], numbers[1], rest[:, 3:]])
 
     def where(self, block: int, row: int) -> str:
-        names = ("stage", "job", "column", *IN_HISTORY)
+        names = ("stage", "job", "environment", *IN_HISTORY)
         (cells,) = self.table(block, names).slice(row, 1).to_pylist()
         known = ", ".join(f"{name} {cell}" for name, cell in cells.items())
         return f"{super().where(block, row)} ({known})"

@@ -84,7 +84,7 @@ def recordings_of(algorithm: Settings) -> dict[str, DataSettings]:
     return {name: data for name, data in found.items() if isinstance(data, DataSettings)}
 
 
-class Foreign(ParquetSource):
+class External(ParquetSource):
     """Parquet files of others: a row is a step, and rows of an episode follow each other.
 
     Without a column for it, an episode ends where it is terminated or truncated, and is a trial of
@@ -207,7 +207,7 @@ def source_of(settings: DataSettings, run_folder: str) -> Source:
         inside = [
             os.path.join(p, "**", "*.parquet") if os.path.isdir(p) else p for p in settings.rllib
         ]
-        return Foreign(inside, RLLIB_COLUMNS)
+        return External(inside, RLLIB_COLUMNS)
     if settings.files:
-        return Foreign(settings.files, settings.columns)
+        return External(settings.files, settings.columns)
     return Recorded(settings.runs or (glob.escape(run_folder),), settings.stage)

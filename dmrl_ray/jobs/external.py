@@ -1,11 +1,11 @@
 """Algorithms of other libraries: what they must be able to do for stages to run them.
 
-    ours      workers: collect --> learner: update         two halves, in `control.train_loop`
-    foreign   iterate: samples and learns, as the library does it
+    ours       workers: collect --> learner: update         two halves, in `control.train_loop`
+    external   iterate: samples and learns, as the library does it
 
-Tasks, stages, budgets, validation, tables, commits and resume stay as they are. A foreign algorithm
-brings a network of its own, whose weights are arrays like any other's, and is named by a config
-where an `Algorithm` is.
+Tasks, stages, budgets, validation, tables, commits and resume stay as they are. An external
+algorithm brings a network of its own, whose weights are arrays like any other's, and is named by a
+config where an `Algorithm` is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.types import Arrays, Columns
 
 
-class ForeignAlgorithm(ABC):
+class ExternalAlgorithm(ABC):
     """One job of an algorithm of another library; cheap to make, and loaded when it is used.
 
     Args:
@@ -51,7 +51,7 @@ class ForeignAlgorithm(ABC):
         """The policy's memory survives the ends of episodes."""
 
     @abstractmethod
-    def check(self, start: ForeignAlgorithm | None) -> None:
+    def check(self, start: ExternalAlgorithm | None) -> None:
         """See that the settings fit the tasks, and the policy of the job that this starts from.
 
         Raises:
@@ -117,13 +117,13 @@ class ForeignAlgorithm(ABC):
         return rows, self.weights(), env_steps
 
 
-def foreign_of(spec: JobSpec, processes: int = 0) -> ForeignAlgorithm | None:
+def external_of(spec: JobSpec, processes: int = 0) -> ExternalAlgorithm | None:
     """A job's algorithm, if it is one of another library."""
     kind = spec.algorithm.load("algorithm")
-    return kind(spec, processes) if issubclass(kind, ForeignAlgorithm) else None
+    return kind(spec, processes) if issubclass(kind, ExternalAlgorithm) else None
 
 
-def check_foreign(spec: JobSpec, stage: Stage, source: JobSpec | None) -> bool:
+def check_external(spec: JobSpec, stage: Stage, source: JobSpec | None) -> bool:
     """See that another library's algorithm can run a stage; False if none is to.
 
     Args:
@@ -132,14 +132,14 @@ def check_foreign(spec: JobSpec, stage: Stage, source: JobSpec | None) -> bool:
     Raises:
         ValueError: it cannot, or the stage would start from a policy of another's.
     """
-    foreign, start = foreign_of(spec), None if source is None else foreign_of(source)
-    if source is not None and type(foreign) is not type(start):
+    external, start = external_of(spec), None if source is None else external_of(source)
+    if source is not None and type(external) is not type(start):
         raise ValueError(
             f"init_from: the policy of stage {source.stage!r} is {source.algorithm_name}'s, whose "
             f"network {spec.algorithm_name} does not know; use algorithm: "
             f"{{type: {source.algorithm.type}}} here, or start from another stage"
         )
-    if foreign is None:
+    if external is None:
         return False
     if isinstance(stage, Adapt):
         raise ValueError(f"type: {spec.algorithm_name} cannot adapt without resets; use evaluate")
@@ -151,5 +151,5 @@ def check_foreign(spec: JobSpec, stage: Stage, source: JobSpec | None) -> bool:
                 f"{setting}: {spec.algorithm_name} has a network and a loop of its own, which know "
                 "nothing of this; leave it out"
             )
-    foreign.check(start)
+    external.check(start)
     return True

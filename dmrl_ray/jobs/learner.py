@@ -15,7 +15,7 @@ from dmrl_ray.learn.all_reduce import gradient_average
 from dmrl_ray.learn.gradients import Compiled
 from dmrl_ray.types import Array, Arrays, Trial, join_shards, random_stream
 
-MAX_POISONED_UPDATES = 3
+MAX_NON_FINITE_UPDATES = 3
 """Updates in a row with a loss or gradient that is not finite, after which a job stops."""
 
 
@@ -43,7 +43,7 @@ class Learner:
         self._compiled = compiled(self.algorithm, spec) if spec.compile else None
         if self._compiled is not None:
             self.algorithm.gradients = self._compiled
-        self._poisoned = 0
+        self._non_finite = 0
 
     def join(self, init_method: str, rank: int, world_size: int) -> None:
         """Average gradients with the other learners from now on."""
@@ -81,11 +81,11 @@ class Learner:
         metrics = algorithm.update(trial)
         self.policy.eval()
         skipped = algorithm.skipped_batches - skipped
-        self._poisoned = self._poisoned + 1 if skipped else 0
-        if self._poisoned >= MAX_POISONED_UPDATES:
+        self._non_finite = self._non_finite + 1 if skipped else 0
+        if self._non_finite >= MAX_NON_FINITE_UPDATES:
             raise NumericalError(
                 f"stage {self.spec.stage!r}, update {version}: no finite gradient for "
-                f"{self._poisoned} updates in a row; lower algorithm.lr or check the rewards"
+                f"{self._non_finite} updates in a row; lower algorithm.lr or check the rewards"
             )
         metrics["skipped_batches"] = float(skipped)
         metrics["time/update_s"] = time.monotonic() - start

@@ -126,7 +126,7 @@ def estimate(program: Program, spec: JobSpec, stage: Stage, learners: int = 1) -
         shards = 1 if isinstance(stage, Finetune) else spec.rollout.shards
         parts += [_rollouts(program, spec, shards), _memory(program, spec, shards)]
         if not on_gpu:
-            tasks = shards * spec.rollout.num_envs // program.algorithm.columns_per_task
+            tasks = shards * spec.rollout.num_envs // program.algorithm.envs_per_task
             tasks = 1 if isinstance(stage, Finetune) else tasks // learners
             parts += [_replay(program), _task_parameters(program, spec, tasks)]
     return [part for part in parts if part.about_bytes]
@@ -211,7 +211,7 @@ def _task_parameters(program: Program, spec: JobSpec, tasks: int) -> Part:
     algorithm, moved = program.algorithm, 0
     if isinstance(algorithm, GradientAdaptation):
         named = program.policy.named_parameters()
-        prefixes = algorithm.config.adapt
+        prefixes = algorithm.config.trainable
         moved = sum(p.nbytes for n, p in named if n.startswith(ACTOR) and n.startswith(prefixes))
         within = algorithm.config.steps_per_adaptation is not None
         moved *= 2 if within else algorithm.rollouts_per_trial

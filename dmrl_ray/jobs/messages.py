@@ -33,7 +33,7 @@ class EvaluateCall:
     chunk: int
     greedy: bool
     policy_version: int
-    first_column: int = 0  # number of the first environment, where steps are recorded
+    first_env: int = 0  # number of the first environment, where steps are recorded
     by: By = None  # who adapts; None is the algorithm as it evaluates
     episodes: int | None = None  # of each environment; None is what the algorithm evaluates with
     frozen: bool = False  # never adapt

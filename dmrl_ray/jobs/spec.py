@@ -20,10 +20,10 @@ from dmrl_ray.config.schema import (
     Pretrain,
     RolloutSettings,
     RunConfig,
-    settled,
+    resolve_auto,
 )
 from dmrl_ray.networks.actor_critic import ActorCritic
-from dmrl_ray.rollout.device_sampler import ResidentSampler
+from dmrl_ray.rollout.device_sampler import DeviceSampler
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.tasks.faults import answer_of, check_spaces, fault, name_of, sample
@@ -100,7 +100,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         env_steps=getattr(stage, "env_steps", 0),
         updates=getattr(stage, "updates", 0),
         trainable=getattr(stage, "trainable", ("",)),
-        learner_threads=settled(config.learners.threads),
+        learner_threads=resolve_auto(config.learners.threads),
         precision=config.learners.precision,
         compile=config.learners.compile,
         device=config.learners.device,
@@ -144,7 +144,7 @@ class Program:
         if self.device is None:
             return Sampler(self.distribution, num_envs, memory_spans_trial=spans)
         device = torch.device(self.device)
-        return ResidentSampler(self.distribution, num_envs, memory_spans_trial=spans, device=device)
+        return DeviceSampler(self.distribution, num_envs, memory_spans_trial=spans, device=device)
 
 
 def build(spec: JobSpec, device: str | None = None) -> Program:
@@ -194,7 +194,7 @@ def _assemble(spec: JobSpec, distribution: TaskDistribution) -> Program:
         algorithm = kind(spec.algorithm.settings, distribution, policy)
     algorithm.run_folder = spec.run_folder
     policy.eval()
-    columns = algorithm.columns_per_task
+    columns = algorithm.envs_per_task
     if spec.rollout.num_envs % columns:
         raise ValueError(
             f"rollout.num_envs: {spec.rollout.num_envs} columns cannot be dealt to tasks of "
@@ -254,7 +254,7 @@ def _load(setting: str, component: Component, base: type) -> Any:
     return kind
 
 
-def rehearse(program: Program, spec: JobSpec, asked: str | None = None) -> None:
+def smoke_test(program: Program, spec: JobSpec, asked: str | None = None) -> None:
     """Two steps in one column: most families that are broken show it here, before anything starts.
 
     Args:
@@ -267,7 +267,7 @@ def rehearse(program: Program, spec: JobSpec, asked: str | None = None) -> None:
         ValueError: it leaves out what is asked.
     """
     family, policy = program.distribution, program.policy
-    stream = random_stream(spec.seed, *spec.key, "rehearse")
+    stream = random_stream(spec.seed, *spec.key, "smoke_test")
     tasks = [task for split in SPLITS for task in sample(family, stream, 1, split)]
     sampler = program.sampler(len(tasks))
     sampler.start(stream, 0)

@@ -35,7 +35,7 @@ _RENAMED = (
     (r"^encoder\.critic_encoder\.", "value_encoder."),
     (r"^(pi|_pi_head)\.", "policy_head."),
     (r"^vf\.", "value_head."),
-    (r"\.tokenizer\.net\.mlp\.", ".body.layers."),
+    (r"\.tokenizer\.net\.mlp\.", ".torso.layers."),
     (r"\.net\.mlp\.", ".layers."),
     (r"\.lstm\.", ".cell."),
 )

@@ -18,7 +18,7 @@ from dmrl_ray.algorithms.adaptation import play_stream
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.backend import host
 from dmrl_ray.data.dataset import LeftOut
-from dmrl_ray.jobs.external import foreign_of
+from dmrl_ray.jobs.external import external_of
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.messages import AdaptCall, CollectCall, CollectReport, EvaluateCall
 from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build, set_weights
@@ -63,7 +63,7 @@ class RolloutWorker:
         tasks = list(spec.fixed_tasks) or sample(
             program.distribution,
             random_stream(spec.seed, *spec.key, "tasks", shard, iteration),
-            columns // algorithm.columns_per_task,
+            columns // algorithm.envs_per_task,
             spec.split,
         )
         # A job on fixed tasks goes on to learn from them; else each trial's agents are new.
@@ -91,7 +91,7 @@ class RolloutWorker:
                 [rollout.map(host) for rollout in trial],
                 tasks,
                 number=iteration,
-                first_column=columns * shard,
+                first_env=columns * shard,
                 open_before=open_before,
                 step_is_episode=algorithm.memory_spans_trial,
             )
@@ -110,9 +110,9 @@ class RolloutWorker:
 
     def evaluate(self, call: EvaluateCall, weights: Weights) -> Columns:
         """Rows of one trial on each of the call's tasks."""
-        foreign = foreign_of(call.spec)
-        if foreign is not None:
-            return foreign.play(call, weights.arrays)
+        external = external_of(call.spec)
+        if external is not None:
+            return external.play(call, weights.arrays)
         sampler, trial = self._evaluate(call, weights)
         for _ in trial:  # Each is dropped when the next begins.
             pass
@@ -125,7 +125,7 @@ class RolloutWorker:
             list(trial),
             list(call.tasks),
             number=call.trial,
-            first_column=call.first_column,
+            first_env=call.first_env,
             open_before=None,
             step_is_episode=sampler.memory_spans_trial,
         )
@@ -145,7 +145,7 @@ class RolloutWorker:
         spec = call.spec
         program = self._program(spec, weights)
         adaptation = program.adaptation(call.by)
-        sampler = program.sampler(len(call.tasks) * adaptation.columns_per_task)
+        sampler = program.sampler(len(call.tasks) * adaptation.envs_per_task)
         # The same in every stage and run: what is compared meets the same chances.
         stream = random_stream(spec.evaluation_seed, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
@@ -163,7 +163,7 @@ class RolloutWorker:
         spec, settings = call.spec, call.settings
         program = self._program(spec, weights)
         family, adaptation = program.distribution, program.adaptation(settings.by)
-        copies, per_task = adaptation.columns_per_task, settings.episodes_per_task
+        copies, per_task = adaptation.envs_per_task, settings.episodes_per_task
         sampler = program.sampler(len(call.streams) * copies)
         stream = random_stream(spec.evaluation_seed, "streams", call.chunk)
         sampler.start(stream, weights.version, greedy=settings.greedy)
@@ -184,7 +184,7 @@ class RolloutWorker:
         episodes = episode_rows(rows, sampler.distribution, version, scored=True)
         episodes["change"] = change
         episodes["env_steps"] = rows["step"].astype(np.int64)
-        episodes["trial"] = rows["column"].astype(np.int64) // (sampler.num_envs // num)
+        episodes["trial"] = rows["environment"].astype(np.int64) // (sampler.num_envs // num)
         return episodes
 
     def train(
@@ -195,10 +195,10 @@ class RolloutWorker:
         Returns the rows of its episodes, the weights at its end, the environment steps that it
         made, and what it left out of data.
         """
-        foreign = foreign_of(spec)
-        if foreign is not None:
-            with closing(foreign):
-                return (*foreign.train(weights, updates), ())
+        external = external_of(spec)
+        if external is not None:
+            with closing(external):
+                return (*external.train(weights, updates), ())
         return self.train_recorded(spec, weights, updates)[:4]
 
     def train_recorded(

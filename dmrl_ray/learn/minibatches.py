@@ -67,8 +67,8 @@ def shown(policy: ActorCritic, rollout: Rollout) -> Batch:
         batch["mask"] = rollout.mask
     if policy.sees_previous:
         batch |= dict(zip(PREVIOUS, previous_inputs(rollout), strict=True))
-    if policy.recurrent and rollout.reset_state[1:].any():
-        batch["reset"] = rollout.reset_state
+    if policy.recurrent and rollout.reset[1:].any():
+        batch["reset"] = rollout.reset
     return batch
 
 

@@ -90,8 +90,8 @@ def task_forward(
 def task_pi(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
     """(T, N, E, P) distribution parameters at a rollout's steps: N tasks with E columns each."""
     previous = previous_inputs(rollout) if policy.sees_previous else None
-    reset = rollout.reset_state if policy.recurrent else None
-    obs, memory = rollout.obs[:-1], rollout.initial_state
+    reset = rollout.reset if policy.recurrent else None
+    obs, memory = rollout.obs[:-1], rollout.initial_memory
     return task_forward(policy, params, obs, previous, memory, reset)[0]
 
 
@@ -136,7 +136,7 @@ def fitted_advantage(
     and stands for what comes after the cut; before any episode of a task has ended, returns end
     at the cut. Images are no features for it; there it sees the time alone.
     """
-    shape = (-1, num_tasks, rollouts[0].num_columns // num_tasks)
+    shape = (-1, num_tasks, rollouts[0].num_envs // num_tasks)
     obs, reward, done, mask = (
         torch.cat([torch.as_tensor(part) for part in parts])
         for parts in zip(

@@ -324,4 +324,4 @@ def previous_inputs(rollout: Rollout) -> Previous:
     action, reward, done = (
         torch.cat([b.unsqueeze(0), x[:-1]]) for b, x in zip(before, during, strict=True)
     )
-    return mask_previous(action, reward, done, rollout.reset_state)
+    return mask_previous(action, reward, done, rollout.reset)

@@ -89,28 +89,30 @@ class Encoder(nn.Module):
         """
 
 
-class BodyEncoder(Encoder):
+class TorsoEncoder(Encoder):
     """An encoder that may read the observation through another one without memory."""
 
     class Config(Settings):
-        body: Component | None = None
+        torso: Component | None = None
         """Encoder before the memory, such as a cnn; None feeds the observation."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         super().__init__()
-        self.body: Encoder | None = None
+        self.torso: Encoder | None = None
         self.in_dim = math.prod(obs_space.shape) + extra
-        if config.body is not None:
-            body: Encoder = config.body.load("encoder")(config.body.settings, obs_space, extra)
-            if body.initial_memory(1):
-                raise ValueError(f"network.encoder.body: {config.body.type} has memory of its own")
-            self.body, self.in_dim = body, body.out_dim
+        if config.torso is not None:
+            torso: Encoder = config.torso.load("encoder")(config.torso.settings, obs_space, extra)
+            if torso.initial_memory(1):
+                raise ValueError(
+                    f"network.encoder.torso: {config.torso.type} has memory of its own"
+                )
+            self.torso, self.in_dim = torso, torso.out_dim
 
     def read(self, obs: Tensor, extra: Tensor | None) -> Tensor:
         """(T, B, in_dim): what the memory is fed."""
-        if self.body is None:
+        if self.torso is None:
             return join(obs.flatten(2), extra)
-        return self.body(obs, extra, (), None)[0]
+        return self.torso(obs, extra, (), None)[0]
 
 
 def join(x: Tensor, extra: Tensor | None) -> Tensor:

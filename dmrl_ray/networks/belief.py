@@ -21,15 +21,15 @@ class Belief(Encoder):
     """A diagonal Gaussian over a latent task; features are a function of it and the observation."""
 
     class Config(Settings):
-        read_with: ClassVar = {"activation": ("sizes", ())}
+        read_with: ClassVar = {"activation": ("hidden_sizes", ())}
 
         latent: Size = 5
         """Dimensions of the latent task."""
 
-        history: Component = Component.model_validate({"type": "gru", "size": 64})
+        history: Component = Component.model_validate({"type": "gru", "hidden_size": 64})
         """Encoder whose memory of all that happened the belief is made of."""
 
-        sizes: Sizes = (64,)
+        hidden_sizes: Sizes = (64,)
         """Width of each layer between observation with belief and the heads."""
 
         activation: Activation = "relu"
@@ -49,9 +49,9 @@ class Belief(Encoder):
             )
         self.gaussian = linear(self.history.out_dim, 2 * config.latent, gain=1.0)
         width = math.prod(obs_space.shape) + 2 * config.latent
-        self.layers = stack(width, config.sizes, config.activation)
+        self.layers = stack(width, config.hidden_sizes, config.activation)
         self.latent, self.detach = config.latent, config.detach
-        self.out_dim = config.sizes[-1] if config.sizes else width
+        self.out_dim = config.hidden_sizes[-1] if config.hidden_sizes else width
 
     def initial_memory(self, num: int) -> Memory:
         return self.history.initial_memory(num)

@@ -30,9 +30,9 @@ class ImageEncoder(Encoder):
     """Convolutions over images (H, W, C), then fully connected layers."""
 
     class Config(LayerConfig):
-        read_with = dict.fromkeys(("dropout", "adapters"), ("sizes", ()))
+        read_with = dict.fromkeys(("dropout", "adapters"), ("hidden_sizes", ()))
 
-        sizes: Sizes = (128,)
+        hidden_sizes: Sizes = (128,)
         """Width of each layer behind the convolutions."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
@@ -50,8 +50,8 @@ class ImageEncoder(Encoder):
             blank = torch.zeros(1, channels, height, width)
             flat = self.convolutions.eval()(blank).shape[1]
         self.convolutions.train()
-        self.layers = dense(flat + extra, config.sizes, config)
-        self.out_dim = config.sizes[-1] if config.sizes else flat + extra
+        self.layers = dense(flat + extra, config.hidden_sizes, config)
+        self.out_dim = config.hidden_sizes[-1] if config.hidden_sizes else flat + extra
 
     @abstractmethod
     def build(self, config: Config, channels: int) -> nn.Sequential:
@@ -126,7 +126,7 @@ class Residual(ImageEncoder):
     """
 
     class Config(ImageEncoder.Config):
-        sizes: Sizes = (256,)
+        hidden_sizes: Sizes = (256,)
         """Width of each layer behind the convolutions."""
 
         channels: Sizes = (16, 32, 32)

@@ -82,7 +82,7 @@ def _default(part: gym.Space[Any]) -> Component:
         return Component(type="embedding")
     if len(part.shape or ()) == 3:
         return Component(type="cnn")
-    return Component.model_validate({"type": "mlp", "sizes": [64]})
+    return Component.model_validate({"type": "mlp", "hidden_sizes": [64]})
 
 
 def _encoder(component: Component, name: str, part: gym.Space[Any]) -> Encoder:

@@ -39,10 +39,10 @@ class TrialDecoder(nn.Module):
         """Foretell rewards with one head for each entry of this one-hot vector, from the belief
         alone; null takes layers that see belief, observation, action and next observation."""
 
-        foretell_obs: bool = False
+        decode_obs: bool = False
         """Foretell the next observation too, for tasks that differ in their dynamics."""
 
-        sizes: Sizes = Field(default=(32, 32), min_length=1)
+        hidden_sizes: Sizes = Field(default=(32, 32), min_length=1)
         """Width of each layer."""
 
     def __init__(self, config: Config, latent: int, width: int, actions: int) -> None:
@@ -50,13 +50,13 @@ class TrialDecoder(nn.Module):
         self.config = config
         self.reward: StepDecoder | HeadDecoder
         if config.heads is None:
-            self.reward = StepDecoder(latent, 2 * width + actions, 1, config.sizes)
+            self.reward = StepDecoder(latent, 2 * width + actions, 1, config.hidden_sizes)
         else:
             heads = actions if config.heads == "action" else width
-            self.reward = HeadDecoder(latent, heads, config.sizes)
+            self.reward = HeadDecoder(latent, heads, config.hidden_sizes)
         self.obs: StepDecoder | None = None
-        if config.foretell_obs:
-            self.obs = StepDecoder(latent, width + actions, width, config.sizes)
+        if config.decode_obs:
+            self.obs = StepDecoder(latent, width + actions, width, config.hidden_sizes)
 
     def forward(
         self,

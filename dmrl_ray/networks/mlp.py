@@ -16,16 +16,16 @@ class MLP(Encoder):
     """Fully connected layers."""
 
     class Config(LayerConfig):
-        read_with = dict.fromkeys(LayerConfig.model_fields, ("sizes", ()))
+        read_with = dict.fromkeys(LayerConfig.model_fields, ("hidden_sizes", ()))
 
-        sizes: Sizes = (64, 64)
+        hidden_sizes: Sizes = (64, 64)
         """Width of each layer."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         super().__init__()
         width = math.prod(obs_space.shape) + extra
-        self.layers = dense(width, config.sizes, config)
-        self.out_dim = config.sizes[-1] if config.sizes else width
+        self.layers = dense(width, config.hidden_sizes, config)
+        self.out_dim = config.hidden_sizes[-1] if config.hidden_sizes else width
 
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.config.components import Size
-from dmrl_ray.networks.base import BodyEncoder, Memory
+from dmrl_ray.networks.base import Memory, TorsoEncoder
 from dmrl_ray.networks.cell import step_by_step
 
 
@@ -48,11 +48,11 @@ def start_gates(cell: nn.RNNBase) -> None:
             nn.init.zeros_(parameter)
 
 
-class _Recurrent(BodyEncoder):
-    """A body, then one recurrent layer; the kernel is fused over steps without a reset."""
+class _Recurrent(TorsoEncoder):
+    """A torso, then one recurrent layer; the kernel is fused over steps without a reset."""
 
-    class Config(BodyEncoder.Config):
-        size: Size = 128
+    class Config(TorsoEncoder.Config):
+        hidden_size: Size = 128
         """Width of the memory."""
 
         layer_norm: bool = False
@@ -68,17 +68,17 @@ class _Recurrent(BodyEncoder):
         super().__init__(config, obs_space, extra)
         self.cell = self.build(config)
         start_gates(self.cell)
-        self.norm = nn.LayerNorm(config.size) if config.layer_norm else nn.Identity()
+        self.norm = nn.LayerNorm(config.hidden_size) if config.layer_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.out_dim = config.size
+        self.out_dim = config.hidden_size
 
     def initial_memory(self, num: int) -> Memory:
         return tuple(torch.zeros(num, self.out_dim) for _ in range(self.leaves))
 
     def use_plain_operations(self) -> None:
         self.plain = True
-        if self.body is not None:
-            self.body.use_plain_operations()
+        if self.torso is not None:
+            self.torso.use_plain_operations()
 
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
@@ -105,7 +105,7 @@ class LSTM(_Recurrent):
     leaves = 2
 
     def build(self, config: _Recurrent.Config) -> nn.RNNBase:
-        return nn.LSTM(self.in_dim, config.size)
+        return nn.LSTM(self.in_dim, config.hidden_size)
 
     def _run(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         out, (hidden, cell) = self.cell(x, (memory[0].unsqueeze(0), memory[1].unsqueeze(0)))
@@ -118,7 +118,7 @@ class GRU(_Recurrent):
     leaves = 1
 
     def build(self, config: _Recurrent.Config) -> nn.RNNBase:
-        return nn.GRU(self.in_dim, config.size)
+        return nn.GRU(self.in_dim, config.hidden_size)
 
 
 class RNN(_Recurrent):
@@ -132,4 +132,4 @@ class RNN(_Recurrent):
 
     def build(self, config: _Recurrent.Config) -> nn.RNNBase:
         assert isinstance(config, RNN.Config)
-        return nn.RNN(self.in_dim, config.size, nonlinearity=config.activation)
+        return nn.RNN(self.in_dim, config.hidden_size, nonlinearity=config.activation)

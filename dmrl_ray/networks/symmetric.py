@@ -24,7 +24,7 @@ from dmrl_ray.networks.recurrent import over_segments, start_gates
 class CellConfig(Settings):
     """Settings of a memory of cells, one for each action."""
 
-    size: Size = 32
+    hidden_size: Size = 32
     """Width of the memory of each action (H)."""
 
     width: Size = 16
@@ -65,20 +65,20 @@ class Symmetric(Encoder):
                 "reward; use rl2, or an encoder of another type"
             )
         self.actions = extra - 2
-        self.size, self.width = config.size, config.width
+        self.hidden_size, self.width = config.hidden_size, config.width
         self.taken = config.updates == "taken"
         shared = math.prod(obs_space.shape) + 2
-        self.cell = nn.GRU(shared + 2, config.size)
+        self.cell = nn.GRU(shared + 2, config.hidden_size)
         start_gates(self.cell)
-        pooled = 2 * config.size + (shared if self.taken else 0)
-        self.common = linear(pooled, config.size, gain=math.sqrt(2))
+        pooled = 2 * config.hidden_size + (shared if self.taken else 0)
+        self.common = linear(pooled, config.hidden_size, gain=math.sqrt(2))
         self.ordered = config.ordered
-        seen = config.size * (2 if config.ordered else 1)
+        seen = config.hidden_size * (2 if config.ordered else 1)
         self.own = linear(seen, config.width, gain=math.sqrt(2))
-        self.others = nn.Linear(config.size, config.width, bias=False)
+        self.others = nn.Linear(config.hidden_size, config.width, bias=False)
         nn.init.orthogonal_(self.others.weight, math.sqrt(2))
         self.activation = ACTIVATIONS[config.activation]()
-        self.out_dim = config.size + self.actions * config.width
+        self.out_dim = config.hidden_size + self.actions * config.width
 
     def action_layer(self, size: int) -> nn.Module:
         if size != self.actions:
@@ -89,13 +89,13 @@ class Symmetric(Encoder):
         return SharedLayer(self.actions, self.width)
 
     def initial_memory(self, num: int) -> Memory:
-        return (torch.zeros(num, self.actions * self.size),)
+        return (torch.zeros(num, self.actions * self.hidden_size),)
 
     def forward(
         self, obs: Tensor, extra: Tensor | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Memory]:
         assert extra is not None
-        cells = memory[0].reshape(len(memory[0]), self.actions, self.size)
+        cells = memory[0].reshape(len(memory[0]), self.actions, self.hidden_size)
         mine, shared = extra[..., : self.actions], extra[..., self.actions :]
         shared = torch.cat([shared, obs.flatten(2)], -1)  # reward, done, observation
         run = self._step_taken if self.taken else self._step_all

@@ -45,7 +45,7 @@ class Tabular(Symmetric):
         self.places = math.prod(obs_space.shape)
 
     def initial_memory(self, num: int) -> Memory:
-        width = self.places * self.actions * self.size
+        width = self.places * self.actions * self.hidden_size
         return torch.zeros(num, width), torch.zeros(num, 1)
 
     def forward(
@@ -60,7 +60,7 @@ class Tabular(Symmetric):
             torch.arange(obs.shape[1], device=obs.device),
             list(self.cell.parameters()),
         )
-        cells = memory[0].reshape(len(memory[0]), -1, self.size)  # (B, S * A, H)
+        cells = memory[0].reshape(len(memory[0]), -1, self.hidden_size)  # (B, S * A, H)
         before = memory[1][:, 0].long()
         hidden, pooled = [], []
         for t in range(len(obs)):
@@ -73,6 +73,6 @@ class Tabular(Symmetric):
             before = place[t]
             hidden.append(cells.reshape(len(columns), self.places, -1)[columns, before])
             pooled.append(torch.cat([cells.mean(1), cells.amax(1)], -1))
-        here = torch.stack(hidden).reshape(*obs.shape[:2], self.actions, self.size)
+        here = torch.stack(hidden).reshape(*obs.shape[:2], self.actions, self.hidden_size)
         features = self.compare(here, torch.cat([torch.stack(pooled), shared], -1))
         return features, (cells.reshape(memory[0].shape), before.unsqueeze(-1).to(obs.dtype))

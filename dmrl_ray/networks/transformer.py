@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dmrl_ray.config.components import Size
-from dmrl_ray.networks.base import BodyEncoder, Memory, linear
+from dmrl_ray.networks.base import Memory, TorsoEncoder, linear
 
 
-class Transformer(BodyEncoder):
+class Transformer(TorsoEncoder):
     """Every step attends to itself and to the `context` - 1 steps before it since the last reset.
 
     Memory is a ring of keys and values (B, layers * 2 * context * size), of width 0 until the first
@@ -30,8 +30,8 @@ class Transformer(BodyEncoder):
     two continuations of one memory the last alone is good. No gradient runs through memory.
     """
 
-    class Config(BodyEncoder.Config):
-        size: Size = 64
+    class Config(TorsoEncoder.Config):
+        hidden_size: Size = 64
         """Width of the features."""
 
         layers: Size = 2
@@ -45,22 +45,28 @@ class Transformer(BodyEncoder):
 
         @model_validator(mode="after")
         def _heads_are_even(self) -> Transformer.Config:
-            if self.size % (2 * self.heads):
+            if self.hidden_size % (2 * self.heads):
                 raise ValueError(
-                    f"size {self.size} cannot be dealt to {self.heads} heads of an even width; "
-                    f"use a multiple of {2 * self.heads}"
+                    f"hidden_size {self.hidden_size} cannot be split into {self.heads} heads of "
+                    f"an even width; use a multiple of {2 * self.heads}"
                 )
             return self
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         super().__init__(config, obs_space, extra)
         self.context = config.context
-        self.ring = (config.layers, 2, config.context, config.heads, config.size // config.heads)
-        self.embedding = linear(self.in_dim, config.size, gain=1.0)
-        blocks = (Block(config.size, config.heads) for _ in range(config.layers))
+        self.ring = (
+            config.layers,
+            2,
+            config.context,
+            config.heads,
+            config.hidden_size // config.heads,
+        )
+        self.embedding = linear(self.in_dim, config.hidden_size, gain=1.0)
+        blocks = (Block(config.hidden_size, config.heads) for _ in range(config.layers))
         self.blocks: Iterable[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.norm = nn.LayerNorm(config.size)
-        self.out_dim = config.size
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.out_dim = config.hidden_size
 
     def initial_memory(self, num: int) -> Memory:
         return torch.zeros(num, 0), torch.zeros(num, 1, dtype=torch.int64)

@@ -26,12 +26,12 @@ from ray.tune.registry import register_env
 
 from dmrl_ray.cluster.connection import cause_of, first_sentence
 from dmrl_ray.errors import NumericalError
-from dmrl_ray.jobs.external import ForeignAlgorithm
+from dmrl_ray.jobs.external import ExternalAlgorithm
 from dmrl_ray.jobs.messages import CollectReport, EvaluateCall
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
 from dmrl_ray.rllib.player import play
 from dmrl_ray.rllib.previous import Shown
-from dmrl_ray.rllib.readings import columns_of, metrics_of, sample_once, take_episodes_of
+from dmrl_ray.rllib.readings import envs_of, metrics_of, sample_once, take_episodes_of
 from dmrl_ray.rllib.settings import BaselineSettings, apply, settings_of
 from dmrl_ray.rollout.rows import episode_rows, evaluation_rows, task_rows
 from dmrl_ray.rollout.sampler import Sampler
@@ -41,7 +41,7 @@ MODULE = f"learner/rl_module/{DEFAULT_MODULE_ID}"
 """Where a learner group's state has the weights."""
 
 
-class Baseline(ForeignAlgorithm):
+class Baseline(ExternalAlgorithm):
     """One job of an algorithm of RLlib."""
 
     library: ClassVar[type[AlgorithmConfig]]
@@ -62,7 +62,7 @@ class Baseline(ForeignAlgorithm):
         settings: BaselineSettings = self.spec.algorithm.settings
         return settings
 
-    def check(self, start: ForeignAlgorithm | None) -> None:
+    def check(self, start: ExternalAlgorithm | None) -> None:
         """See that environment, settings and network can be made."""
         env = TaskEnv(self._env_settings())
         env.reset(seed=0)
@@ -231,7 +231,7 @@ class Baseline(ForeignAlgorithm):
         return mean * steps / self._algorithm.config.num_envs_per_env_runner
 
     def _episodes(self, rows: list[Row], env_steps: int, iteration: int) -> Columns:
-        columns = columns_of(rows)
+        columns = envs_of(rows)
         columns["adaptation_step"] = columns["episode"] * self.memory_spans_trial
         scored = bool(self.spec.fixed_tasks)
         family = self._env_settings().family()

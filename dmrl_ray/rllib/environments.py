@@ -100,18 +100,18 @@ class Columns:
         tasks: being played, one in each column.
     """
 
-    def __init__(self, settings: EnvSettings, num_columns: int) -> None:
+    def __init__(self, settings: EnvSettings, num_envs: int) -> None:
         self.family = settings.family()
-        if num_columns > 1 and not self.family.fixed_length:
+        if num_envs > 1 and not self.family.fixed_length:
             raise ValueError(
                 f"gym_env_vectorize_mode: episodes of {self.family.family!r} differ in length, so "
                 "that its columns cannot be stepped as one; use 'sync'"
             )
-        self.num_columns = num_columns
+        self.num_envs = num_envs
         self.split = settings.split
         self.held = None if settings.task is None else Task.from_json(settings.task)
         self.shown = Shown(self.family, settings.previous)
-        self._env = answer_of(self.family, self.family.make_vec, num_columns)
+        self._env = answer_of(self.family, self.family.make_vec, num_envs)
         self._whole_trials = settings.whole_trials
         self._episodes = self.family.episodes_per_trial if settings.whole_trials else 1
         self._rng = np.random.default_rng()
@@ -156,13 +156,13 @@ class Columns:
 
     def take_episodes(self) -> tuple[list[Row], int]:
         """Rows of the episodes that ended since the last call, and steps of all columns."""
-        rows, steps = self._rows, self._steps * self.num_columns
+        rows, steps = self._rows, self._steps * self.num_envs
         self._rows, self._steps = [], 0
         return rows, steps
 
     def _draw(self) -> None:
         """Set the tasks that the next reset begins."""
-        n = self.num_columns
+        n = self.num_envs
         drawn = [self.held] * n if self.held else sample(self.family, self._rng, n, self.split)
         self._drawn: list[Task] = list(drawn)
         answer_of(self.family, self._env.set_tasks, self._drawn)
@@ -170,7 +170,7 @@ class Columns:
     def _begin(self, obs: np.ndarray) -> np.ndarray:
         self.tasks = self._drawn
         self._number = 0
-        self._return = np.zeros(self.num_columns)
+        self._return = np.zeros(self.num_envs)
         self._length = 0
         if self._episodes == 1:  # The step that ends the episode begins the next.
             self._draw()
@@ -185,7 +185,7 @@ class Columns:
                 f"task family {self.family.family!r}: says that its episodes have a fixed length, "
                 "but they do not end together"
             )
-        success = infos.get("success", np.full(self.num_columns, np.nan))
+        success = infos.get("success", np.full(self.num_envs, np.nan))
         for b, task in enumerate(self.tasks):
             self._rows.append(
                 {
@@ -194,7 +194,7 @@ class Columns:
                     "return": float(self._return[b]),
                     "length": self._length,
                     "success": float(success[b]),
-                    "step": self._steps * self.num_columns,
+                    "step": self._steps * self.num_envs,
                 }
             )
         self._return[:] = 0.0

@@ -41,7 +41,7 @@ def sample_once(runner: Any) -> None:
         runner.sample()
 
 
-def columns_of(rows: list[Row]) -> Columns:
+def envs_of(rows: list[Row]) -> Columns:
     """Rows, column by column."""
     names = ("episode", "return", "length", "success", "step")
     columns = {name: np.array([row[name] for row in rows]) for name in names}

@@ -45,11 +45,11 @@ class Buffers:
         self.reset = np.zeros((room + 1, columns), np.bool_)
         self.reset[0] = reset
         self.before = previous
-        self.oracle_action = np.empty((room, 0), np.float32)
+        self.expert_action = np.empty((room, 0), np.float32)
         self.taught = False
         self.memory = memory
         self.final_step: list[np.ndarray] = []
-        self.final_column: list[np.ndarray] = []
+        self.final_env: list[np.ndarray] = []
         self.final_obs: list[np.ndarray] = []
 
     def grow(self) -> None:
@@ -66,18 +66,18 @@ class Buffers:
 
     def teach(self, columns: int) -> None:
         """Make room for the oracle's actions; it acts in the first of the columns."""
-        self.oracle_action = np.empty_like(self.action)
+        self.expert_action = np.empty_like(self.action)
         self.taught, self._followed = True, columns
 
-    def follow(self, t: int, oracle_action: np.ndarray) -> None:
+    def follow(self, t: int, expert_action: np.ndarray) -> None:
         """Note what the oracle would do at step t, and let it act where it is followed."""
-        self.oracle_action[t] = oracle_action
-        self.action[t, : self._followed] = oracle_action[: self._followed]
+        self.expert_action[t] = expert_action
+        self.action[t, : self._followed] = expert_action[: self._followed]
 
     def end(self, t: int, columns: np.ndarray, final_obs: np.ndarray) -> None:
         """Keep the true successors of the columns whose episodes ended at step t."""
         self.final_step.append(np.full(len(columns), t))
-        self.final_column.append(columns)
+        self.final_env.append(columns)
         self.final_obs.append(final_obs[columns])
 
     def previous(self, t: int) -> Previous:
@@ -112,7 +112,7 @@ class Buffers:
             adaptation_step=np.full(len(task_index), adaptation_step),
             obs=self.obs,
             final_step=np.concatenate(self.final_step) if ended else np.empty(0, np.int64),
-            final_column=np.concatenate(self.final_column) if ended else np.empty(0, np.int64),
+            final_env=np.concatenate(self.final_env) if ended else np.empty(0, np.int64),
             final_obs=np.concatenate(self.final_obs) if ended else self.obs[0, :0],
             action=self.action,
             reward=self.reward,
@@ -120,19 +120,19 @@ class Buffers:
             truncated=self.truncated,
             mask=self.mask,
             all_count=bool(self.mask.all()),
-            reset_state=self.reset[:-1],
+            reset=self.reset[:-1],
             log_prob=empty,
             value=empty,
             next_value=empty,
             advantage=empty,
             value_target=empty,
-            oracle_action=self.oracle_action,
+            expert_action=self.expert_action,
             previous_action=self.before[0],
             previous_reward=self.before[1],
             previous_done=self.before[2],
-            initial_state=tuple(leaf.numpy() for leaf in self.memory),
+            initial_memory=tuple(leaf.numpy() for leaf in self.memory),
         )
 
 
-_BY_STEP = ("action", "reward", "terminated", "truncated", "done", "mask", "oracle_action")
+_BY_STEP = ("action", "reward", "terminated", "truncated", "done", "mask", "expert_action")
 """Arrays (T, B, ...); those of observations and resets have one step more."""

@@ -19,13 +19,13 @@ from dmrl_ray.backend import TensorStream, host
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous, mask_previous
 from dmrl_ray.rollout.finite import check_finite, diverged
 from dmrl_ray.rollout.sampler import STATE, Actor, Sampler
-from dmrl_ray.rollout.values import Carried, peek_value, values
+from dmrl_ray.rollout.values import Carried, bootstrap_value, values
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import answer_of
 from dmrl_ray.types import Array, Arrays, Rollout, Task
 
 
-class ResidentSampler(Sampler):
+class DeviceSampler(Sampler):
     """A `Sampler` on a device; its rollouts are of tensors.
 
     Noise is drawn on the device, by generators whose seeds come from the stream of the collection.
@@ -97,10 +97,10 @@ class ResidentSampler(Sampler):
         adaptation_step: np.ndarray | int = 0,
         with_value: bool = True,
         greedy: bool | None = None,
-        teacher: float | None = None,
+        beta: float | None = None,
     ) -> Rollout:
         """Act in every environment, as `Sampler.rollout` does."""
-        assert teacher is None
+        assert beta is None
         greedy = self._greedy if greedy is None else greedy
         num_steps = self._most_steps(num_steps)
         self.episodes.adapted(None if self.memory_spans_trial else adaptation_step)
@@ -146,7 +146,7 @@ class ResidentSampler(Sampler):
         began = perf_counter()
         for t in range(num_steps):
             if reset:
-                rollout.reset_state[t] = True
+                rollout.reset[t] = True
                 memory = tuple(torch.zeros_like(leaf) for leaf in memory)
             previous = self._previous(rollout, t, reset) if policy.sees_previous else None
             pi, feature, memory = actor(rollout.obs[t : t + 1], previous, memory, None)
@@ -155,7 +155,7 @@ class ResidentSampler(Sampler):
             final_obs = self._step_on(rollout, acted, t)
             if peek and final_obs is not None:
                 last = rollout.action[t], rollout.reward[t]
-                acted.peeks.append(peek_value(policy, final_obs, *last, memory))
+                acted.peeks.append(bootstrap_value(policy, final_obs, *last, memory))
             reset = final_obs is not None and not self.memory_spans_trial
         self.inference_s += perf_counter() - began - acted.env_s
         self.env_s += acted.env_s
@@ -208,7 +208,7 @@ class ResidentSampler(Sampler):
             adaptation_step=np.full(self.num_envs, adaptation_step),
             obs=obs,
             final_step=no_index,
-            final_column=no_index,
+            final_env=no_index,
             final_obs=obs[0, :0],
             action=action.new_empty(num_steps, *action.shape),
             reward=reward.new_empty(shape),
@@ -216,17 +216,17 @@ class ResidentSampler(Sampler):
             truncated=done.new_zeros(shape),
             mask=done.new_ones(shape),
             all_count=True,
-            reset_state=done.new_zeros(shape),
+            reset=done.new_zeros(shape),
             log_prob=nothing,
             value=nothing,
             next_value=nothing,
             advantage=nothing,
             value_target=nothing,
-            oracle_action=nothing,
+            expert_action=nothing,
             previous_action=action,
             previous_reward=reward,
             previous_done=done,
-            initial_state=self.memory,
+            initial_memory=self.memory,
         )
 
     def _end(self, rollout: Rollout, acted: _Acted) -> None:
@@ -234,7 +234,7 @@ class ResidentSampler(Sampler):
         if acted.ends:
             ends = torch.tensor(acted.ends, device=self.device)
             rollout.final_step = ends.repeat_interleave(self.num_envs)
-            rollout.final_column = torch.arange(self.num_envs, device=self.device).repeat(len(ends))
+            rollout.final_env = torch.arange(self.num_envs, device=self.device).repeat(len(ends))
             rollout.final_obs = torch.cat(acted.final_obs)
         self._obs = rollout.obs[-1].clone()
         self._previous_action = rollout.action[-1].clone()

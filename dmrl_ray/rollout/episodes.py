@@ -157,7 +157,7 @@ class Episodes:
         self._rows.append(
             {
                 "task": self._task_of[ended],
-                "column": ended,
+                "environment": ended,
                 "episode": number,
                 "adaptation_step": self._step_before[ended],
                 "experience_steps": self._experience_steps[ended],
@@ -219,8 +219,8 @@ class Episodes:
     def task_at(self, step: int, column: int) -> Task:
         """What an environment played in this step of the collection."""
         for rows in self._rows:
-            if column in rows["column"] and rows["step"][0] > step:
-                task: Task = rows["task"][rows["column"].tolist().index(column)]
+            if column in rows["environment"] and rows["step"][0] > step:
+                task: Task = rows["task"][rows["environment"].tolist().index(column)]
                 return task
         now: Task = self._task_of[column]
         return now
@@ -268,7 +268,7 @@ _STATE = {
 
 _ROW = (
     "task",
-    "column",
+    "environment",
     "episode",
     "adaptation_step",
     "experience_steps",

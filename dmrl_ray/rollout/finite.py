@@ -52,7 +52,7 @@ def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -
 
 def _first_not_finite(rollout: Rollout) -> tuple[str, int, int, float] | None:
     """Name, step, column and value of an observation or reward that is not finite, if any."""
-    ends = np.stack([rollout.final_step, rollout.final_column], 1)
+    ends = np.stack([rollout.final_step, rollout.final_env], 1)
     for name in ("obs", "reward", "final_obs"):
         array = getattr(rollout, name)
         if np.isfinite(array.sum()):

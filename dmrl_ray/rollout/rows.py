@@ -155,7 +155,7 @@ def steps_made(trial: Trial, family: TaskDistribution) -> np.ndarray:
     Also steps that do not count, where environments cannot but make them.
     """
     made = [
-        np.full(rollout.num_steps, rollout.num_columns)
+        np.full(rollout.num_steps, rollout.num_envs)
         if family.vectorized
         else rollout.mask.sum(1, dtype=np.int64)
         for rollout in trial
@@ -220,7 +220,7 @@ def transition_rows(
     tasks: list[Task],
     *,
     number: int,
-    first_column: int,
+    first_env: int,
     open_before: Open | None,
     step_is_episode: bool,
 ) -> Steps:
@@ -234,11 +234,11 @@ def transition_rows(
         trial: rollouts of the same columns, one after the other, as arrays.
         tasks: of the trial.
         number: of the trial.
-        first_column: number of the first column within the job.
+        first_env: number of the first column within the job.
         open_before: episodes that the first rollout goes on with; None if it begins afresh.
         step_is_episode: True where memory adapts, which is counted in episodes.
     """
-    columns = np.arange(trial[0].num_columns)
+    columns = np.arange(trial[0].num_envs)
     mask = _rows(np.concatenate([r.mask for r in trial]))
     episode, step = _clock(trial, open_before)
     known, task_of = tasks, np.broadcast_to(trial[0].task_index, episode.shape)
@@ -257,7 +257,7 @@ def transition_rows(
         "task_id": pa.array([t.id for t in known], pa.string()).take(task),
         "split": pa.array([t.split for t in known], pa.string()).take(task),
         "trial": np.full(step.size, number),
-        "column": np.repeat(first_column + columns, len(step)),
+        "environment": np.repeat(first_env + columns, len(step)),
         "episode": _rows(episode),
         "t": _rows(step),
         "policy_version": np.full(step.size, trial[0].policy_version),
@@ -294,18 +294,18 @@ def _successors(trial: Trial, num_steps: int) -> pa.Array:
     """What followed each step, where that is not the observation of the next row."""
     where, what, start = [], [], 0
     for rollout in trial:
-        columns = np.arange(rollout.num_columns)
+        columns = np.arange(rollout.num_envs)
         last = rollout.num_steps - 1
         ended = (rollout.terminated | rollout.truncated)[last]
         where += [
-            rollout.final_column * num_steps + start + rollout.final_step,
+            rollout.final_env * num_steps + start + rollout.final_step,
             columns[~ended] * num_steps + start + last,
         ]
         what += [rollout.final_obs, rollout.obs[-1][~ended]]
         start += rollout.num_steps
     rows, obs = np.concatenate(where), np.concatenate(what)
     order = rows.argsort()
-    present = np.zeros(num_steps * trial[0].num_columns, np.bool_)
+    present = np.zeros(num_steps * trial[0].num_envs, np.bool_)
     present[rows] = True
     return _vectors(obs[order], present)
 

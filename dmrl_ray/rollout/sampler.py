@@ -24,7 +24,7 @@ from dmrl_ray.networks.heads import CategoricalHead, GaussianHead, SquashedGauss
 from dmrl_ray.rollout.buffers import Buffers
 from dmrl_ray.rollout.episodes import Episodes, Open
 from dmrl_ray.rollout.finite import check_finite, diverged
-from dmrl_ray.rollout.values import Carried, peek_value, values
+from dmrl_ray.rollout.values import Carried, bootstrap_value, values
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import answer_of, fault, first_obs
 from dmrl_ray.types import (
@@ -181,7 +181,7 @@ class Sampler:
         adaptation_step: np.ndarray | int = 0,
         with_value: bool = True,
         greedy: bool | None = None,
-        teacher: float | None = None,
+        beta: float | None = None,
     ) -> Rollout:
         """Act in every environment until each has played its episodes, or for `num_steps` steps.
 
@@ -192,7 +192,7 @@ class Sampler:
             adaptation_step: (B,) adaptation steps done before, for the record.
             with_value: False leaves `value` and `next_value` empty (T, 0).
             greedy: overrides what `start` was told.
-            teacher: ask the environment's oracle what it would do at every step; in this share of
+            beta: ask the environment's oracle what it would do at every step; in this share of
                 the columns it acts, too. The environment must remember (`TaskVectorEnv`).
 
         Raises:
@@ -205,8 +205,8 @@ class Sampler:
         most = self._most_steps(num_steps)
         room = self._at_once(most)
         buffers = Buffers(most, self._obs, before, self._reset, self.memory, room=room)
-        if teacher is not None:
-            buffers.teach(math.ceil(teacher * self.num_envs))
+        if beta is not None:
+            buffers.teach(math.ceil(beta * self.num_envs))
         with torch.no_grad():
             pi, features, peeks = self._act(
                 policy,
@@ -314,7 +314,7 @@ class Sampler:
                 raise self._whose_fault(buffers, t, adaptation_step)
             self.inference_s += perf_counter() - began
             if buffers.taught:
-                buffers.follow(t, answer_of(self.distribution, self.env.oracle_action))
+                buffers.follow(t, answer_of(self.distribution, self.env.expert_action))
             ended = self._step_env(buffers, t, greedy)
             if peek and ended is not None:
                 final_obs, action, reward = (
@@ -326,7 +326,7 @@ class Sampler:
                     )
                 )
                 then = tuple(leaf[torch.from_numpy(ended)] for leaf in memory)
-                peeks.append(peek_value(policy, final_obs, action, reward, then))
+                peeks.append(bootstrap_value(policy, final_obs, action, reward, then))
             if not episodes.any_playing:
                 buffers.cut(t + 1)
                 break

@@ -35,7 +35,7 @@ def values(
         policy: whose values they are.
         rollout: acted, without values yet; of arrays or tensors.
         features: (T, B, H) of the actor, where the critic shares its encoder.
-        peeks: `peek_value` of every step at which an episode ended, for policies with memory.
+        peeks: `bootstrap_value` of every step at which an episode ended, for policies with memory.
         carried: into the step after the last.
         memory_spans_trial: True where returns run to the end of the trial, which needs no
             successor's value.
@@ -44,7 +44,7 @@ def values(
     obs = rollout.obs
     if memory_spans_trial:
         previous = previous_inputs(rollout) if policy.sees_previous else None
-        whole = policy.value(features, obs[:-1], previous, rollout.reset_state)
+        whole = policy.value(features, obs[:-1], previous, rollout.reset)
         value = policy.denormalize_value(whole)
         return value, torch.zeros_like(value)
     if policy.recurrent:
@@ -53,16 +53,16 @@ def values(
     else:
         rows = torch.cat([obs[-1], rollout.final_obs])
         both = policy.value(None, rows.unsqueeze(0))[0]
-        last, final = both[: rollout.num_columns], both[rollout.num_columns :]
+        last, final = both[: rollout.num_envs], both[rollout.num_envs :]
     value, end, successor = (
         policy.denormalize_value(v) for v in (policy.value(features, obs[:-1]), last, final)
     )
     next_value = torch.cat([value[1:], end.unsqueeze(0)])
-    next_value[rollout.final_step, rollout.final_column] = successor
+    next_value[rollout.final_step, rollout.final_env] = successor
     return value, next_value.masked_fill_(rollout.terminated, 0.0)
 
 
-def peek_value(
+def bootstrap_value(
     policy: ActorCritic, final_obs: Tensor, action: Tensor, reward: Tensor, memory: Memory
 ) -> Tensor:
     """Values of what N episodes ended with, with the memory of that moment.

@@ -31,7 +31,7 @@ from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.errors import ConfigError, CorruptRun
 from dmrl_ray.store.files import FileRecord, difference
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Json: TypeAlias = dict[str, object]
 _NAME = re.compile(r"(\d{8})\.json")
 _TRIES = 5

@@ -87,9 +87,9 @@ def _refuse_occupied(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    foreign = {name for name in names - _OWN_NAMES if not name.startswith("_")}
+    external = {name for name in names - _OWN_NAMES if not name.startswith("_")}
     full = any(any((folder / name).iterdir()) for name in names & set(_FOLDERS))
-    if foreign or (full and not names & {"run.json", "lock"}):
+    if external or (full and not names & {"run.json", "lock"}):
         raise ConfigError(f"{folder}: exists and is not a run folder; choose another name")
     if ("run.json" in names or full) and not overwrite:
         raise ConfigError(

@@ -86,7 +86,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "task_id": _TEXT,
         "split": _TEXT,
         "trial": _INT,
-        "column": _INT,  # of the environment, over all shards; rows of one are a history
+        "environment": _INT,  # of the environment, over all shards; rows of one are a history
         "episode": _INT,
         "t": _INT,  # step within the episode
         "policy_version": _INT,
@@ -116,7 +116,7 @@ _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
 """What a column may be instead, by the task family; it is the same in all rows of a run."""
 
 
-HISTORY = ("run_id", "stage", "job", "column")
+HISTORY = ("run_id", "stage", "job", "environment")
 """Columns of transitions that say whose history a row belongs to ..."""
 
 IN_HISTORY = ("trial", "episode", "t")

@@ -51,7 +51,7 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
     have are those of the array API standard (data-apis.org/array-api)."""
 
     remembers: bool = False
-    """Keep what the present tasks have shown, for `belief` and `oracle_action`. Set before the
+    """Keep what the present tasks have shown, for `belief` and `expert_action`. Set before the
     first reset; a column forgets at the first reset after each `set_tasks`."""
 
     idle: Array | None = None
@@ -149,7 +149,7 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
         """
         raise NotImplementedError
 
-    def oracle_action(self) -> np.ndarray:
+    def expert_action(self) -> np.ndarray:
         """(B, *action_shape): what the best fair policy known would do now, to be imitated.
 
         Fair: it knows what `belief` knows, never the task. Only while `remembers`; families

@@ -1,6 +1,6 @@
 """Faults of a task family: what its author's code raised or answered, told in one sentence.
 
-A family is foreign code and may raise anything; whoever wrote it needs to know what and where, and
+A family is external code and may raise anything; whoever wrote it needs to know what and where, and
 not the way that led there through this package.
 """
 

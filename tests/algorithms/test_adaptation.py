@@ -19,7 +19,7 @@ HORIZON = 5
 
 
 def make_algorithm(algorithm="ppo", encoder=None):
-    encoder = encoder or {"type": "mlp", "sizes": [8]}
+    encoder = encoder or {"type": "mlp", "hidden_sizes": [8]}
     parts = (
         {"type": "point_goal", "horizon": HORIZON},
         {"type": "actor_critic", "encoder": encoder},
@@ -43,7 +43,7 @@ def make_continued(algorithm=None, **settings):
 def make_sampler(adaptation, num_streams, seed=0):
     family = PointGoal(PointGoal.Config(horizon=HORIZON))
     spans = adaptation.memory_spans_trial
-    columns = num_streams * adaptation.columns_per_task
+    columns = num_streams * adaptation.envs_per_task
     sampler = Sampler(family, columns, memory_spans_trial=spans)
     sampler.start(np.random.default_rng(seed), 0)
     return sampler
@@ -156,7 +156,7 @@ def test_who_is_frozen_plays_as_if_every_episode_were_the_first():
     ("algorithm", "encoder"),
     [
         ({"type": "maml", "episodes_per_task": 4, "inner_lr": 0.7}, None),
-        ({"type": "maml", "episodes_per_task": 4, "adapt": ["policy_head"]}, None),
+        ({"type": "maml", "episodes_per_task": 4, "trainable": ["policy_head"]}, None),
         ({"type": "meta_sgd", "episodes_per_task": 4}, None),
         ({"type": "reptile", "episodes_per_task": 4}, None),
     ],
@@ -172,13 +172,13 @@ def test_a_stream_adapts_by_the_methods_own_steps(algorithm, encoder):
     for name, param in agent.state.items():
         torch.testing.assert_close(param, expected[name], rtol=0, atol=0)
     moved = {n for n, p in agent.state.items() if not torch.equal(p[0], p[1])}
-    assert moved == {n for n in expected if n.startswith(algorithm.config.adapt)}
+    assert moved == {n for n in expected if n.startswith(algorithm.config.trainable)}
 
 
 def test_only_the_context_of_cavia_adapts_in_a_stream():
     parts = (
         {"type": "point_goal", "horizon": HORIZON},
-        {"type": "actor_critic", "context": 3, "encoder": {"type": "mlp", "sizes": [8]}},
+        {"type": "actor_critic", "context": 3, "encoder": {"type": "mlp", "hidden_sizes": [8]}},
         {"type": "cavia", "episodes_per_task": 4},
     )
     parts = (Component.model_validate(part) for part in parts)
@@ -217,14 +217,14 @@ def test_the_gradient_of_each_task_is_shortened_by_itself():
 
 
 def test_a_policy_with_memory_takes_the_steps_of_its_fused_kernel():
-    algorithm = make_algorithm("ppo", {"type": "lstm", "size": 4})
+    algorithm = make_algorithm("ppo", {"type": "lstm", "hidden_size": 4})
     policy = algorithm.policy
     fused = {n: p for n, p in policy.named_parameters() if n.startswith(("encoder", "policy"))}
     adaptation = make_continued(algorithm)
     agent, tensors = one_rollout(adaptation)
     gradients = gradients_of(policy, agent.state.params, tensors)
     policy.encoder.plain = False
-    pi = policy(tensors.obs[:-1], None, tensors.initial_state, tensors.reset_state)[0]
+    pi = policy(tensors.obs[:-1], None, tensors.initial_memory, tensors.reset)[0]
     weighed = policy.policy_head.log_prob(pi, tensors.action) * tensors.advantage
     for n in range(2):
         loss = -weighed[:, tensors.task_index == n].mean()
@@ -241,29 +241,29 @@ def at_the_change(algorithm):
 
 
 def test_a_memory_that_spans_trials_lives_over_a_change():
-    rollout = at_the_change(make_algorithm("rl2", {"type": "lstm", "size": 8}))
-    assert not rollout.reset_state.any()
-    assert all((leaf != 0).any() for leaf in rollout.initial_state)
+    rollout = at_the_change(make_algorithm("rl2", {"type": "lstm", "hidden_size": 8}))
+    assert not rollout.reset.any()
+    assert all((leaf != 0).any() for leaf in rollout.initial_memory)
     assert (rollout.previous_reward != 0).all()
     assert rollout.previous_done.all()
 
 
 def test_a_memory_of_episodes_is_empty_after_a_change():
-    rollout = at_the_change(make_algorithm("ppo", {"type": "lstm", "size": 8}))
-    assert rollout.reset_state[0].all()
+    rollout = at_the_change(make_algorithm("ppo", {"type": "lstm", "hidden_size": 8}))
+    assert rollout.reset[0].all()
     assert (rollout.previous_reward == 0).all()
 
 
 def test_a_change_that_nobody_is_told_of_looks_like_any_episodes_end():
     # Two tasks that are the same one: with the memory going on, a change is not noticed at all.
-    algorithm = make_algorithm("rl2", {"type": "lstm", "size": 8})
+    algorithm = make_algorithm("rl2", {"type": "lstm", "hidden_size": 8})
     ((task,),) = make_streams(1, 1)
     runs = [streamed(algorithm, [s], n)[0] for s, n in (([task, task], 2), ([task], 4))]
     np.testing.assert_array_equal(*(run.reshape(-1) for run in runs))
 
 
 def test_a_policy_that_gradient_steps_cannot_train_is_refused():
-    algorithm = make_algorithm("rl2", {"type": "transformer", "size": 8, "heads": 1})
+    algorithm = make_algorithm("rl2", {"type": "transformer", "hidden_size": 8, "heads": 1})
     with pytest.raises(ValueError, match=r"network.encoder: gradient steps cannot adapt"):
         make_continued(algorithm)
 

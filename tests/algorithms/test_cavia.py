@@ -47,7 +47,7 @@ def test_the_outer_loop_moves_everything_that_acts_but_the_context(outer):
 
 
 def test_it_is_maml_that_adapts_the_context():
-    cavia, maml = make_cavia(inner_lr=0.5), make_cavia("maml", adapt=("context",), inner_lr=0.5)
+    cavia, maml = make_cavia(inner_lr=0.5), make_cavia("maml", trainable=("context",), inner_lr=0.5)
     trial = one_trial(cavia)
     expected = outer_gradient(maml, trial)
     for name, gradient in outer_gradient(cavia, trial).items():

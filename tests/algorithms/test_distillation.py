@@ -18,7 +18,7 @@ def program(encoder="gru", **settings):
         0,
         Component(type="bandit", arms=2, pulls=10),
         Component(type="actor_critic", encoder={"type": encoder}),
-        Component(type="distillation", **settings),
+        Component(type="dagger", **settings),
         RolloutSettings(num_envs=COLUMNS),
     )
     return build(spec)
@@ -33,18 +33,18 @@ def collect(program, iteration=0):
 
 def agreement(rollout):
     """(B,) share of the steps at which the oracle's action was taken."""
-    return (rollout.action == rollout.oracle_action).mean(0)
+    return (rollout.action == rollout.expert_action).mean(0)
 
 
 def test_the_oracle_acts_in_its_share_of_the_columns_alone():
-    (rollout,) = collect(program(teacher=0.25))
+    (rollout,) = collect(program(beta=0.25))
     same = agreement(rollout)
     assert (same[:16] == 1).all()
     assert same[16:].mean() < 0.9
 
 
 def test_the_oracle_hands_over_as_training_goes_on():
-    half = program(teacher=1.0, teacher_until=0.5)
+    half = program(beta=1.0, beta_until=0.5)
     half.algorithm.progress = 0.25
     (rollout,) = collect(half)
     assert (agreement(rollout)[:32] == 1).all()
@@ -70,7 +70,7 @@ def test_the_loss_is_the_likelihood_of_what_the_oracle_would_do(encoder):
 
 @pytest.mark.slow
 def test_imitation_alone_reaches_the_oracle():
-    ours = program(teacher=0.0)
+    ours = program(beta=0.0)
     ours.algorithm.prepare_training()
     for iteration in range(150):
         trial = [Rollout.concatenate([r]).map(torch.from_numpy) for r in collect(ours, iteration)]

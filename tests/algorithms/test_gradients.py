@@ -20,7 +20,7 @@ CARTPOLE = {"num_steps": 16, "epochs": 2, "minibatches": 2, "entropy_coef": 0.1}
 
 
 def make_spec(encoder=None, algorithm=None, tasks="cartpole", **options):
-    network = {"type": "actor_critic", "encoder": encoder or {"type": "mlp", "sizes": [16]}}
+    network = {"type": "actor_critic", "encoder": encoder or {"type": "mlp", "hidden_sizes": [16]}}
     parts = (tasks, network, algorithm or {"type": "ppo", **CARTPOLE, "anneal_entropy": True})
     parts = (Component.model_validate(part) for part in parts)
     return JobSpec("s", "s", 0, *parts, RolloutSettings(shards=1, num_envs=8), **options)
@@ -115,7 +115,7 @@ def test_a_compiler_that_fails_is_told_in_one_sentence(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (dict(encoder={"type": "lstm", "size": 8}), "with memory, dropout or batch norm"),
+        (dict(encoder={"type": "lstm", "hidden_size": 8}), "with memory, dropout or batch norm"),
         (dict(encoder={"type": "mlp", "dropout": 0.1}), "with memory, dropout or batch norm"),
         (
             dict(algorithm={"type": "promp", "episodes_per_task": 4}, tasks={"type": "point_goal"}),

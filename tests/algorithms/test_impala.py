@@ -21,8 +21,8 @@ from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
 from dmrl_ray.types import Rollout
 
-MLP = {"type": "mlp", "sizes": [8]}
-LSTM = {"type": "lstm", "size": 8}
+MLP = {"type": "mlp", "hidden_sizes": [8]}
+LSTM = {"type": "lstm", "hidden_size": 8}
 GOALS = {"type": "point_goal", "horizon": 7}
 
 
@@ -65,7 +65,7 @@ CASES = {
     "mlp_shared": dict(network={"separate_value": False}),
     "lstm": dict(encoder=LSTM),
     "box_cut_by_time": dict(tasks=GOALS),
-    "lstm_box_cut_by_time": dict(encoder={"type": "gru", "size": 8}, tasks=GOALS),
+    "lstm_box_cut_by_time": dict(encoder={"type": "gru", "hidden_size": 8}, tasks=GOALS),
 }
 
 
@@ -103,11 +103,11 @@ def test_values_and_probabilities_are_of_the_learners_policy_at_every_step(case)
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator())
     new, policy = corrected(learner, trial), learner.policy
     rollout = as_tensors(trial)
-    memory, done = rollout.initial_state, rollout.terminated | rollout.truncated
+    memory, done = rollout.initial_memory, rollout.terminated | rollout.truncated
     values, log_probs = [], []
     with torch.no_grad():
         for t in range(21):  # one step at a time
-            reset = rollout.reset_state[t : t + 1] if t < 20 else done[-1:]
+            reset = rollout.reset[t : t + 1] if t < 20 else done[-1:]
             pi, features, memory = policy(rollout.obs[t : t + 1], None, memory, reset)
             shared = policy.value_encoder is None
             value = policy.value(features if shared else None, rollout.obs[t : t + 1])
@@ -154,8 +154,8 @@ def test_impalas_gradient_is_the_weighted_policy_gradient(encoder):
     algorithm, rollout = learner.algorithm, corrected(learner, trial)
     advantage = (rollout.advantage - rollout.advantage.mean()) / rollout.advantage.std()
     policy = algorithm.policy
-    memory = tuple(leaf * ~rollout.reset_state[0].unsqueeze(-1) for leaf in rollout.initial_state)
-    reset = rollout.reset_state if memory else None
+    memory = tuple(leaf * ~rollout.reset[0].unsqueeze(-1) for leaf in rollout.initial_memory)
+    reset = rollout.reset if memory else None
     pi, _, _ = policy(rollout.obs[:-1], None, memory, reset)
     loss = -(policy.policy_head.log_prob(pi, rollout.action) * advantage).mean()
     expected = torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
@@ -203,7 +203,7 @@ def test_the_age_of_the_data_is_reported():
 
 LAGGED = """
 tasks: cartpole
-network: {type: actor_critic, encoder: {type: mlp, sizes: [8]}}
+network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [8]}}
 algorithm: {type: impala, num_steps: 10, lr: 1e-2}
 rollout: {shards: 1, num_envs: 4}
 workers: {num: 0}
@@ -237,7 +237,7 @@ def test_old_data_is_refused_for_an_algorithm_that_does_not_correct():
 
 def final_return(kind, lag, iterations, **settings):
     """Of evaluation, after training with a policy some updates old."""
-    encoder = {"type": "mlp", "sizes": [64, 64]}
+    encoder = {"type": "mlp", "hidden_sizes": [64, 64]}
     spec = make_spec(kind, encoder, num_envs=16, **settings)
     learner, worker, state, versions = Learner(spec), RolloutWorker(), {}, []
     for i in range(iterations):

@@ -37,9 +37,9 @@ from dmrl_ray.networks.base import Encoder
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout
 
-MLP = {"type": "mlp", "sizes": [3], "activation": "tanh"}
-LSTM, GRU = ({"type": kind, "size": 2} for kind in ("lstm", "gru"))
-CNN = {"type": "cnn", "channels": [2], "sizes": [4], "activation": "tanh"}
+MLP = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
+LSTM, GRU = ({"type": kind, "hidden_size": 2} for kind in ("lstm", "gru"))
+CNN = {"type": "cnn", "channels": [2], "hidden_sizes": [4], "activation": "tanh"}
 
 
 make_maml = partial(make_algorithm, "maml")
@@ -74,7 +74,7 @@ def test_a_worker_and_a_learner_built_apart_adapt_alike():
         Component.model_validate(part)
         for part in (
             {"type": "point_goal", "horizon": 5},
-            {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [8]}},
+            {"type": "actor_critic", "encoder": {"type": "mlp", "hidden_sizes": [8]}},
             {"type": "maml", "episodes_per_task": 2, "inner_steps": 2},
         )
     )
@@ -131,7 +131,7 @@ def test_tasks_do_not_influence_each_others_adaptation():
 
 
 def test_anil_moves_the_head_alone():
-    maml = make_maml(adapt=("policy_head",))
+    maml = make_maml(trainable=("policy_head",))
     trial = one_trial(maml)
     before, after = per_task(maml.policy, 3), adapted(maml, trial)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -139,7 +139,7 @@ def test_anil_moves_the_head_alone():
 
 
 def test_anil_with_every_part_is_maml():
-    everything = make_maml(adapt=("encoder", "policy_head"))
+    everything = make_maml(trainable=("encoder", "policy_head"))
     trial = one_trial(make_maml())
     for a, b in zip(
         adapted(make_maml(), trial).values(), adapted(everything, trial).values(), strict=True
@@ -148,8 +148,8 @@ def test_anil_with_every_part_is_maml():
 
 
 def test_a_part_to_adapt_that_no_parameter_has_is_refused():
-    with pytest.raises(ValueError, match=r"adapt.*'polcy_head'.*encoder, policy_head"):
-        make_maml(adapt=("encoder", "polcy_head"))
+    with pytest.raises(ValueError, match=r"trainable.*'polcy_head'.*encoder, policy_head"):
+        make_maml(trainable=("encoder", "polcy_head"))
 
 
 def test_first_order_is_the_gradient_at_the_adapted_parameters():
@@ -237,14 +237,14 @@ def test_a_memory_is_carried_through_an_episode_and_emptied_at_its_end(encoder):
     maml = make_maml(encoder)
     support, query = one_trial(maml)
     for rollout in (support, query):
-        assert rollout.reset_state[0].all()
-        assert not rollout.reset_state[1:].any()
+        assert rollout.reset[0].all()
+        assert not rollout.reset[1:].any()
     params = per_task(maml.policy, 3)
     whole = task_pi(maml.policy, params, support)
     memory, parts = maml.policy.initial_memory(12), []
     for t in range(HORIZON):
         obs = support.obs[t : t + 1]
-        emptied, _ = task_forward(maml.policy, params, obs, None, memory, support.reset_state[:1])
+        emptied, _ = task_forward(maml.policy, params, obs, None, memory, support.reset[:1])
         pi, memory = task_forward(maml.policy, params, obs, None, memory, None)
         assert torch.equal(pi, emptied) == (t == 0)
         parts.append(pi)
@@ -268,8 +268,8 @@ def test_within_a_trial_the_episode_goes_on_over_the_gradient_steps():
 def test_a_memory_goes_on_over_the_gradient_steps_of_a_trial():
     maml = make_maml(LSTM, "bandit", steps_per_adaptation=2)
     trial = one_trial(maml)
-    assert trial[0].reset_state[0].all()
-    assert not any(rollout.reset_state.any() for rollout in trial[1:])
+    assert trial[0].reset[0].all()
+    assert not any(rollout.reset.any() for rollout in trial[1:])
     assert_same_policies(maml, trial)
 
 
@@ -288,7 +288,7 @@ def late_rewards(kind):
     family = Bandit(Bandit.Config(arms=5, pulls=100))
     settings = kind.Config(episodes_per_task=1, steps_per_adaptation=10, gamma=0.0, inner_lr=8.0)
     torch.manual_seed(0)
-    network = ActorCritic.Config.model_validate({"encoder": {"type": "mlp", "sizes": [16]}})
+    network = ActorCritic.Config.model_validate({"encoder": {"type": "mlp", "hidden_sizes": [16]}})
     spaces = family.observation_space, family.action_space
     maml = kind(settings, family, ActorCritic(network, *spaces, sees_previous=False))
     return one_trial(maml, num_tasks=300)[-1].reward.mean().item()
@@ -528,7 +528,7 @@ def test_pixels_are_no_features_of_the_baseline():
 def trained_on_goals():
     parts = (
         {"type": "point_goal", "horizon": 20},
-        {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [64, 64]}},
+        {"type": "actor_critic", "encoder": {"type": "mlp", "hidden_sizes": [64, 64]}},
         {"type": "maml", "episodes_per_task": 20, "evaluation_steps": 1},
     )
     parts = (Component.model_validate(part) for part in parts)

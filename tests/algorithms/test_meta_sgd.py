@@ -15,7 +15,7 @@ from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.spec import JobSpec, build, get_weights, set_weights
 from dmrl_ray.learn.task_params import task_log_prob
 
-SMALL = {"type": "mlp", "sizes": [3], "activation": "tanh"}
+SMALL = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 
 
 def with_uneven_rates(meta_sgd):
@@ -80,5 +80,5 @@ def test_an_update_moves_the_rates(outer):
 
 
 def test_only_what_adapts_has_rates():
-    meta_sgd = make_algorithm("meta_sgd", adapt=("policy_head",))
+    meta_sgd = make_algorithm("meta_sgd", trainable=("policy_head",))
     assert {name.partition("/")[0] for name in meta_sgd.rates} == {"policy_head"}

@@ -27,7 +27,7 @@ from dmrl_ray.types import random_stream
 HEAD = """
 name: offline
 tasks: {type: grid_nav, episodes: 2}
-network: {encoder: {type: gru, size: 8}}
+network: {encoder: {type: gru, hidden_size: 8}}
 rollout: {shards: 2, num_envs: 4}
 workers: {num: 0}
 learners: {threads: 1}
@@ -38,10 +38,10 @@ stages:
   seen: {type: evaluate, init_from: taught, split: train, tasks: 5, greedy: false, record: true}
 """
 STAGE = "  learned: {type: pretrain, env_steps: 960, validate_every: 4, validation_tasks: 2, "
-FLAT = "network: {type: actor_critic, encoder: {type: mlp, sizes: [8]}}, "
+FLAT = "network: {type: actor_critic, encoder: {type: mlp, hidden_sizes: [8]}}, "
 ALGORITHMS = {
-    "cloning": FLAT + "algorithm: {type: cloning, DATA}",
-    "recurrent_cloning": "algorithm: {type: cloning, DATA}",
+    "behavior_cloning": FLAT + "algorithm: {type: behavior_cloning, DATA}",
+    "recurrent_cloning": "algorithm: {type: behavior_cloning, DATA}",
     "trial_cloning": "algorithm: {type: trial_cloning, DATA}",
     "algorithm_distillation": "algorithm: {type: algorithm_distillation, every: 2, DATA}",
     "dpt": "algorithm: {type: dpt, DATA}",
@@ -130,9 +130,9 @@ def test_the_cloned_policy_is_shown_what_the_recorded_one_saw(run):
 
 
 def test_a_policy_that_knows_nothing_loses_the_log_of_its_choices(run):
-    algorithm = build(spec_of("cloning", run)).algorithm
+    algorithm = build(spec_of("behavior_cloning", run)).algorithm
     nn.init.zeros_(algorithm.policy.policy_head.layer.weight)
-    (rollout,) = collect(spec_of("cloning", run), RolloutWorker())
+    (rollout,) = collect(spec_of("behavior_cloning", run), RolloutWorker())
     loss, report = algorithm.loss(algorithm.batch([rollout.map(torch.from_numpy)]))
     assert loss.item() == pytest.approx(np.log(5), abs=1e-6)
     assert report["entropy"].item() == pytest.approx(np.log(5), abs=1e-6)
@@ -146,9 +146,9 @@ def test_distillation_reads_one_task_in_order_of_learning(run):
             row.adaptation_step
         )
     (rollout,) = collect(spec_of("algorithm_distillation", run), RolloutWorker())
-    assert rollout.reset_state[0].all()
-    assert not rollout.reset_state[1:].any()
-    for b in range(rollout.num_columns):
+    assert rollout.reset[0].all()
+    assert not rollout.reset[1:].any()
+    for b in range(rollout.num_envs):
         at = 0
         for t in range(rollout.num_steps):
             key = (rollout.obs[t, b].tobytes(), rollout.action[t, b], rollout.reward[t, b], t % 15)
@@ -160,8 +160,10 @@ def test_distillation_reads_one_task_in_order_of_learning(run):
 def gaps(run, tmp_path_factory):
     """The histories as a file of others, with three numbers that are not finite."""
     steps = load(run, table="transitions").query("stage == 'histories'")
-    steps = steps.sort_values(["job", "column", "trial", "episode", "t"]).reset_index(drop=True)
-    steps["history"] = steps.groupby(["job", "column"]).ngroup()
+    steps = steps.sort_values(["job", "environment", "trial", "episode", "t"]).reset_index(
+        drop=True
+    )
+    steps["history"] = steps.groupby(["job", "environment"]).ngroup()
     steps["task_id"] = steps.groupby("task_id").ngroup()
     names = ["obs", "action", "reward", "terminated", "truncated", "next_obs", "task_id"]
     steps = steps[[*names, "history", "trial", "episode"]]
@@ -206,7 +208,7 @@ def test_what_is_left_out_of_the_data_is_told_once_by_every_stage(gaps, tmp_path
     ]
 
 
-def dpt(run, encoder="{type: gru, size: 8}"):
+def dpt(run, encoder="{type: gru, hidden_size: 8}"):
     spec = spec_of("dpt", run)
     network = parse_config(HEAD, "x", [f"network.encoder={encoder}"]).network
     return build(replace(spec, network=network)), replace(spec, network=network)
@@ -237,7 +239,7 @@ def test_after_every_number_of_transitions_stands_a_query_with_its_label(run):
 BANDIT = """
 name: played
 tasks: {type: bandit, arms: 3, pulls: 40}
-network: {encoder: {type: symmetric, size: 8}}
+network: {encoder: {type: symmetric, hidden_size: 8}}
 algorithm: dpt
 rollout: {shards: 1, num_envs: 2000}
 stages:
@@ -248,8 +250,8 @@ stages:
 def test_contexts_are_played_without_knowing_the_task_and_labelled_with_its_best_arm():
     spec = job_spec(parse_config(BANDIT, "played.yaml"), "learned")
     (played,) = collect(spec, RolloutWorker())
-    best = played.oracle_action[0]
-    assert (played.oracle_action == best).all()
+    best = played.expert_action[0]
+    assert (played.expert_action == best).all()
     arms = (np.arange(3)[:, None, None] == played.action).mean(1)  # (arm, column) shares
     # The best of three arms pays 3/4; chosen by chance, an arm is the best in a third of the pulls.
     assert played.reward[played.action == best].mean() == pytest.approx(0.75, abs=0.01)
@@ -258,7 +260,9 @@ def test_contexts_are_played_without_knowing_the_task_and_labelled_with_its_best
     assert (arms.max(0) < 0.5).mean() > 0.1
 
 
-@pytest.mark.parametrize("encoder", ["{type: gru, size: 8}", "{type: transformer, size: 16}"])
+@pytest.mark.parametrize(
+    "encoder", ["{type: gru, hidden_size: 8}", "{type: transformer, hidden_size: 16}"]
+)
 def test_acting_asks_as_training_did(encoder, run):
     # At step t the context is the t transitions so far, in their order.
     program, _ = dpt(run, encoder)
@@ -356,7 +360,8 @@ stages:
   learned:
     type: pretrain
     env_steps: 1
-    algorithm: {type: autoencoder, lr: 0.01, decoder: [], num_steps: 64, data: {files: FILE}}
+    algorithm:
+      {type: autoencoder, lr: 0.01, decoder_hidden_sizes: [], num_steps: 64, data: {files: FILE}}
 """
 
 

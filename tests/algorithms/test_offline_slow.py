@@ -30,7 +30,10 @@ def test_clones_and_gail_hold_the_pole_as_their_teacher_does(tmp_path):
 
 def test_a_distilled_learner_improves_over_episodes_without_gradients(tmp_path):
     learner = ["stages.histories.tasks=16", "stages.histories.updates=15"]
-    model = ["stages.distilled.network.encoder.size=64", "stages.distilled.algorithm.every=12"]
+    model = [
+        "stages.distilled.network.encoder.hidden_size=64",
+        "stages.distilled.algorithm.every=12",
+    ]
     model += ["stages.distilled.algorithm.lr=4e-3", "stages.distilled.env_steps=600k"]
     episodes = play("grid_nav_histories", tmp_path / "run", *learner, *model)
     held_out = episodes[episodes["stage"] == "held_out"].groupby("episode")["return"].mean()

@@ -9,9 +9,9 @@ from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 from dmrl_ray.learn.trainable import select
 
-MLP = {"type": "mlp", "sizes": [8, 8]}
+MLP = {"type": "mlp", "hidden_sizes": [8, 8]}
 NORMED = MLP | {"layer_norm": True, "adapters": 2}
-GRU = {"type": "gru", "size": 8, "body": MLP}
+GRU = {"type": "gru", "hidden_size": 8, "torso": MLP}
 HEADS = {
     f"{head}.{kind}" for head in ("policy_head.layer", "value_head") for kind in ("weight", "bias")
 }
@@ -87,7 +87,7 @@ def test_what_is_chosen_moves_and_nothing_else(trainable):
 
 @pytest.mark.parametrize(
     ("plain", "encoder"),
-    [(MLP, MLP | {"adapters": 2}), (GRU, GRU | {"body": MLP | {"adapters": 2}})],
+    [(MLP, MLP | {"adapters": 2}), (GRU, GRU | {"torso": MLP | {"adapters": 2}})],
     ids=["mlp", "gru"],
 )
 def test_adapters_learn_in_a_pretrained_network_that_stands_still(plain, encoder):

@@ -19,7 +19,7 @@ GRID = {"type": "grid_nav", "episodes": EPISODES}
 
 
 def make_spec(tasks=POINTS, **settings):
-    settings = {"latent": LATENT, "context_sizes": [8], "context_episodes": 2} | settings
+    settings = {"latent": LATENT, "context_hidden_sizes": [8], "context_episodes": 2} | settings
     return make_sac_spec("pearl", tasks, **settings)
 
 
@@ -209,12 +209,17 @@ def test_more_context_episodes_than_a_trial_has_are_refused():
 
 @pytest.mark.slow
 def test_pearl_goes_to_the_goal_in_the_episode_after_the_first():
-    encoder = {"type": "mlp", "sizes": [64, 64]}
+    encoder = {"type": "mlp", "hidden_sizes": [64, 64]}
     spec = make_spec(
         {"type": "point_goal", "goal": "semicircle", "horizon": 20, "episodes": 2},
         encoder=encoder,
         num_envs=32,
-        **dict(latent=3, context_episodes=1, context_sizes=[64, 64], critic_sizes=[64, 64]),
+        **dict(
+            latent=3,
+            context_episodes=1,
+            context_hidden_sizes=[64, 64],
+            critic_hidden_sizes=[64, 64],
+        ),
         **dict(batch_trials=32, batch_steps=8, gradient_steps=32),
         **dict(gamma=0.9, lr=3e-3, reward_scale=10.0),
     )

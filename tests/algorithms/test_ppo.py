@@ -14,8 +14,8 @@ from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.types import Rollout
 
-MLP = {"type": "mlp", "sizes": [8]}
-LSTM = {"type": "lstm", "size": 8}
+MLP = {"type": "mlp", "hidden_sizes": [8]}
+LSTM = {"type": "lstm", "hidden_size": 8}
 
 
 def make_spec(encoder=MLP, tasks="cartpole", num_envs=6, network=None, **settings):
@@ -47,7 +47,7 @@ CASES = {
     "mlp": dict(),
     "mlp_shared": dict(network={"separate_value": False}),
     "lstm": dict(encoder=LSTM),
-    "gru": dict(encoder={"type": "gru", "size": 8}),
+    "gru": dict(encoder={"type": "gru", "hidden_size": 8}),
     "box": dict(tasks="point_goal"),
     "lstm_reset_at_the_start_alone": dict(
         encoder=LSTM, tasks={"type": "point_goal", "horizon": 30}
@@ -237,7 +237,7 @@ def test_the_policy_loss_is_the_clipped_surrogate():
 @pytest.mark.slow
 def test_ppo_balances_the_pole():
     settings = dict(num_steps=128, lr=3e-3, anneal_lr=True, epochs=4)
-    encoder = {"type": "mlp", "sizes": [64, 64]}
+    encoder = {"type": "mlp", "hidden_sizes": [64, 64]}
     spec = make_spec(encoder, num_envs=16, **settings)
     learner, worker, state = Learner(spec), RolloutWorker(), {}
     for i in range(80):

@@ -10,8 +10,8 @@ from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 
 CASES = {
-    "mlp": ("cartpole", {"type": "mlp", "sizes": [32]}, {"type": "ppo", "num_steps": 64}),
-    "lstm": ({"type": "bandit"}, {"type": "lstm", "size": 16}, {"type": "rl2"}),
+    "mlp": ("cartpole", {"type": "mlp", "hidden_sizes": [32]}, {"type": "ppo", "num_steps": 64}),
+    "lstm": ({"type": "bandit"}, {"type": "lstm", "hidden_size": 16}, {"type": "rl2"}),
     "varibad": ("grid_nav", {"type": "belief", "latent": 4}, {"type": "varibad"}),
 }
 

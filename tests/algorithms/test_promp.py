@@ -15,7 +15,7 @@ from adaptation_cases import (
 
 from dmrl_ray.learn.task_params import task_log_prob
 
-SMALL = {"type": "mlp", "sizes": [3], "activation": "tanh"}
+SMALL = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 
 
 def gradient(algorithm, trial):

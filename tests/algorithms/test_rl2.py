@@ -11,7 +11,7 @@ from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.losses.returns import trial_advantage
 from dmrl_ray.types import Rollout
 
-LSTM = {"type": "lstm", "size": 16}
+LSTM = {"type": "lstm", "hidden_size": 16}
 WALK = {"type": "point_goal", "horizon": 5, "episodes": 3}
 
 
@@ -37,7 +37,7 @@ def collected(spec):
 @pytest.mark.parametrize("encoder", ["lstm", "gru"])
 def test_the_first_minibatch_has_ratio_one_over_whole_trials(encoder, separate, squashed):
     spec = make_spec(
-        {"type": encoder, "size": 8},
+        {"type": encoder, "hidden_size": 8},
         network={"separate_value": separate, "squashed": squashed},
         epochs=1,
         minibatches=1,
@@ -53,8 +53,8 @@ def test_the_first_minibatch_has_ratio_one_over_whole_trials(encoder, separate, 
 def test_a_trial_is_all_its_episodes_in_one_sequence():
     _, (rollout,), report = collected(make_spec())
     assert rollout.num_steps == 15
-    assert rollout.reset_state[0].all()
-    assert not rollout.reset_state[1:].any()
+    assert rollout.reset[0].all()
+    assert not rollout.reset[1:].any()
     np.testing.assert_array_equal(np.bincount(report.episodes["adaptation_step"]), [6, 6, 6])
 
 
@@ -75,7 +75,7 @@ def test_every_trial_begins_afresh():
         weights = Weights(0, learner.weights())
         _, (rollout,), state = worker.collect(CollectCall(spec, 0, i, 0), weights, {})
     assert state == {}
-    assert all((leaf == 0).all() for leaf in rollout.initial_state)
+    assert all((leaf == 0).all() for leaf in rollout.initial_memory)
     assert rollout.previous_done.all()
     assert (rollout.previous_reward == 0).all()
 
@@ -124,13 +124,15 @@ def test_advantages_are_those_of_the_losses_module():
 
 def train_on_bandits(updates, seed=0, shuffle=False):
     """Mean return of a 5-armed bandit's trials of 10 pulls, held out and greedy."""
-    spec = make_spec({"type": "lstm", "size": 64}, {"type": "bandit"}, num_envs=512, minibatches=8)
+    spec = make_spec(
+        {"type": "lstm", "hidden_size": 64}, {"type": "bandit"}, num_envs=512, minibatches=8
+    )
     learner, worker, rng = Learner(spec), RolloutWorker(), np.random.default_rng(seed)
     for i in range(updates):
         weights = Weights(i, learner.weights())
         _, (rollout,), _ = worker.collect(CollectCall(spec, 0, i, 0), weights, {})
         if shuffle:
-            order = rng.permutation(rollout.num_columns)
+            order = rng.permutation(rollout.num_envs)
             rollout.advantage = np.ascontiguousarray(rollout.advantage[:, order])
         learner.update(i, 0, [[rollout]])
     tasks = tuple(learner.algorithm.distribution.sample(np.random.default_rng(1), 2000, "test"))

@@ -11,11 +11,11 @@ from dmrl_ray.jobs.spec import JobSpec, Weights, build
 from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.networks.critics import CriticEnsemble
 
-SMALL = {"type": "mlp", "sizes": [8]}
+SMALL = {"type": "mlp", "hidden_sizes": [8]}
 
 
 def make_spec(kind="sac", tasks="point_goal", encoder=SMALL, num_envs=4, **settings):
-    small = {"gradient_steps": 3, "batch_trials": 3, "batch_steps": 4, "critic_sizes": [8]}
+    small = {"gradient_steps": 3, "batch_trials": 3, "batch_steps": 4, "critic_hidden_sizes": [8]}
     parts = (
         tasks if isinstance(tasks, dict) else {"type": tasks},
         {"type": "actor_critic", "encoder": encoder},
@@ -101,7 +101,7 @@ def test_an_ensemble_is_its_critics_one_by_one():
 
 
 def test_targets_follow_by_their_share_and_are_moved_by_nothing_else():
-    learner, trial = trained(make_spec(gradient_steps=1, target_rate=0.25))
+    learner, trial = trained(make_spec(gradient_steps=1, tau=0.25))
     algorithm = learner.algorithm
     before = algorithm.targets.weight0.clone()
     learner.update(2, 0, [trial])
@@ -138,18 +138,18 @@ def test_frozen_critics_leave_the_policy_to_learn():
 
 def test_a_policy_with_memory_is_refused():
     with pytest.raises(ValueError, match=r"network\.encoder.*found memory"):
-        build(make_spec(encoder={"type": "lstm", "size": 4}))
+        build(make_spec(encoder={"type": "lstm", "hidden_size": 4}))
 
 
 @pytest.mark.slow
 def test_sac_finds_a_goal_that_it_sees():
     tasks = {"type": "observe", "of": {"type": "point_goal", "horizon": 20}}
-    encoder = {"type": "mlp", "sizes": [64, 64]}
+    encoder = {"type": "mlp", "hidden_sizes": [64, 64]}
     spec = make_spec(
         tasks=tasks,
         encoder=encoder,
         num_envs=32,
-        **dict(batch_trials=64, batch_steps=4, critic_sizes=[64, 64]),
+        **dict(batch_trials=64, batch_steps=4, critic_hidden_sizes=[64, 64]),
         **dict(gradient_steps=32, gamma=0.9, lr=3e-3, reward_scale=10.0),
     )
     learner, _ = trained(spec, updates=20)

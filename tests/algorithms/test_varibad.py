@@ -22,7 +22,7 @@ OF_BELIEF = ("encoder.history.", "encoder.gaussian.", "auxiliary.")
 
 
 def make_spec(tasks=GRID, num_envs=8, algorithm="varibad", encoder=None, network=None, **settings):
-    encoder = {"type": "belief", "history": {"type": "gru", "size": 8}} | (encoder or {})
+    encoder = {"type": "belief", "history": {"type": "gru", "hidden_size": 8}} | (encoder or {})
     if algorithm == "varibad" and settings.get("belief_updates") != 0:
         settings = {"replay_trials": 12, "belief_trials": 6} | settings
     parts = (
@@ -177,7 +177,7 @@ def test_each_reward_is_asked_of_the_cell_that_it_was_paid_on():
     [
         (GRID, HEADS),
         (WALK, {}),
-        (WALK, {"foretell_obs": True}),
+        (WALK, {"decode_obs": True}),
         ({"type": "bandit"}, {"heads": "action"}),
     ],
 )
@@ -280,7 +280,7 @@ def test_varibad_searches_the_grid_better_than_it_began():
     # Random moves give -1.2 an episode; the best are 4.0 in the first, 11.1 in the second.
     spec = make_spec(
         num_envs=128,
-        encoder={"history": {"type": "gru", "size": 64}, "latent": 10},
+        encoder={"history": {"type": "gru", "hidden_size": 64}, "latent": 10},
         decoder=HEADS,
         lr=3e-3,
         belief_lr=1e-2,

@@ -33,7 +33,7 @@ def test_a_row_is_a_run_that_fits_together(row, variant):
 def test_speed_is_of_the_time_between_two_moments():
     # 1000 steps in 2 s, 3 CPU seconds of the run and 4 of the machine.
     figures = speed(Point(10.0, 500, 1.0, 100.0), Point(12.0, 1500, 4.0, 104.0))
-    assert figures == {"sps": 500, "cpu_us_per_step": 3000, "cores": 1.5, "foreign": 0.5}
+    assert figures == {"sps": 500, "cpu_us_per_step": 3000, "cores": 1.5, "external": 0.5}
 
 
 def test_median_and_spread_by_hand():

@@ -12,7 +12,7 @@ from dmrl_ray.results.reading import load
 
 CONFIG = """
 tasks: {type: bandit, arms: 2, pulls: 5}
-network: {type: actor_critic, encoder: {type: lstm, size: 4}}
+network: {type: actor_critic, encoder: {type: lstm, hidden_size: 4}}
 algorithm: rl2
 rollout: {shards: 2, num_envs: 8}
 workers: {num: 0}

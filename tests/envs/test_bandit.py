@@ -107,7 +107,7 @@ def test_the_oracle_action_earns_almost_the_optimum(cell, least):
     env.reset()
     chance, total = env.chance.copy(), np.zeros(4000)
     for _ in range(pulls):
-        action = env.oracle_action()
+        action = env.expert_action()
         total += chance[np.arange(4000), action]
         env.step(action)
     best = chance.max(axis=1)
@@ -171,7 +171,7 @@ def test_the_oracle_of_dependent_arms_earns_their_optimum(prior):
     env.remembers = True
     env.set_tasks(family.sample(np.random.default_rng(1), 20_000, "test"))
     env.reset()
-    total = sum(env.step(env.oracle_action())[1] for _ in range(20))
+    total = sum(env.step(env.expert_action())[1] for _ in range(20))
     oracle = family.reference(None).oracle[0]
     assert total.mean() == pytest.approx(oracle, abs=4 * total.std() / np.sqrt(20_000))
 

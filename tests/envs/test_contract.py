@@ -101,7 +101,7 @@ def has(name, method):
 
 
 BELIEVERS = [name for name in CASES if has(name, "belief") and CASES[name][0] is not Observe]
-ORACLES = [name for name in CASES if has(name, "oracle_action")]
+ORACLES = [name for name in CASES if has(name, "expert_action")]
 INFORMED = [name for name in ORACLES if has(name, "best_action")]
 
 
@@ -207,7 +207,7 @@ def test_the_familys_own_oracle_scores_1_on_the_tasks_of_each_split(name, split)
     ends = family.reference(tasks[0])
     for episode in range(family.episodes_per_trial):
         steps = range(family.max_episode_steps)
-        total = sum(env.step(env.oracle_action())[1].astype(float) for _ in steps)
+        total = sum(env.step(env.expert_action())[1].astype(float) for _ in steps)
         score = ends.score(np.array(episode), total)
         assert score.mean() == pytest.approx(1, abs=5 * score.std() / np.sqrt(len(tasks)))
 
@@ -360,7 +360,7 @@ def test_belief_and_oracle_know_the_task_by_what_was_shown_alone(name):
     other.set_state(env.get_state() | {key: theirs[key] for key in hidden})
     np.testing.assert_array_equal(env.belief(), other.belief())
     if name in ORACLES:
-        np.testing.assert_array_equal(env.oracle_action(), other.oracle_action())
+        np.testing.assert_array_equal(env.expert_action(), other.expert_action())
 
 
 def test_nothing_is_kept_where_nobody_asked(believer):
@@ -390,7 +390,7 @@ def test_the_oracle_earns_more_than_random_actions(name):
         env, _ = started(family, num_envs=2000, remembers=True)
         earned = np.zeros(2000)
         for random in random_actions(env, family.trial_steps, seed=3):
-            action = env.oracle_action() if imitated else random
+            action = env.expert_action() if imitated else random
             assert env.action_space.contains(action)
             earned += env.step(action)[1]
         total.append(earned)
@@ -402,7 +402,7 @@ def test_the_oracle_earns_more_than_random_actions(name):
 def test_one_who_knows_the_task_earns_more_than_the_oracle(name):
     family = made(name)
     total = []
-    for method in ("best_action", "oracle_action"):
+    for method in ("best_action", "expert_action"):
         env, _ = started(family, num_envs=2000, remembers=True)
         earned = np.zeros(2000)
         for _ in range(family.trial_steps):

@@ -60,7 +60,7 @@ def test_the_oracle_action_attains_the_bayes_optimal_return():
     env.remembers = True
     env.set_tasks([Task("a", "grid_nav", "train", {"goal": float(goal)}) for goal in GOALS])
     env.reset()
-    reward = np.array([env.step(env.oracle_action())[1] for _ in range(4 * HORIZON)], np.float64)
+    reward = np.array([env.step(env.expert_action())[1] for _ in range(4 * HORIZON)], np.float64)
     earned = reward.reshape(4, HORIZON, 21).sum(axis=1).mean(axis=1)
     np.testing.assert_allclose(earned, [4.0, 11.0714, 11.0714, 11.0714], atol=1e-4)
     assert earned.sum() == pytest.approx(37.214, abs=1e-3)
@@ -75,10 +75,10 @@ def test_the_oracle_stays_on_a_goal_and_searches_on_beside_a_refuted_cell():
         env.step(np.array([action]))
     assert env.belief()[0, 2] == 0
     assert env.belief()[0, 3] == pytest.approx(1 / 20)
-    assert env.oracle_action()[0] == 3  # of the neighbours 7 and 3 the sweep has 7 first
+    assert env.expert_action()[0] == 3  # of the neighbours 7 and 3 the sweep has 7 first
     env.step(np.array([1]))
     assert env.belief()[0, [3, 25]].tolist() == [1, 1]
-    assert env.oracle_action()[0] == 0
+    assert env.expert_action()[0] == 0
 
 
 def test_no_walk_finds_more_in_the_first_episode():

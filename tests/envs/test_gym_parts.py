@@ -141,9 +141,9 @@ def train(learner, iterations):
     return rewards
 
 
-SMALL = {"see.picture": {"type": "cnn", "channels": [4], "sizes": [16]}}
-MLP = {"type": "mlp", "sizes": [32]}
-GRU = {"type": "gru", "size": 32}
+SMALL = {"see.picture": {"type": "cnn", "channels": [4], "hidden_sizes": [16]}}
+MLP = {"type": "mlp", "hidden_sizes": [32]}
+GRU = {"type": "gru", "hidden_size": 32}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ GRU = {"type": "gru", "size": 32}
     [
         {"type": "combined"},
         {"type": "combined", "parts": SMALL, "trunk": GRU},
-        {"type": "gru", "size": 16, "body": {"type": "combined", "parts": SMALL}},
+        {"type": "gru", "hidden_size": 16, "torso": {"type": "combined", "parts": SMALL}},
     ],
     ids=["defaults", "memory_behind", "memory_around"],
 )

@@ -25,7 +25,7 @@ def test_asking_first_is_worth_the_known_optimum():
     # 0.55 for the informative arm and 5 for each of the other four pulls; searching earns 11.0.
     assert plan(5, EVERY)[0] == pytest.approx(20.55)
     env = on_every_target()
-    total = sum(env.step(env.oracle_action())[1] for _ in range(5))
+    total = sum(env.step(env.expert_action())[1] for _ in range(5))
     assert total.mean() == pytest.approx(20.55)
 
 
@@ -44,7 +44,7 @@ def test_whoever_has_excluded_all_but_one_knows_the_target():
     for arm in range(9):
         env.step(np.full(10, arm))
     np.testing.assert_allclose(env.belief()[:, :10], np.eye(10))
-    np.testing.assert_array_equal(env.oracle_action(), np.arange(10))
+    np.testing.assert_array_equal(env.expert_action(), np.arange(10))
 
 
 def test_random_pulls_earn_the_random_end():

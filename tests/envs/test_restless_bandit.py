@@ -22,7 +22,7 @@ def played_by_the_oracle(num_envs=5000, **settings):
     env.remembers = True
     env.set_tasks(family.sample(np.random.default_rng(1), num_envs, "test"))
     env.reset()
-    total = sum(env.step(env.oracle_action())[1] for _ in range(family.max_episode_steps))
+    total = sum(env.step(env.expert_action())[1] for _ in range(family.max_episode_steps))
     return family, env, total
 
 
@@ -70,7 +70,7 @@ def test_the_volatility_is_found_out():
     env.set_tasks(tasks)
     env.reset()
     for _ in range(99):
-        env.step(env.oracle_action())
+        env.step(env.expert_action())
     fast = np.array([task.params["volatility"] == 0.2 for task in tasks])
     believed = env.belief()[:, CELLS : 2 * CELLS].sum(axis=1)
     assert believed[fast].mean() > 0.65

@@ -109,7 +109,7 @@ def test_the_oracle_action_earns_what_is_known():
     env.remembers = True
     env.set_tasks(family().sample(np.random.default_rng(1), 1500, "test"))
     env.reset()
-    total = sum(env.step(env.oracle_action())[1] for _ in range(100))
+    total = sum(env.step(env.expert_action())[1] for _ in range(100))
     assert total.mean() == pytest.approx(162.5, abs=2.4)
 
 

@@ -30,7 +30,7 @@ def played(num_envs, choose, **settings):
 
 
 def oracle(env, choice, reward):
-    return env.oracle_action()
+    return env.expert_action()
 
 
 def win_stay(env, choice, reward):

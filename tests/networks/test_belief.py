@@ -7,16 +7,16 @@ from sequences import COLUMNS, STEPS, make, random_memory, sequence, some_resets
 from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import HeadDecoder, StepDecoder, TrialDecoder
 
-HISTORY = {"type": "gru", "size": 8}
+HISTORY = {"type": "gru", "hidden_size": 8}
 
 
 def belief(**settings):
-    return make(Belief, history=HISTORY, latent=2, sizes=[16], **settings)
+    return make(Belief, history=HISTORY, latent=2, hidden_sizes=[16], **settings)
 
 
 @pytest.mark.parametrize("history", ["gru", "lstm"])
 def test_a_whole_sequence_in_one_call_equals_step_by_step(history):
-    encoder = make(Belief, history={"type": history, "size": 8})
+    encoder = make(Belief, history={"type": history, "hidden_size": 8})
     obs, memory, reset = sequence(), random_memory(encoder), some_resets()
     features, after = encoder(obs, None, memory, reset)
     expected, expected_after = step_by_step(encoder, obs, memory, reset)
@@ -87,7 +87,7 @@ def test_a_head_speaks_of_its_own_entry():
 
 
 def test_a_trial_decoder_says_what_is_lost_of_each_forecast():
-    config = TrialDecoder.Config(foretell_obs=True)
+    config = TrialDecoder.Config(decode_obs=True)
     decoder = TrialDecoder(config, 2, 3, 2)
     with torch.no_grad():
         for parameter in decoder.parameters():

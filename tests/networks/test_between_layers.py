@@ -12,7 +12,7 @@ from dmrl_ray.networks.mlp import MLP
 
 EVERYTHING = {"layer_norm": True, "batch_norm": True, "dropout": 0.5, "adapters": 3}
 SHAPES = {MLP: (3,), CNN: (6, 6, 2), Residual: (6, 6, 2)}
-SIZES = {MLP: {"sizes": (8, 8)}, CNN: {"channels": (4,)}, Residual: {"channels": (4,)}}
+SIZES = {MLP: {"hidden_sizes": (8, 8)}, CNN: {"channels": (4,)}, Residual: {"channels": (4,)}}
 
 
 def encoder_of(kind, **settings):
@@ -24,7 +24,7 @@ def inputs(kind):
 
 
 def test_layer_normalised_units_have_mean_0_and_deviation_1_at_every_step():
-    encoder = make(MLP, sizes=(50,), layer_norm=True)
+    encoder = make(MLP, hidden_sizes=(50,), layer_norm=True)
     x = encoder.layers[1](encoder.layers[0](100 * sequence()))
     torch.testing.assert_close(x.mean(-1), torch.zeros(STEPS, COLUMNS), atol=1e-5, rtol=0)
     torch.testing.assert_close(
@@ -33,7 +33,7 @@ def test_layer_normalised_units_have_mean_0_and_deviation_1_at_every_step():
 
 
 def test_batch_normalised_units_have_mean_0_over_steps_and_columns():
-    encoder = make(MLP, sizes=(5,), batch_norm=True).train()
+    encoder = make(MLP, hidden_sizes=(5,), batch_norm=True).train()
     x = encoder.layers[1](encoder.layers[0](sequence() + 7))
     torch.testing.assert_close(x.mean((0, 1)), torch.zeros(5), atol=1e-5, rtol=0)
 
@@ -85,7 +85,7 @@ def test_a_batch_that_is_not_finite_leaves_the_statistics_finite(kind):
 
 
 def test_dropout_leaves_its_share_of_units_out_of_a_gradient_step_alone():
-    encoder = make(MLP, sizes=(1000,), dropout=0.3, activation="sigmoid")
+    encoder = make(MLP, hidden_sizes=(1000,), dropout=0.3, activation="sigmoid")
     dropped = encoder.train()(sequence(), None, (), None)[0] == 0
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert (encoder.eval()(sequence(), None, (), None)[0] != 0).all()

@@ -79,7 +79,7 @@ class Steps(nn.Module):
 @pytest.mark.parametrize("encoder", [LSTM, GRU])
 def test_under_vmap_every_task_has_weights_of_its_own(encoder):
     torch.manual_seed(0)
-    module = encoder(encoder.Config(size=SIZE), Box(-1.0, 1.0, (WIDTH,)), 0)
+    module = encoder(encoder.Config(hidden_size=SIZE), Box(-1.0, 1.0, (WIDTH,)), 0)
     many = {name: torch.stack([p, -p, 2 * p]).detach() for name, p in module.named_parameters()}
     obs, memory = torch.randn(STEPS, COLUMNS, WIDTH), module.initial_memory(COLUMNS)
     apart = []

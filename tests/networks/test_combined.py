@@ -64,7 +64,7 @@ def test_a_gru_reads_tokens_in_their_order(pool, same):
 
 
 def test_each_part_is_read_by_its_own_encoder_and_stands_in_its_place():
-    encoder = make(Combined, SPACE, 2, parts={"speed": {"type": "mlp", "sizes": [3]}})
+    encoder = make(Combined, SPACE, 2, parts={"speed": {"type": "mlp", "hidden_sizes": [3]}})
     kinds = [type(part).__name__ for part in encoder.parts]
     assert kinds == ["CNN", "MLP", "Embedding", "Embedding"]
     extra = torch.randn(5, 4, 2)
@@ -84,7 +84,7 @@ def test_each_part_is_read_by_its_own_encoder_and_stands_in_its_place():
 
 
 def test_a_trunk_reads_all_parts_and_may_have_memory():
-    trunk = {"type": "gru", "size": 6}
+    trunk = {"type": "gru", "hidden_size": 6}
     encoder, plain = make(Combined, SPACE, 2, trunk=trunk), make(Combined, SPACE, 2)
     plain.load_state_dict(encoder.state_dict(), strict=False)
     extra, memory = torch.randn(5, 4, 2), encoder.initial_memory(4)
@@ -116,9 +116,9 @@ def test_parts_keep_settings_of_their_own():
 
 def test_plain_operations_reach_the_parts_of_a_body():
     parts = {"word": {"type": "embedding", "pool": "gru"}}
-    encoder = make(GRU, SPACE, size=4, body={"type": "combined", "parts": parts})
+    encoder = make(GRU, SPACE, hidden_size=4, torso={"type": "combined", "parts": parts})
     memory = encoder.initial_memory(4)
     fused = encoder(packed(), None, memory, None)
     encoder.use_plain_operations()
-    assert encoder.body.parts[2].plain
+    assert encoder.torso.parts[2].plain
     torch.testing.assert_close(encoder(packed(), None, memory, None), fused)

@@ -31,7 +31,7 @@ def train_on_bandits(encoder, updates):
     [
         ({"type": "symmetric"}, 6.3),
         ({"type": "symmetric", "updates": "taken"}, 6.3),
-        ({"type": "transformer", "context": 10, "size": 32, "heads": 2}, 5.8),
+        ({"type": "transformer", "context": 10, "hidden_size": 32, "heads": 2}, 5.8),
     ],
     ids=lambda value: None if isinstance(value, float) else "-".join(map(str, value.values())),
 )

@@ -13,7 +13,7 @@ CELLS = [LSTM, GRU, RNN]
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("reset", [None, "some"])
 def test_a_whole_sequence_in_one_call_equals_step_by_step(kind, reset):
-    encoder = make(kind, size=5)
+    encoder = make(kind, hidden_size=5)
     memory = random_memory(encoder)
     reset = None if reset is None else some_resets()
     features, after = encoder(sequence(), None, memory, reset)
@@ -23,7 +23,7 @@ def test_a_whole_sequence_in_one_call_equals_step_by_step(kind, reset):
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_sequence_can_be_cut_anywhere(kind):
-    encoder, reset = make(kind, size=5), some_resets()
+    encoder, reset = make(kind, hidden_size=5), some_resets()
     memory = random_memory(encoder)
     whole, after = encoder(sequence(), None, memory, reset)
     for cut in range(1, STEPS):
@@ -34,7 +34,7 @@ def test_a_sequence_can_be_cut_anywhere(kind):
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_reset_cuts_memory_and_gradient(kind):
-    encoder, obs = make(kind, size=5), sequence().requires_grad_()
+    encoder, obs = make(kind, hidden_size=5), sequence().requires_grad_()
     reset = torch.zeros(STEPS, COLUMNS, dtype=torch.bool)
     reset[3, 0] = True
     features, _ = encoder(obs, None, random_memory(encoder), reset)
@@ -46,7 +46,7 @@ def test_a_reset_cuts_memory_and_gradient(kind):
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_the_memory_at_the_start_matters_where_it_is_not_reset(kind):
-    encoder, reset = make(kind, size=5), some_resets()
+    encoder, reset = make(kind, hidden_size=5), some_resets()
     one, _ = encoder(sequence(), None, random_memory(encoder), reset)
     other, _ = encoder(sequence(), None, encoder.initial_memory(COLUMNS), reset)
     differs = (one[0] != other[0]).any(-1)
@@ -55,7 +55,7 @@ def test_the_memory_at_the_start_matters_where_it_is_not_reset(kind):
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_gates_start_orthogonal_and_without_bias(kind):
-    encoder = make(kind, size=5)
+    encoder = make(kind, hidden_size=5)
     for gate in encoder.cell.weight_hh_l0.split(5):
         torch.testing.assert_close(gate @ gate.T, torch.eye(5), atol=1e-5, rtol=0)
     assert (encoder.cell.bias_hh_l0 == 0).all()
@@ -63,11 +63,11 @@ def test_gates_start_orthogonal_and_without_bias(kind):
 
 
 def test_a_memory_behind_a_cnn_reads_its_features():
-    body = Component.model_validate({"type": "cnn", "channels": [4], "sizes": [6]})
-    encoder = make(LSTM, (4, 5, 3), 2, size=5, body=body)
+    torso = Component.model_validate({"type": "cnn", "channels": [4], "hidden_sizes": [6]})
+    encoder = make(LSTM, (4, 5, 3), 2, hidden_size=5, torso=torso)
     images, extra = torch.rand(STEPS, COLUMNS, 4, 5, 3), torch.rand(STEPS, COLUMNS, 2)
     features, memory = encoder(images, extra, encoder.initial_memory(COLUMNS), None)
-    expected = encoder.cell(encoder.body(images, extra, (), None)[0])[0]
+    expected = encoder.cell(encoder.torso(images, extra, (), None)[0])[0]
     torch.testing.assert_close(features, expected)
     assert [leaf.shape for leaf in memory] == [(COLUMNS, 5)] * 2
 
@@ -76,7 +76,7 @@ def test_a_memory_behind_a_cnn_reads_its_features():
 @pytest.mark.parametrize("kind", CELLS)
 def test_plain_operations_compute_the_same(kind, settings):
     settings = settings if kind is RNN else {}
-    encoder = make(kind, size=5, **settings)
+    encoder = make(kind, hidden_size=5, **settings)
     memory, reset = random_memory(encoder), some_resets()
     fused = encoder(sequence(), None, memory, reset)
     encoder.use_plain_operations()
@@ -84,7 +84,7 @@ def test_plain_operations_compute_the_same(kind, settings):
 
 
 def test_features_are_normalised_and_the_memory_is_not():
-    plain, normalised = (make(GRU, size=50, layer_norm=on) for on in (False, True))
+    plain, normalised = (make(GRU, hidden_size=50, layer_norm=on) for on in (False, True))
     memory = plain.initial_memory(COLUMNS)
     _, memory_plain = plain(sequence(), None, memory, None)
     features, memory = normalised(sequence(), None, memory, None)

@@ -24,7 +24,13 @@ def play(seed=0):
 
 
 def symmetric(updates="all"):
-    settings = {"size": 6, "width": 4, "activation": "tanh", "ordered": False, "updates": updates}
+    settings = {
+        "hidden_size": 6,
+        "width": 4,
+        "activation": "tanh",
+        "ordered": False,
+        "updates": updates,
+    }
     encoder = make(Symmetric, extra=ACTIONS + 2, **settings)
     return encoder, encoder.action_layer(ACTIONS)
 
@@ -124,7 +130,7 @@ def test_a_learner_sees_the_policy_that_acted(updates):
 
 
 def test_the_first_of_equal_actions_can_be_told_from_the_rest():
-    encoder = make(Symmetric, extra=ACTIONS + 2, size=6, width=4)
+    encoder = make(Symmetric, extra=ACTIONS + 2, hidden_size=6, width=4)
     nothing = torch.zeros(1, 1, ACTIONS + 2)
     features, _ = encoder(torch.zeros(1, 1, 3), nothing, encoder.initial_memory(1), None)
     layer = encoder.action_layer(ACTIONS)

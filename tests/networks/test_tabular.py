@@ -11,7 +11,7 @@ PLACES, ACTIONS = 3, 4
 
 
 def tabular(**settings):
-    return make(Tabular, obs_shape=(PLACES,), extra=ACTIONS + 2, size=6, width=4, **settings)
+    return make(Tabular, obs_shape=(PLACES,), extra=ACTIONS + 2, hidden_size=6, width=4, **settings)
 
 
 def walk(place, action, reward):

@@ -13,7 +13,7 @@ from dmrl_ray.networks.transformer import Transformer
 
 def transformer(context=STEPS, **settings):
     """Not as it begins, when attention adds nothing."""
-    encoder = make(Transformer, size=16, heads=2, context=context, **settings)
+    encoder = make(Transformer, hidden_size=16, heads=2, context=context, **settings)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -91,7 +91,7 @@ def test_it_matters_how_long_ago_a_step_was():
 
 
 def test_it_begins_as_a_policy_without_memory():
-    encoder = make(Transformer, size=16, heads=2)
+    encoder = make(Transformer, hidden_size=16, heads=2)
     memory = encoder.initial_memory(COLUMNS)
     one, two = (
         encoder(torch.cat([sequence(s), sequence(9)]), None, memory, None)[0] for s in (0, 1)
@@ -110,13 +110,13 @@ def test_acting_leaves_the_memory_it_started_from_good():
 
 
 def test_heads_must_share_the_width():
-    with pytest.raises(ValueError, match=r"size 16 cannot be dealt to 3 heads.*multiple of 6"):
-        Transformer.Config(size=16, heads=3)
+    with pytest.raises(ValueError, match=r"size 16 cannot be split into 3 heads.*multiple of 6"):
+        Transformer.Config(hidden_size=16, heads=3)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rl2"])
 def test_a_learner_sees_the_policy_that_acted(algorithm):
-    encoder = {"type": "transformer", "size": 16, "context": 12, "heads": 2}
+    encoder = {"type": "transformer", "hidden_size": 16, "context": 12, "heads": 2}
     settings = {"num_steps": 30} if algorithm == "ppo" else {}
     parts = (
         {"type": "cartpole"},

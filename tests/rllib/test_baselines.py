@@ -10,7 +10,7 @@ import dmrl_ray
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.control import controller
 from dmrl_ray.errors import ConfigError, Interrupted
-from dmrl_ray.jobs.external import foreign_of
+from dmrl_ray.jobs.external import external_of
 from dmrl_ray.jobs.spec import job_spec, load_family
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.report import text_report
@@ -59,7 +59,7 @@ def config(algorithm=PPO, more="", tasks=GOALS):
 
 
 def baseline(algorithm=PPO, tasks=GOALS):
-    made = foreign_of(job_spec(config(algorithm, tasks=tasks), "multi"))
+    made = external_of(job_spec(config(algorithm, tasks=tasks), "multi"))
     assert isinstance(made, Baseline)
     return made
 

@@ -31,7 +31,7 @@ from dmrl_ray.rllib import register
 from dmrl_ray.rllib.data import export_steps
 from dmrl_ray.store import tables
 
-MLP = "{type: mlp, sizes: [16]}"
+MLP = "{type: mlp, hidden_sizes: [16]}"
 PLAYED = "  played: {type: evaluate, init_from: meta, tasks: 16, record: true, greedy: false}"
 
 
@@ -51,7 +51,7 @@ def recorded(tmp_path_factory):
     return of
 
 
-def columns_of(folder):
+def envs_of(folder):
     """What RLlib's reader is handed: arrays of many rows."""
     frame = pq.read_table(folder)
     rows = zip(frame.column_names, frame.columns, strict=True)
@@ -69,7 +69,7 @@ def test_rllibs_cloning_learns_from_what_was_recorded(tmp_path):
     learner = config.build_learner()
     module = config.get_multi_rl_module_spec()
     reader = OfflinePreLearner(config=config, spaces=spaces, module_spec=module)
-    batch = unflatten_dict(reader(columns_of(tmp_path / "steps")))
+    batch = unflatten_dict(reader(envs_of(tmp_path / "steps")))
     steps = MultiAgentBatch({"default_policy": SampleBatch(batch["default_policy"])}, env_steps=1)
     losses = [
         learner.update(training_data=TrainingData(batch=steps))["default_policy"]["total_loss"]
@@ -164,7 +164,12 @@ def test_what_was_written_for_rllib_is_read_back(recorded):
 
 def test_a_stage_learns_from_what_rllib_recorded(recorded, tmp_path):
     _, folder, _ = recorded("point_goal")
-    run = play(tmp_path / "run", "point_goal", MLP, f"{{type: cloning, data: {{rllib: {folder}}}}}")
+    run = play(
+        tmp_path / "run",
+        "point_goal",
+        MLP,
+        f"{{type: behavior_cloning, data: {{rllib: {folder}}}}}",
+    )
     metrics = dmrl_ray.load(run, table="metrics")
     assert np.isfinite(metrics[metrics["name"] == "loss"]["value"]).all()
 

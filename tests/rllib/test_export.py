@@ -18,7 +18,7 @@ MORE = """
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "run"
     algorithm = "{type: ppo, num_steps: 100}"
-    return play(folder, "point_goal", "{type: mlp, sizes: [8]}", algorithm, MORE)
+    return play(folder, "point_goal", "{type: mlp, hidden_sizes: [8]}", algorithm, MORE)
 
 
 def export(run, *arguments, code=0):

@@ -10,7 +10,7 @@ from dmrl_ray.rllib.packed import PackedConfig
 
 SETTINGS = {
     "tasks": {"type": "cartpole"},
-    "network": {"type": "actor_critic", "encoder": {"type": "mlp", "sizes": [32]}},
+    "network": {"type": "actor_critic", "encoder": {"type": "mlp", "hidden_sizes": [32]}},
     "algorithm": {"type": "ppo", "num_steps": 64, "lr": 3e-3},
     "rollout": {"shards": 2, "num_envs": 8},
 }

@@ -20,10 +20,10 @@ from dmrl_ray.store.files import load_arrays
 from dmrl_ray.types import random_stream
 
 KINDS = {
-    "feed_forward": ("point_goal", "{type: mlp, sizes: [16]}", "{type: ppo, num_steps: 20}"),
-    "recurrent": ("cartpole", "{type: lstm, size: 8}", "{type: ppo, num_steps: 32}"),
-    "over_trials": ("bandit", "{type: gru, size: 8}", "{type: rl2}"),
-    "squashed": ("point_goal", "{type: mlp, sizes: [16]}", "{type: sac, num_steps: 20}"),
+    "feed_forward": ("point_goal", "{type: mlp, hidden_sizes: [16]}", "{type: ppo, num_steps: 20}"),
+    "recurrent": ("cartpole", "{type: lstm, hidden_size: 8}", "{type: ppo, num_steps: 32}"),
+    "over_trials": ("bandit", "{type: gru, hidden_size: 8}", "{type: rl2}"),
+    "squashed": ("point_goal", "{type: mlp, hidden_sizes: [16]}", "{type: sac, num_steps: 20}"),
 }
 
 
@@ -89,7 +89,7 @@ def test_a_policy_with_memory_is_the_same_function_in_rllib(policies):
     run, path = policies("recurrent")
     program = program_of(run)
     sampler_rollout = rollout_of(program, 9)
-    assert not sampler_rollout.reset_state[1:].any()  # RLlib begins a sequence at every episode
+    assert not sampler_rollout.reset[1:].any()  # RLlib begins a sequence at every episode
     module = ActorCriticModule.from_checkpoint(str(path))
     obs = torch.from_numpy(sampler_rollout.obs[:-1]).transpose(0, 1)
     start = module.get_initial_state()

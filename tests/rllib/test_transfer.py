@@ -30,7 +30,10 @@ CONFIG = """
 tasks: cartpole
 workers: {{num: 0}}
 rollout: {{num_envs: 4}}
-network: {{encoder: {{type: mlp, sizes: [8, 8], activation: tanh}}, separate_value: false, {norm}}}
+network:
+  encoder: {{type: mlp, hidden_sizes: [8, 8], activation: tanh}}
+  separate_value: false
+  {norm}
 algorithm: {{type: ppo, num_steps: 8}}
 stages:
   special: {{type: finetune, init_from: "rllib:{path}", {trust} tasks: 2, updates: 1}}
@@ -60,7 +63,7 @@ def policy(encoder, actions=TWO, **settings):
     return ActorCritic(made, OBS, actions, sees_previous=False)
 
 
-MLP = {"type": "mlp", "sizes": [8, 8], "activation": "tanh"}
+MLP = {"type": "mlp", "hidden_sizes": [8, 8], "activation": "tanh"}
 NETWORKS = {
     "shared": ({}, MLP, {"separate_value": False}),
     "separate": ({"vf_share_layers": False}, MLP, {}),
@@ -97,7 +100,7 @@ def test_rllibs_own_network_is_the_same_function_here(kind, tmp_path):
 def test_rllibs_lstm_is_the_same_function_here(tmp_path):
     rllib = module(use_lstm=True, lstm_cell_size=6, vf_share_layers=True)
     rllib.save_to_path(str(tmp_path))
-    ours = policy({"type": "lstm", "size": 6, "body": MLP})
+    ours = policy({"type": "lstm", "hidden_size": 6, "torso": MLP})
     start = rllib_start(f"rllib:{tmp_path}", ours)
     assert not start.unused
     set_weights(ours, start.weights)
@@ -141,7 +144,7 @@ def test_it_is_read_once_and_then_part_of_the_run(checkpoint, tmp_path, capsys):
 
 
 def test_a_pickle_is_not_read_without_trust(checkpoint):
-    with pytest.raises(ConfigError, match=r"here.yaml:8:\d+: stages.special.init_from: .* pickle"):
+    with pytest.raises(ConfigError, match=r"here.yaml:11:\d+: stages.special.init_from: .* pickle"):
         config(checkpoint, trust="")
 
 
@@ -156,7 +159,7 @@ def test_a_source_that_does_not_fit_is_told_before_anything_starts(checkpoint, t
     (tmp_path / "module_state.pkl").write_bytes(b"no pickle")
     assert "cannot be read" in mistake(path=tmp_path)
     with pytest.raises(ValueError, match=r"sizes alike: .* has shape \(8, 4\) instead of \(9, 4\)"):
-        rllib_start(f"rllib:{checkpoint}", policy({**MLP, "sizes": [9, 8]}))
+        rllib_start(f"rllib:{checkpoint}", policy({**MLP, "hidden_sizes": [9, 8]}))
     module(BOX).save_to_path(str(tmp_path / "box"))
     with pytest.raises(ValueError, match="free_log_std"):
         rllib_start(f"rllib:{tmp_path / 'box'}", policy(MLP, BOX))

@@ -20,7 +20,7 @@ from dmrl_ray.jobs.worker import RolloutWorker
 from dmrl_ray.networks.actor_critic import ActorCritic, previous_inputs
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
-from dmrl_ray.rollout.device_sampler import ResidentSampler
+from dmrl_ray.rollout.device_sampler import DeviceSampler
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import EnvironmentFault, Rollout, join_shards, storable
 
@@ -54,7 +54,7 @@ def rng(seed=0):
 def make_policy(family, encoder="mlp", sees_previous=False, spans=False, **settings):
     """Far from its initial weights and norms, so that nothing is zero or one by chance."""
     torch.manual_seed(0)
-    encoder = {"type": encoder} | ({} if encoder == "mlp" else {"size": 8})
+    encoder = {"type": encoder} | ({} if encoder == "mlp" else {"hidden_size": 8})
     config = ActorCritic.Config.model_validate({"encoder": encoder} | settings)
     spaces = family.observation_space, family.action_space
     policy = ActorCritic(config, *spaces, sees_previous=sees_previous).eval()
@@ -66,14 +66,14 @@ def make_policy(family, encoder="mlp", sees_previous=False, spans=False, **setti
 
 
 def make_sampler(kind, family, policy, *, spans, greedy=False, seed=0):
-    place = {"device": CPU} if kind is ResidentSampler else {}
+    place = {"device": CPU} if kind is DeviceSampler else {}
     sampler = kind(family, COLUMNS, memory_spans_trial=spans, **place)
     sampler.start(rng(seed), 0, greedy=greedy)
     sampler.begin_trial(family.sample(rng(), COLUMNS, "train"), policy)
     return sampler
 
 
-def made(family, policy, kind=ResidentSampler, **options):
+def made(family, policy, kind=DeviceSampler, **options):
     settings = POLICIES[policy]
     family = FAMILIES[family]
     network = make_policy(family, **settings)
@@ -95,7 +95,7 @@ def assert_close(one: Rollout, other: Rollout):
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "symmetric_trial"])
 @pytest.mark.parametrize("family", ["grid_nav", "point_goal"])
 def test_where_nothing_is_left_to_chance_it_is_the_rollout_of_numpy(family, policy):
-    kinds = (Sampler, ResidentSampler)
+    kinds = (Sampler, DeviceSampler)
     pairs = [made(family, policy, kind, greedy=True) for kind in kinds]
     samplers = [sampler for _, _, sampler in pairs]
     for num_steps in (12, 1, 23, 15):  # in the middle of episodes, and at their ends
@@ -125,8 +125,8 @@ def test_the_learners_forward_reproduces_what_was_done(family, policy):
         rollouts.append(sampler.rollout(network, 13))
     for rollout in rollouts:
         previous = previous_inputs(rollout) if network.sees_previous else None
-        reset = rollout.reset_state if network.recurrent else None
-        pi, features, _ = network(rollout.obs[:-1], previous, rollout.initial_state, reset)
+        reset = rollout.reset if network.recurrent else None
+        pi, features, _ = network(rollout.obs[:-1], previous, rollout.initial_memory, reset)
         log_prob = network.policy_head.log_prob(pi, rollout.action)
         torch.testing.assert_close(log_prob, rollout.log_prob, rtol=0, atol=1e-5)
         if network.value_encoder is None:
@@ -155,7 +155,7 @@ def test_the_books_agree_with_the_rewards(family):
 def test_actions_follow_the_policy_and_rewards_their_chance():
     family = FAMILIES["bandit"]
     network = make_policy(family)
-    sampler = ResidentSampler(family, 20_000, memory_spans_trial=True, device=CPU)
+    sampler = DeviceSampler(family, 20_000, memory_spans_trial=True, device=CPU)
     sampler.start(rng(), 0)
     (task,) = family.sample(rng(), 1, "train")
     sampler.begin_trial([task], network)
@@ -182,7 +182,7 @@ def test_open_episodes_go_on_from_their_state(family, policy):
     sampler.rollout(network, family.max_episode_steps + 2)
     state = sampler.get_state()
     assert all(isinstance(array, np.ndarray) for array in state.values())
-    fresh = ResidentSampler(family, COLUMNS, memory_spans_trial=False, device=CPU)
+    fresh = DeviceSampler(family, COLUMNS, memory_spans_trial=False, device=CPU)
     fresh.set_state(storable(state))  # as a checkpoint holds it
     tasks = family.sample(rng(8), COLUMNS, "train")
     rollouts = []
@@ -257,12 +257,12 @@ def test_what_is_not_finite_is_told_with_its_task():
     _, network, sampler = made("point_goal", "mlp")
     step = sampler.env.step
 
-    def poisoned(action):
+    def broken(action):
         obs, reward, *rest = step(action)
         reward[2] = torch.nan if sampler.env._steps_left == 2 else reward[2]
         return obs, reward, *rest
 
-    sampler.env.step = poisoned
+    sampler.env.step = broken
     with pytest.raises(
         EnvironmentFault, match=r"reward of column 2 at step 2 is nan, on task [0-9a-f]{16};"
     ):
@@ -280,12 +280,15 @@ def test_a_policy_that_diverged_is_blamed_and_not_its_environment(family):
 PPO = {"type": "ppo", "num_steps": 7}
 RL2 = {"type": "rl2"}
 MAML = {"type": "maml", "episodes_per_task": 8}
-MLP, LSTM, GRU = ({"type": "mlp", "sizes": [8]}, *({"type": t, "size": 8} for t in ("lstm", "gru")))
+MLP, LSTM, GRU = (
+    {"type": "mlp", "hidden_sizes": [8]},
+    *({"type": t, "hidden_size": 8} for t in ("lstm", "gru")),
+)
 JOBS = {
     "ppo": ("point_goal", PPO, MLP),
     "recurrent_ppo": ("grid_nav", PPO, GRU),
     "rl2": ("grid_nav", RL2, LSTM),
-    "rl2_symmetric": ("bandit", RL2, {"type": "symmetric", "updates": "taken", "size": 16}),
+    "rl2_symmetric": ("bandit", RL2, {"type": "symmetric", "updates": "taken", "hidden_size": 16}),
     "appo": ("point_goal", {"type": "appo", "num_steps": 7}, MLP),
     "maml": ("point_goal", MAML, MLP),
     "reptile": ("point_goal", {"type": "reptile", "episodes_per_task": 8, "inner_steps": 2}, MLP),
@@ -354,9 +357,9 @@ def test_a_trial_pays_more_than_chance_after_some_updates():
 
 
 CONFIG = """
-name: resident
+name: on_device
 tasks: {type: point_goal, horizon: 5, episodes: 2}
-network: {encoder: {type: mlp, sizes: [8]}}
+network: {encoder: {type: mlp, hidden_sizes: [8]}}
 algorithm: {type: ppo, num_steps: 8}
 rollout: {shards: 2, num_envs: 8, device: cpu}
 workers: {num: 0}
@@ -366,7 +369,7 @@ stages:
   memory:
     type: pretrain
     algorithm: rl2
-    network: {type: actor_critic, encoder: {type: lstm, size: 8}}
+    network: {type: actor_critic, encoder: {type: lstm, hidden_size: 8}}
     env_steps: 320
     validation_tasks: 4
   special: {type: finetune, init_from: train, tasks: 2, updates: 1}
@@ -375,7 +378,7 @@ stages:
 
 
 def configured(*settings):
-    return parse_config(CONFIG, "resident.yaml", list(settings))
+    return parse_config(CONFIG, "on_device.yaml", list(settings))
 
 
 def test_all_stages_of_a_run_on_a_device(tmp_path):
