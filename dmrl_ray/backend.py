@@ -1,12 +1,18 @@
-"""What the same code needs for arrays in NumPy and tensors on a device."""
+"""The same code for arrays in NumPy and tensors on a device, and for any version of PyTorch.
+
+Nothing else in the project names what is private in PyTorch; where a version lacks it, public
+operations give the same result, if more slowly.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.nn import functional
 
 from dmrl_ray.types import Array
 
@@ -71,3 +77,38 @@ def host(x: Array) -> np.ndarray:
 def as_kind_of(array: Array, x: Tensor) -> Array:
     """A tensor, as an array where `array` is one."""
     return x if isinstance(array, Tensor) else x.numpy()
+
+
+def transformed() -> bool:
+    """Whether `torch.func` transforms what runs now, as `vmap` does; true where it is unknown."""
+    try:
+        return torch._C._are_functorch_transforms_active()
+    except AttributeError:
+        return True
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, by oneDNN in full precision; it has no gradient."""
+    try:
+        product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
+    except AttributeError:
+        return functional.linear(x, weight, bias)
+    return product(x, weight, bias, "none", [], "")
+
+
+def compile_graph(graph: fx.GraphModule, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """Machine code for operations on tensors of these shapes, which has no gradient.
+
+    It is made at once, so that a compiler that fails does so here. `torch.compile` would check at
+    every call what the code was made for.
+    """
+    try:
+        # Others than those who compile need not wait for this import.
+        from torch._inductor import compile
+    except ImportError:
+        public: Callable[..., list[Tensor]] = torch.compile(graph, fullgraph=True, dynamic=False)
+        with torch.no_grad():
+            public(*tensors)
+        return public
+    compiled: Callable[..., list[Tensor]] = compile(graph, [*tensors])
+    return compiled

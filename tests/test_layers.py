@@ -1,6 +1,7 @@
 """The house keeps its shape: imports point down, Ray stays at the edge, files stay short."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,18 @@ def imports_ray(source: str) -> bool:
     return any(name.split(".")[0] == "ray" for name in imports(source))
 
 
+def private_in_torch(source: str) -> set[str]:
+    """Names of PyTorch with a leading underscore, imported or as attributes."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)} | imports(
+        source
+    )
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if re.match(r"(torch|nn|functional)\b[\w.]*\._[A-Za-z]", name)}
+
+
 def short(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -92,6 +105,11 @@ def test_ray_is_imported_at_the_edges_only(path):
     assert not imports_ray(path.read_text()) or part(path) in WITH_RAY
 
 
+@pytest.mark.parametrize("path", PACKAGE + ENVS, ids=short)
+def test_only_the_backend_names_what_is_private_in_pytorch(path):
+    assert path == ROOT / "dmrl_ray" / "backend.py" or not private_in_torch(path.read_text())
+
+
 @pytest.mark.parametrize("path", ENVS, ids=short)
 def test_an_environment_knows_the_contract_alone(path):
     assert siblings(path.read_text()) <= MAY_ENVS_IMPORT
@@ -108,6 +126,18 @@ def test_imports_inside_functions_count():
     assert upward("jobs", source) == {"control"}
     assert imports_ray(source)
     assert not upward("rllib", source)
+
+
+def test_private_names_are_found_however_they_are_reached():
+    source = "import torch._inductor\nfrom torch._C import x\nnn.modules.batchnorm._BatchNorm(a)\n"
+    source += "y = torch.ops.mkldnn._linear_pointwise(1)\nz = nn.Linear(self._width)\n"
+    assert private_in_torch(source) == {
+        "torch._inductor",
+        "torch._C",
+        "torch._C.x",
+        "nn.modules.batchnorm._BatchNorm",
+        "torch.ops.mkldnn._linear_pointwise",
+    }
 
 
 def test_an_import_from_the_package_itself_counts():

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from dmrl_ray.backend import compile_graph
 from dmrl_ray.errors import ConfigError, NumericalError
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.linear import plain_products
@@ -58,7 +59,7 @@ class Compiled:
     """
 
     def __init__(self, policy: ActorCritic) -> None:
-        unfit = (nn.Dropout, nn.modules.batchnorm._BatchNorm)
+        unfit = (nn.Dropout, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         if policy.recurrent or any(isinstance(module, unfit) for module in policy.modules()):
             raise ConfigError(
                 "learners.compile: policies with memory, dropout or batch normalisation cannot be "
@@ -106,8 +107,7 @@ class Compiled:
     def _compile(
         self, moving: dict[str, nn.Parameter], loss: Loss, batch: Batch
     ) -> Callable[..., list[Any]]:
-        # Others than those who compile need not wait for these imports.
-        import torch._inductor
+        # Others than those who compile need not wait for this import.
         from torch.fx.experimental.proxy_tensor import make_fx
 
         state = self._state(moving)
@@ -128,13 +128,12 @@ class Compiled:
         try:
             with plain_products():
                 graph = make_fx(function)(*tensors)
-            compiled: Callable[..., list[Any]] = torch._inductor.compile(graph, tensors)
+            return compile_graph(graph, tensors)
         except Exception as error:  # A compiler may fail in any way.
             raise ConfigError(
                 f"learners.compile: the loss could not be compiled ({type(error).__name__}: "
                 f"{str(error).splitlines()[0]}); it takes a C++ compiler such as g++, or use false"
             ) from error
-        return compiled
 
 
 class _Loss(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from pydantic import Field
@@ -40,14 +41,14 @@ class BatchNorm(nn.BatchNorm1d):
     """Over all axes but the last; statistics stand still where the weights are frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _normalized(self, input.flatten(0, -2)).reshape(input.shape)
+        return _normalized(self, super().forward, input.flatten(0, -2)).reshape(input.shape)
 
 
 class ImageBatchNorm(nn.BatchNorm2d):
     """Of feature maps (N, C, H, W); statistics stand still where the weights are frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _normalized(self, input)
+        return _normalized(self, super().forward, input)
 
 
 class ImageLayerNorm(nn.Module):
@@ -62,13 +63,15 @@ class ImageLayerNorm(nn.Module):
         return nn.functional.layer_norm(x, x.shape[1:]) * self.weight + self.bias
 
 
-def _normalized(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _normalized(
+    norm: nn.BatchNorm1d | nn.BatchNorm2d, forward: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
     if norm.training and norm.weight.requires_grad:
         before = mean.clone(), variance.clone()
-        y = nn.modules.batchnorm._BatchNorm.forward(norm, x)
+        y = forward(x)
         # A batch that is not finite gives no gradient step, and shall leave nothing here either.
         # Autograd, which does not read them, would take a change of them for one of its inputs'.
         for running, kept in zip((mean, variance), before, strict=True):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dmrl_ray.backend import onednn_linear, transformed
+
 MIN_ROWS = 512
 MIN_UNITS = 16
 HAS_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
@@ -54,14 +56,8 @@ class Linear(nn.Linear):
             and not _plain
             and not torch.is_autocast_enabled("cpu")
             # Many weights at once are a batched product, which is MKL's alone.
-            and not torch._C._are_functorch_transforms_active()
+            and not transformed()
         )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias, by oneDNN in full precision; it has no gradient."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
 
 
 class _Product(torch.autograd.Function):
@@ -73,7 +69,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -81,5 +77,5 @@ class _Product(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         if torch.is_grad_enabled():  # Someone will differentiate this, too.
             return (slope @ weight if wanted else None), slope.t() @ x, slope.sum(0)
-        of_x = _product(slope, weight.t(), None) if wanted else None
-        return of_x, _product(x.t(), slope.t(), None).t(), slope.sum(0)
+        of_x = onednn_linear(slope, weight.t(), None) if wanted else None
+        return of_x, onednn_linear(x.t(), slope.t(), None).t(), slope.sum(0)
