@@ -1,6 +1,7 @@
 """What is drawn from a dataset is what was recorded, in order, whatever the files."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -251,7 +252,8 @@ def test_episodes_of_minari_have_their_last_successor():
     )
 
 
-def test_a_missing_package_is_named_with_its_extra():
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(ValueError, match=r"pip install 'dmrl-ray\[data\]'"):
         source_of(DataSettings(minari="x/y-v0"), "")
 
