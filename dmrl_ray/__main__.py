@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -66,7 +66,7 @@ ConfigName = Annotated[
     ),
 ]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045, typer evaluates this on Python 3.10
+    list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
         help="Settings to change, as algorithm.lr=1e-3.",
@@ -82,7 +82,7 @@ RunName = Annotated[
     ),
 ]
 Address = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="Ray cluster to use; without it, this machine."),
 ]
 
@@ -114,7 +114,7 @@ def run(
     config: ConfigName,
     overrides: Overrides = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="The run folder; without it, runs/NAME-DATE-TIME."),
     ] = None,
     address: Address = None,
@@ -165,7 +165,7 @@ def resume(
 def evaluate(
     run: RunName,
     stage: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Stage whose policy to evaluate; the last trained one if left out."),
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
@@ -262,7 +262,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; it must not exist.")],
     to: Annotated[str, typer.Option(help="rllib: a policy; rllib-data: recorded steps.")],
     stage: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Which stage's, or fine-tuned job's; the last trained if left out."),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -417,7 +418,6 @@ def test_rays_own_validator_accepts_the_cluster_file():
 
 
 def test_the_cluster_file_installs_what_the_project_needs():
-    tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {d for d in project["dependencies"] if not d.startswith("ray[")}  # in the image
     installed = set(re.findall(r'"([^"]+)"', cluster_yaml()["setup_commands"][0]))

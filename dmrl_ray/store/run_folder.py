@@ -15,7 +15,7 @@ import shutil
 import socket
 import weakref
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from dmrl_ray.errors import ConfigError, FolderInUse
@@ -127,7 +127,7 @@ class FolderLock:
                 os.close(descriptor)
                 raise
             self._descriptor = descriptor
-            start = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            start = datetime.now(UTC).isoformat(timespec="seconds")
             facts = {"pid": os.getpid(), "host": socket.gethostname(), "start": start}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(facts).encode(), 0)
