@@ -1,6 +1,8 @@
 # make train    install into .venv and run the quickstart
 # make test     install into .venv and run the tests; ARGS="-k losses" chooses
 # make lint     format, lint and type checks
+# make lowest   the fast tests with every dependency at the lower end of its range in pyproject.toml;
+#               ARGS="--upper" with those of constraints.txt, for another PYTHON
 #
 # On Linux, pip fetches torch with CUDA (gigabytes). Where there is no GPU, name PyTorch's index of
 # CPU builds: make train PIP_FLAGS="--extra-index-url URL"
@@ -14,7 +16,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint
+.PHONY: train test lint lowest
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -27,6 +29,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+lowest: $(READY)
+	$(BIN)/python -m benchmarks.lowest --python $(PYTHON) --pip="$(PIP_FLAGS)" $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with PYTHON=..." \
