@@ -45,7 +45,7 @@ class Algorithm(Descent, Adaptation):
     """Its losses given to `descend` read nothing that changes but the policy and the batch."""
 
     in_precision: bool = False
-    """`update` steps through minibatches, in which `learners.precision` holds (`step_through`)."""
+    """`update` steps through minibatches, in which `learners.precision` holds (`optimize`)."""
 
     network_unread: tuple[str, ...] = ()
     """Settings of the network that its policy leaves out or has as it must."""
