@@ -53,7 +53,6 @@ class DAgger(Algorithm):
         """Share of the budget after which it acts in none; the decline is linear."""
 
     config: Config
-    sees_previous = True
     memory_spans_trial = True
     corrects_for_lag = True
     compiles = True

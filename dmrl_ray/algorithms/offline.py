@@ -58,7 +58,6 @@ class Offline(Algorithm):
 
     config: Config
     recordable = False
-    in_precision = True
     _dataset: Dataset | None = None
 
     @property

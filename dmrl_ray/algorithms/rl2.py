@@ -34,7 +34,6 @@ class RL2(Algorithm):
         """0 trusts the value function, 1 the returns."""
 
     config: Config
-    sees_previous = True
     memory_spans_trial = True
     corrects_for_lag = True
     on_device = True
