@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from dmrl_ray.learn.pca import ProbabilisticPCA
 from dmrl_ray.losses.imitation import discriminator_loss, expert_action_loss, imitation_reward
-from dmrl_ray.losses.representation import ProbabilisticPCA, negative_evidence_bound
+from dmrl_ray.losses.representation import negative_evidence_bound
 
 
 def f(values):

@@ -29,7 +29,7 @@ class APPO(IMPALA):
     config: Config
 
     def update(self, trial: Trial) -> dict[str, float]:
-        """IMPACT, section 3: K epochs of the clipped surrogate around the target network."""
+        """K epochs of the clipped surrogate around the target network."""
         config = self.config
         rollout, behaviour_kl = corrected(self.policy, trial[0], config)
         loss = partial(ppo_loss, self.policy, clip=config.clip, value_coef=config.value_coef)

@@ -3,7 +3,7 @@
 Source: Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted
 Actor-Learner Architectures", 2018 (arXiv:1802.01561), section 4. V-trace takes values and
 probabilities of the policy as it is when the update begins; the value behind a time limit alone is
-the acting policy's. Advantages are standardised. Left out: the replay of section 5.2.2.
+the acting policy's. Advantages are standardised. Left out: a replay buffer.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ def expert_action_loss(log_prob: Tensor, *, mask: Tensor | None = None) -> Tenso
         -log pi(a*[t] | x[t])
 
     Source: Ross et al., "A Reduction of Imitation Learning and Structured Prediction to No-Regret
-    Online Learning", 2011, section 2 (arXiv:1011.0686), with the log-loss as the surrogate of the
-    0-1 loss; on recorded actions this is behaviour cloning.
+    Online Learning", 2011, section 2 (arXiv:1011.0686), with the log-loss as the surrogate loss;
+    on recorded actions this is behaviour cloning.
 
     Args:
         log_prob: (T, B), of the expert's actions; carries the gradient.
