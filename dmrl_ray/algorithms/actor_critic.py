@@ -55,7 +55,7 @@ class ActorCriticConfig(BatchConfig):
 
 
 def refuse_value_memory(policy: ActorCritic) -> None:
-    """See that the value function has no memory of its own, which only whole trials can fill.
+    """Check that the value function has no memory of its own, which takes whole trials.
 
     Raises:
         ValueError: it has one.
@@ -63,7 +63,7 @@ def refuse_value_memory(policy: ActorCritic) -> None:
     if policy.recurrent and policy.value_encoder is not None:
         raise ValueError(
             "network.separate_value: a value function with a memory of its own needs whole "
-            "trials, which ppo does not collect; use false or null"
+            "trials, which rl2 collects; use false or null"
         )
 
 

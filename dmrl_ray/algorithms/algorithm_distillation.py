@@ -6,7 +6,7 @@ episode to its last, are recorded (a finetune stage with ``record: true``); a ca
 each action from what came before it in the history, across episodes, and so has to improve on
 itself as the learner did. It then improves on new tasks without any gradient step. The context
 must span several episodes; where learning was slow, `every` takes fewer episodes of each history,
-so that improvement shows within a context.
+so that a context has improvement in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AlgorithmDistillation(Offline):
 
     class Config(Offline.Config):
         every: Number = 1
-        """Of each history every n-th episode is read, beginning with one of the first n."""
+        """Every n-th episode of each history is read, beginning with one of the first n."""
 
     config: Config
     memory_spans_trial = True

@@ -24,7 +24,7 @@ class APPO(IMPALA):
         """V-trace and the clipped update."""
 
         num_steps: Number = 128
-        """Steps in each column between updates; episodes go on over updates."""
+        """Steps of each environment between updates; episodes continue over updates."""
 
     config: Config
 

@@ -66,7 +66,7 @@ class Algorithm(Descent, Adaptation):
 
     @classmethod
     def policy_options(cls, config: Any) -> dict[str, Any]:
-        """How its policy is made: the arguments of `ActorCritic` by keyword.
+        """The arguments by keyword that its policy is made with.
 
         A policy whose memory spans the trial observes the previous action, reward and episode end:
         the task is to be found out from them.
@@ -89,7 +89,7 @@ class Algorithm(Descent, Adaptation):
         return 0
 
     @property
-    def asked(self) -> str | None:
+    def label_method(self) -> str | None:
         """The environments' method that labels steps in `collect`, if one must be there."""
         return None
 

@@ -58,7 +58,7 @@ class DAgger(Algorithm):
     compiles = True
 
     @property
-    def asked(self) -> str:
+    def label_method(self) -> str:
         return "expert_action"
 
     @property

@@ -80,7 +80,7 @@ class DPT(Offline):
             raise ValueError("algorithm.data: dpt plays discrete actions only; record a stage")
 
     @property
-    def asked(self) -> str | None:
+    def label_method(self) -> str | None:
         return None if self.config.data else "best_action"
 
     @property

@@ -40,7 +40,7 @@ class VTraceConfig(ActorCriticConfig):
     """Settings of actor-critics with V-trace."""
 
     num_steps: Number = 32
-    """Steps in each column between updates; episodes go on over updates."""
+    """Steps of each environment between updates; episodes continue over updates."""
 
     gae_lambda: float = Field(default=1.0, ge=0, le=1)
     """Shortens the traces of V-trace; 1 is the paper's."""

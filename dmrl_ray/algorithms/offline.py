@@ -40,14 +40,14 @@ class Offline(Algorithm):
 
     class Config(Algorithm.Config):
         data: DataSettings
-        """What is learned from."""
+        """The recorded steps to learn from."""
 
         num_steps: Number | None = None
-        """Steps read into each column between updates; null is as many as a trial has, and at most
-        128 for policies without memory."""
+        """Steps read for each environment between updates; null is as many as a trial has, and at
+        most 128 for policies without memory."""
 
         epochs: Number = 1
-        """Passes over what was read."""
+        """Passes over each batch."""
 
         minibatches: Number = 4
         """Gradient steps per pass."""
@@ -65,7 +65,7 @@ class Offline(Algorithm):
 
     @property
     def num_steps(self) -> int:
-        """Steps read into each environment's place."""
+        """Steps read for each environment."""
         steps = self.distribution.trial_steps
         return self.config.num_steps or (steps if self.policy.recurrent else min(128, steps))
 

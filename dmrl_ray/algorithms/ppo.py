@@ -50,7 +50,7 @@ class PPO(Algorithm):
 
     class Config(ClipConfig):
         num_steps: Number = 128
-        """Steps in each column between updates; episodes go on over updates."""
+        """Steps of each environment between updates; episodes continue over updates."""
 
     config: Config
     continues_episodes = True

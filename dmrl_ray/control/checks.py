@@ -103,7 +103,7 @@ def _check_stage(config: RunConfig, name: str) -> None:
     program = build(spec)
     asked = None
     if isinstance(stage, (Pretrain, Finetune)):
-        asked = program.algorithm.asked
+        asked = program.algorithm.label_method
         program.algorithm.prepare_training(spec.trainable)
         _check_learning(program, spec, stage)
     _check_acting(program, spec, stage)
