@@ -2,39 +2,62 @@
 
 Source: Pomerleau, "ALVINN: An Autonomous Land Vehicle in a Neural Network", 1988, as maximum
 likelihood. A policy with memory reads whole episodes; `TrialCloning` whole trials, with previous
-actions and rewards, so that a policy comes to adapt as the one did that was recorded.
+actions and rewards, so that a policy comes to adapt as the recorded one did.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
+
 from torch import Tensor
 
-from dmrl_ray.algorithms.offline import Offline
-from dmrl_ray.learn.minibatches import previous_in
-from dmrl_ray.types import Trial
+from dmrl_ray.algorithms.offline import Offline, empty_memory
+from dmrl_ray.learn.gradients import Batch, Report
+from dmrl_ray.learn.minibatches import as_sequences, observed, previous_in
+from dmrl_ray.losses.averages import counted_mean
+from dmrl_ray.losses.imitation import expert_action_loss
+from dmrl_ray.networks.actor_critic import ActorCritic
+from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.types import Rollout, Task, Trial
 
 
 class BehaviorCloning(Offline):
     """Maximum likelihood of actions, given the observation or the episode so far."""
 
-    def batch(self, trial: Trial) -> dict[str, Tensor]:
-        (rollout,) = trial
-        return self.inputs(rollout)
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """Read episodes, or steps as they come where there is no memory."""
+        return [self.read(sampler)]
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        memory, previous = self.empty_memory(batch), previous_in(batch)
-        pi, _, _ = self.policy(batch["obs"], previous, memory, batch.get("reset"))
-        head = self.policy.policy_head
-        loss = -head.log_prob(pi, batch["action"]).mean()
-        return loss, {"entropy": head.entropy(pi).mean()}
+    def update(self, trial: Trial) -> dict[str, float]:
+        """Maximise the likelihood of the recorded actions."""
+        (rollout,), policy = trial, self.policy
+        return self.fit(partial(cloning_loss, policy), cloning_batch(policy, rollout), rollout)
 
 
-class TrialCloning(BehaviorCloning):
+class TrialCloning(Offline):
     """Maximum likelihood of actions, given the trial so far."""
 
-    sees_previous = True
     memory_spans_trial = True
 
-    def read(self, rng: np.random.Generator, columns: int) -> Trial:
-        return [self.dataset.units(rng, "trial", columns, self.num_steps)]
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """Read whole trials."""
+        return [self.dataset.units(sampler.rng, "trial", sampler.num_envs, self.num_steps)]
+
+    def update(self, trial: Trial) -> dict[str, float]:
+        """Maximise the likelihood of the recorded actions."""
+        (rollout,), policy = trial, self.policy
+        return self.fit(partial(cloning_loss, policy), cloning_batch(policy, rollout), rollout)
+
+
+def cloning_batch(policy: ActorCritic, rollout: Rollout) -> Batch:
+    """The inputs of the policy in a rollout, and the recorded actions."""
+    return as_sequences(policy, observed(policy, rollout) | {"action": rollout.action})
+
+
+def cloning_loss(policy: ActorCritic, batch: Batch) -> tuple[Tensor, Report]:
+    """The negative log-likelihood of the recorded actions."""
+    memory, previous, mask = empty_memory(policy, batch), previous_in(batch), batch.get("mask")
+    pi, _, _ = policy(batch["obs"], previous, memory, batch.get("reset"))
+    head = policy.policy_head
+    loss = expert_action_loss(head.log_prob(pi, batch["action"]), mask=mask)
+    return loss, {"loss": loss, "entropy": counted_mean(head.entropy(pi), mask)}

@@ -1,29 +1,25 @@
-"""Learning from recorded steps: `collect` reads them, so that rollout workers are data loaders.
+"""Common to algorithms that learn from recorded steps: the data, and passes over a batch of them.
 
-All else is as it is online: shards, workers, several learners, commits and exact resume. Steps that
-are read count as environment steps of the budget.
+`collect` reads, so that rollout workers are data loaders. All else is as it is online: shards,
+workers, several learners, commits and exact resume. Steps that are read count as environment steps
+of the budget.
 """
 
 from __future__ import annotations
-
-from abc import abstractmethod
-
-import numpy as np
-from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.config.components import Number
 from dmrl_ray.data.dataset import Dataset
 from dmrl_ray.data.sources import DataSettings, source_of
-from dmrl_ray.learn.gradients import Batch
-from dmrl_ray.learn.minibatches import in_columns, shown, step_through
+from dmrl_ray.learn.gradients import Batch, Loss
+from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.rollout.sampler import Sampler
-from dmrl_ray.types import Rollout, Task, Trial
+from dmrl_ray.types import Rollout
 
 
 def open_dataset(algorithm: Algorithm, settings: DataSettings) -> Dataset:
-    """What `settings` name, for the algorithm's task family; it is among the algorithm's datasets.
+    """The data that `settings` name, for the algorithm's task family, and among its datasets.
 
     Raises:
         ValueError: it is not there, or does not fit the family.
@@ -44,21 +40,20 @@ class Offline(Algorithm):
 
     class Config(Algorithm.Config):
         data: DataSettings
-        """What is learned from."""
+        """The recorded steps to learn from."""
 
         num_steps: Number | None = None
-        """Steps read into each column between updates; null is as many as a trial has, and at most
-        128 for policies without memory."""
+        """Steps read for each environment between updates; null is as many as a trial has, and at
+        most 128 for policies without memory."""
 
         epochs: Number = 1
-        """Passes over what was read."""
+        """Passes over each batch."""
 
         minibatches: Number = 4
         """Gradient steps per pass."""
 
     config: Config
     recordable = False
-    in_precision = True
     _dataset: Dataset | None = None
 
     @property
@@ -70,7 +65,7 @@ class Offline(Algorithm):
 
     @property
     def num_steps(self) -> int:
-        """Steps read into each column."""
+        """Steps read for each environment."""
         steps = self.distribution.trial_steps
         return self.config.num_steps or (steps if self.policy.recurrent else min(128, steps))
 
@@ -78,42 +73,22 @@ class Offline(Algorithm):
     def collected_steps(self) -> int:
         return self.num_steps
 
-    def read(self, rng: np.random.Generator, columns: int) -> Trial:
-        """A batch of the data: whole episodes where memory reads them, else steps as they come."""
+    def read(self, sampler: Sampler) -> Rollout:
+        """Whole episodes where the policy has a memory, else steps as they come."""
+        rng, envs, steps = sampler.rng, sampler.num_envs, self.num_steps
         if self.policy.recurrent:
-            return [self.dataset.units(rng, "episode", columns, self.num_steps)]
-        return [self.dataset.windows(rng, columns, self.num_steps)]
+            return self.dataset.units(rng, "episode", envs, steps)
+        return self.dataset.windows(rng, envs, steps)
 
-    @abstractmethod
-    def batch(self, trial: Trial) -> dict[str, Tensor]:
-        """What the loss reads, (T, B, ...) each."""
-
-    @abstractmethod
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a minibatch of columns, and what to report of it."""
-
-    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        """Nothing is played."""
-        return self.read(sampler.rng, sampler.num_envs)
-
-    def update(self, trial: Trial) -> dict[str, float]:
-        def loss(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            value, report = self.loss(batch)
-            return value, {"loss": value, **report}
-
-        config, batch = self.config, self.batch(trial)
-        metrics = step_through(
-            self, batch, loss, epochs=config.epochs, minibatches=config.minibatches
-        )
-        self.policy.update_norms(trial[0], None)
+    def fit(self, loss: Loss, batch: Batch, rollout: Rollout) -> dict[str, float]:
+        """Pass over the batch of a rollout, whose observations then count for the normaliser."""
+        config = self.config
+        metrics = self.optimize(loss, batch, epochs=config.epochs, minibatches=config.minibatches)
+        self.policy.update_norms(rollout, None)
         return metrics
 
-    def inputs(self, rollout: Rollout) -> Batch:
-        """What the policy is shown in a rollout, and what was done."""
-        batch = shown(self.policy, rollout) | {"action": rollout.action}
-        return in_columns(self.policy, batch)
 
-    def empty_memory(self, batch: dict[str, Tensor]) -> Memory:
-        """The memory before a minibatch: every column begins with a reset."""
-        obs = batch["obs"]
-        return tuple(m.to(obs.device) for m in self.policy.initial_memory(obs.shape[1]))
+def empty_memory(policy: ActorCritic, batch: Batch) -> Memory:
+    """The memory before a minibatch whose sequences all begin with a reset."""
+    obs = batch["obs"]
+    return tuple(leaf.to(obs.device) for leaf in policy.initial_memory(obs.shape[1]))

@@ -103,7 +103,7 @@ def _check_stage(config: RunConfig, name: str) -> None:
     program = build(spec)
     asked = None
     if isinstance(stage, (Pretrain, Finetune)):
-        asked = program.algorithm.asked
+        asked = program.algorithm.label_method
         program.algorithm.prepare_training(spec.trainable)
         _check_learning(program, spec, stage)
     _check_acting(program, spec, stage)
@@ -158,7 +158,7 @@ def _own(config: RunConfig) -> list[str]:
 def _check_learning(program: Program, spec: JobSpec, stage: Pretrain | Finetune) -> None:
     """See that an algorithm learns as the learner and the network are set."""
     algorithm, name = program.algorithm, spec.algorithm_name
-    if spec.precision != "float32" and not algorithm.in_precision:
+    if spec.precision != "float32" and not algorithm.takes_minibatches:
         raise ValueError(
             f"learners.precision: {name} takes no gradient steps on minibatches, so that all of it "
             "is in float32; leave it out"

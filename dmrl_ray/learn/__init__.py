@@ -1,1 +1,1 @@
-"""Steps along gradients: optimisers, compiled gradients, minibatches, trust regions."""
+"""Steps along gradients: optimisers, compiled gradients, minibatches, trust regions, PCA."""

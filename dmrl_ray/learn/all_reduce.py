@@ -29,7 +29,7 @@ SPINS = 2_000
 
 
 def gradient_average(capacity: int, device: torch.device) -> Average:
-    """What gives the mean of a gradient over all learners.
+    """A function that gives the mean of a gradient over all learners.
 
     Called by every learner of a `torch.distributed` group at the same time, as the average is.
 
@@ -46,7 +46,7 @@ class SharedMean:
     """The mean over learners of one machine, through a file that lives in memory.
 
     Each learner has a counter, and writes to two slots in turn: one that is ahead by a step cannot
-    overwrite what others still read, as it waits for their counters before it goes on to the next.
+    overwrite what others still read, as it waits for their counters before the next.
 
     Args:
         file: as large as `size_of` says, and zero.

@@ -1,10 +1,10 @@
-"""Gradient steps on a policy: the optimiser, which parameters move, and how far."""
+"""Gradient steps on a policy: optimiser, clipping, schedules and averages over learners."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from dmrl_ray.config.schema import Settings
 from dmrl_ray.learn.gradients import (
     Batch,
     Gradients,
+    Grads,
     Loss,
     Report,
-    Slopes,
     by_autograd,
 )
+from dmrl_ray.learn.minibatches import shuffled
 from dmrl_ray.learn.optimizers import SGD, Adam, AdamW
 from dmrl_ray.learn.trainable import select
 from dmrl_ray.networks.actor_critic import ActorCritic
@@ -29,12 +30,12 @@ EPS = 1e-5  # as in OpenAI Baselines; PyTorch has 1e-8
 
 
 class Descent:
-    """What every algorithm's update ends in.
+    """Gradient steps on the policy, in which every algorithm's update ends.
 
     Attributes:
         progress: share of the job's budget that was spent before this iteration, in a collection
             and in the update that learns from it: 0 in the first, below 1 in the last, so that
-            what a schedule lowers to zero over the budget is above zero in every update.
+            a schedule that ends at zero is above zero in every update.
         precision: of the layers below the heads, in steps on minibatches.
         gradients: how `descend` differentiates.
         rank, world_size: of this learner, among how many.
@@ -46,8 +47,11 @@ class Descent:
     class Config(Settings):
         """Settings of the optimiser, which every algorithm has."""
 
+        scheduled: ClassVar[tuple[str, ...]] = ("anneal_lr",)
+        """Settings that, where they are on, change training over the budget."""
+
         optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-        """How gradients move the parameters."""
+        """Optimiser of the gradient steps."""
 
         lr: float = Field(default=1e-3, gt=0)
         """Step size."""
@@ -60,7 +64,7 @@ class Descent:
         """Decoupled with adamw, else an L2 penalty."""
 
         max_grad_norm: float = Field(default=0.5, gt=0)
-        """Gradients longer than this are shortened to it."""
+        """Norm that longer gradients are clipped to."""
 
     def __init__(self, config: Config, policy: ActorCritic) -> None:
         self.config = config
@@ -76,7 +80,7 @@ class Descent:
     @classmethod
     def schedules(cls, config: Any) -> list[str]:
         """Settings by which training changes over the budget, as `progress` counts it."""
-        return ["anneal_lr"] if config.anneal_lr else []
+        return [name for name in config.scheduled if getattr(config, name)]
 
     def learning_rate(self, name: str) -> float:
         """Step size of the parameter of this name."""
@@ -107,45 +111,71 @@ class Descent:
             kind = Adam if config.optimizer == "adam" else AdamW
             self.optimizer = kind(groups, config.lr, eps=EPS, weight_decay=decay, fused=True)
 
+    def optimize(
+        self, loss: Loss, batch: Batch, *, epochs: int, minibatches: int
+    ) -> dict[str, float]:
+        """Pass over a batch in random minibatches of environments, a gradient step on each.
+
+        Mixed precision, compiled code and the other learners, each of which takes its share of
+        every minibatch, are seen to here.
+
+        Returns:
+            Means over all steps of the loss's metrics, and of ``grad_norm``.
+        """
+
+        def in_precision(minibatch: Batch) -> tuple[Tensor, Report]:
+            if self.precision == torch.float32:
+                return loss(minibatch)
+            with torch.autocast(next(iter(minibatch.values())).device.type, self.precision):
+                return loss(minibatch)
+
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        steps = []
+        for _ in range(epochs):
+            for minibatch, weight in shuffled(batch, minibatches, self.rng, **ranks):
+                report = self.descend(in_precision, minibatch, weight)
+                steps.append(torch.stack(list(report.values())))
+        return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
+
+    def descend(
+        self, loss: Loss, batch: Batch, weight: float = 1.0, parts: tuple[str, ...] = ("",)
+    ) -> Report:
+        """One gradient step on the loss of a batch; returns its metrics, and ``grad_norm``.
+
+        Args:
+            loss: reads the policy, the batch and, if it is compiled, nothing else that changes.
+            batch: tensors by name.
+            weight: of the gradient, among those of other learners.
+            parts: as in `step_optimizer`.
+        """
+        moving = self._moving(parts)
+        grads, report = self.gradients(moving, loss, batch)
+        return report | {"grad_norm": self._step(list(moving.values()), grads, weight)}
+
     def step_optimizer(self, loss: Tensor, parts: tuple[str, ...] = ("",)) -> Tensor:
-        """One gradient step; returns the gradient's norm before clipping.
+        """One gradient step on a loss; returns the gradient's norm before clipping.
 
         A gradient that is not finite leaves parameters and optimiser as they are and is counted in
         `skipped_batches`.
 
         Args:
             loss: scalar.
-            parts: prefixes of the parameter names that it moves; others keep still, whatever the
-                loss depends on.
+            parts: prefixes of the parameter names that it moves; others stay as they are,
+                whatever the loss depends on.
         """
         moving = self._moving(parts)
-        slopes, _ = by_autograd(moving, lambda _: (loss, {}), {})
-        return self._step(list(moving.values()), slopes)
-
-    def descend(
-        self, loss: Loss, batch: Batch, weight: float = 1.0, parts: tuple[str, ...] = ("",)
-    ) -> Report:
-        """The same on a loss over a batch; returns what it reports, and ``grad_norm``.
-
-        Args:
-            loss: reads the policy and the batch, and else what never changes, if it is compiled.
-            batch: tensors by name.
-            weight: of the gradient, among those of other learners.
-            parts: as in `step_optimizer`.
-        """
-        moving = self._moving(parts)
-        slopes, report = self.gradients(moving, loss, batch)
-        return report | {"grad_norm": self._step(list(moving.values()), slopes, weight)}
+        grads, _ = by_autograd(moving, lambda _: (loss, {}), {})
+        return self._step(list(moving.values()), grads)
 
     def _moving(self, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:
         named = zip(self.names, self.parameters, strict=True)
         return {name: parameter for name, parameter in named if name.startswith(parts)}
 
-    def _step(self, moving: list[nn.Parameter], slopes: Slopes, weight: float = 1.0) -> Tensor:
-        reached = [(p, g) for p, g in zip(moving, slopes, strict=True) if g is not None]
+    def _step(self, moving: list[nn.Parameter], grads: Grads, weight: float = 1.0) -> Tensor:
+        reached = [(p, g) for p, g in zip(moving, grads, strict=True) if g is not None]
         if not reached:
             return torch.zeros(())
-        # In one piece, a gradient is averaged, measured and shortened by an operation each.
+        # In one piece, a gradient is averaged, measured and clipped by an operation each.
         gradient = torch.cat([g.flatten() for _, g in reached])
         if weight != 1.0:
             gradient *= weight

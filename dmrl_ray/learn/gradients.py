@@ -2,7 +2,7 @@
 
 Compiled code fuses what lies between matrix products and has no Python between them: small
 networks learn up to twice as fast with it. It is made when a batch of new shapes is met, which
-takes seconds the first time on a machine, and is compared there with what autograd says.
+takes seconds the first time on a machine, and is compared there with that of autograd.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from dmrl_ray.networks.linear import plain_products
 Batch: TypeAlias = dict[str, Tensor]
 Report: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[Batch], tuple[Tensor, Report]]
-"""The loss of a batch, and what to report of it."""
+"""The loss of a batch, and its metrics."""
 
-Slopes: TypeAlias = list[Tensor | None]
+Grads: TypeAlias = list[Tensor | None]
 """A gradient, parameter by parameter; None where the loss does not depend on it."""
 
-Gradients: TypeAlias = Callable[[dict[str, nn.Parameter], Loss, Batch], tuple[Slopes, Report]]
+Gradients: TypeAlias = Callable[[dict[str, nn.Parameter], Loss, Batch], tuple[Grads, Report]]
 
 TOLERANCE = 0.03
-"""By how much of its length a compiled gradient may be off; bfloat16 has eight bits."""
+"""Largest relative error of a compiled gradient; bfloat16 has eight bits."""
 
 
-def by_autograd(moving: dict[str, nn.Parameter], loss: Loss, batch: Batch) -> tuple[Slopes, Report]:
-    """The gradient with respect to the parameters `moving`, and what the loss reports."""
+def by_autograd(moving: dict[str, nn.Parameter], loss: Loss, batch: Batch) -> tuple[Grads, Report]:
+    """The gradient with respect to the parameters `moving`, and the loss's metrics."""
     value, report = loss(batch)
     leaves = list(moving.values())
-    slopes = torch.autograd.grad(value, leaves, allow_unused=True) if leaves else ()
-    return list(slopes), {name: x.detach() for name, x in report.items()}
+    grads = torch.autograd.grad(value, leaves, allow_unused=True) if leaves else ()
+    return list(grads), {name: x.detach() for name, x in report.items()}
 
 
 class Compiled:
@@ -71,12 +71,12 @@ class Compiled:
 
     def __call__(
         self, moving: dict[str, nn.Parameter], loss: Loss, batch: Batch
-    ) -> tuple[Slopes, Report]:
+    ) -> tuple[Grads, Report]:
         """As `by_autograd`.
 
         Raises:
             ConfigError: there is no compiler, or it fails.
-            NumericalError: compiled code says something else than autograd.
+            NumericalError: the compiled gradient is not that of autograd.
         """
         key = (*moving, *((name, x.shape, x.dtype, x.device) for name, x in batch.items()))
         if key in self._functions:
@@ -84,19 +84,19 @@ class Compiled:
         start = time.monotonic()
         expected, report = by_autograd(moving, loss, batch)
         self._functions[key] = self._compile(moving, loss, batch), list(report)
-        slopes, report = self._call(key, moving, batch)
-        _compare(expected, slopes)
+        grads, report = self._call(key, moving, batch)
+        _compare(expected, grads)
         self.seconds += time.monotonic() - start
-        return slopes, report
+        return grads, report
 
     def _call(
         self, key: object, moving: dict[str, nn.Parameter], batch: Batch
-    ) -> tuple[Slopes, Report]:
+    ) -> tuple[Grads, Report]:
         function, names = self._functions[key]
         with torch.no_grad():
             answers = function(*self._state(moving).values(), *batch.values())
-        slopes, report = answers[: len(moving)], answers[len(moving) :]
-        return slopes, dict(zip(names, report, strict=True))
+        grads, report = answers[: len(moving)], answers[len(moving) :]
+        return grads, dict(zip(names, report, strict=True))
 
     def _state(self, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """All tensors of the policy, those that move first."""
@@ -119,10 +119,10 @@ class Compiled:
             leaves: dict[str, Any] = {n: given[n].detach().requires_grad_() for n in moving}
             swapped = {f"policy.{name}": x for name, x in (given | leaves).items()}
             inputs = dict(zip(batch, parts, strict=True))
-            slopes, report = by_autograd(
+            grads, report = by_autograd(
                 leaves, lambda batch: torch.func.functional_call(module, swapped, (batch,)), inputs
             )
-            return [*slopes, *report.values()]
+            return [*grads, *report.values()]
 
         tensors: list[Any] = [*state.values(), *batch.values()]
         try:
@@ -148,7 +148,7 @@ class _Loss(nn.Module):
         return self._loss(batch)
 
 
-def _compare(expected: Slopes, found: Slopes) -> None:
+def _compare(expected: Grads, found: Grads) -> None:
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if a is not None]
     length = torch.cat([a.flatten() for a, _ in pairs]).norm()
     off = torch.cat([(a - b).flatten() for a, b in pairs if b is not None]).norm()

@@ -1,4 +1,4 @@
-"""What every public function here checks first."""
+"""The check of shapes that every public loss begins with."""
 
 from __future__ import annotations
 

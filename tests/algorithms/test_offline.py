@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from dmrl_ray.algorithms.behavior_cloning import cloning_batch, cloning_loss
+from dmrl_ray.algorithms.dpt import dpt_batch
+from dmrl_ray.algorithms.offline import empty_memory
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.config.schema import Component, Settings
 from dmrl_ray.control import controller
@@ -119,9 +122,9 @@ def test_the_cloned_policy_is_shown_what_the_recorded_one_saw(run):
     starts = algorithm.dataset.starts["trial"].tolist()
     assert np.diff(starts).tolist() == [30] * 5
     whole = algorithm.dataset.rollout([[(s, s + 30, True)] for s in starts[:-1]], 30)
-    batch = algorithm.batch([whole.map(torch.from_numpy)])
+    batch = cloning_batch(algorithm.policy, whole.map(torch.from_numpy))
     with torch.no_grad():
-        memory, previous = algorithm.empty_memory(batch), previous_in(batch)
+        memory, previous = empty_memory(algorithm.policy, batch), previous_in(batch)
         pi, _, _ = algorithm.policy(batch["obs"], previous, memory)
         log_prob = algorithm.policy.policy_head.log_prob(pi, batch["action"])
     steps = load(run, table="transitions").query("stage == 'seen'")
@@ -133,7 +136,8 @@ def test_a_policy_that_knows_nothing_loses_the_log_of_its_choices(run):
     algorithm = build(spec_of("behavior_cloning", run)).algorithm
     nn.init.zeros_(algorithm.policy.policy_head.layer.weight)
     (rollout,) = collect(spec_of("behavior_cloning", run), RolloutWorker())
-    loss, report = algorithm.loss(algorithm.batch([rollout.map(torch.from_numpy)]))
+    batch = cloning_batch(algorithm.policy, rollout.map(torch.from_numpy))
+    loss, report = cloning_loss(algorithm.policy, batch)
     assert loss.item() == pytest.approx(np.log(5), abs=1e-6)
     assert report["entropy"].item() == pytest.approx(np.log(5), abs=1e-6)
 
@@ -215,9 +219,9 @@ def dpt(run, encoder="{type: gru, hidden_size: 8}"):
 
 
 def test_after_every_number_of_transitions_stands_a_query_with_its_label(run):
-    program, spec = dpt(run)
+    _, spec = dpt(run)
     context, query = (r.map(torch.from_numpy) for r in collect(spec, RolloutWorker()))
-    batch = program.algorithm.batch([context, query])
+    batch = dpt_batch(context, query, query.action, np.random.default_rng(0))
     after = torch.where(context.truncated[..., None], context.obs[:-1], context.next_obs())
     cell, best = batch["obs"].argmax(-1), batch["action"]
     action, reward = batch["previous_action"], batch["previous_reward"]
@@ -309,7 +313,7 @@ def test_the_discriminator_moves_alone_and_the_policy_without_it(run):
     learner = Learner(spec)
     algorithm = learner.algorithm
     before = learner.weights()
-    loss, _ = algorithm._judge(trial[1], trial[0])
+    loss, _ = algorithm._discriminate(trial[1], trial[0])
     algorithm.step_optimizer(loss, ("auxiliary.discriminator.",))
     moved = {k for k, v in learner.weights().items() if (v != before[k]).any()}
     assert moved
