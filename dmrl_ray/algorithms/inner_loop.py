@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.adaptation import Adaptation, Agent, act_per_task, leaves
+from dmrl_ray.algorithms.adaptation import Adaptation, Agent
 from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.algorithms.gradient_adaptation import act_per_task, leaves
 from dmrl_ray.config.components import Number
-from dmrl_ray.learn.task_actor import Recordings
-from dmrl_ray.learn.task_params import (
+from dmrl_ray.learn.per_task import (
     Parameters,
+    Recordings,
     per_task,
     task_gradients,
 )

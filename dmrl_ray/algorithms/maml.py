@@ -21,7 +21,7 @@ from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.config.components import Number
 from dmrl_ray.learn.descent import Descent
 from dmrl_ray.learn.gradients import Batch, Loss, Report
-from dmrl_ray.learn.task_params import (
+from dmrl_ray.learn.per_task import (
     Parameters,
     by_task,
     task_log_prob,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.learn.task_params import per_task
+from dmrl_ray.learn.per_task import per_task
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.tasks.distribution import TaskDistribution
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.maml import MAML
 from dmrl_ray.config.components import Number
-from dmrl_ray.learn.task_params import Parameters, task_mask
+from dmrl_ray.learn.per_task import Parameters, task_mask
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.types import Trial
 

@@ -23,7 +23,7 @@ from dmrl_ray.algorithms.inner_loop import GradientAdaptation
 from dmrl_ray.config.schema import Adapt, Component, Finetune, Pretrain, Stage
 from dmrl_ray.data.replay import TrialReplay
 from dmrl_ray.jobs.spec import JobSpec, Program
-from dmrl_ray.learn.task_params import ACTOR
+from dmrl_ray.learn.per_task import ACTOR
 from dmrl_ray.learn.trainable import select
 
 TASK_BYTES = 128

@@ -11,8 +11,7 @@ from dmrl_ray.algorithms.base import continued
 from dmrl_ray.config.schema import Component, ContinuedTraining, RolloutSettings
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.jobs.spec import JobSpec, build
-from dmrl_ray.learn.task_optimizer import shortened
-from dmrl_ray.learn.task_params import per_task, task_gradients
+from dmrl_ray.learn.per_task import per_task, shortened, task_gradients
 from dmrl_ray.rollout.sampler import Sampler
 
 HORIZON = 5

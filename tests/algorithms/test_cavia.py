@@ -4,7 +4,7 @@ import pytest
 import torch
 from adaptation_cases import make_algorithm, one_trial, outer_gradient
 
-from dmrl_ray.learn.task_params import task_log_prob
+from dmrl_ray.learn.per_task import task_log_prob
 
 
 def make_cavia(kind="cavia", **settings):

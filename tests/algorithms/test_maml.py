@@ -23,7 +23,7 @@ from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
-from dmrl_ray.learn.task_params import (
+from dmrl_ray.learn.per_task import (
     fitted_advantage,
     per_task,
     task_forward,

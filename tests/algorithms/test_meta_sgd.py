@@ -13,7 +13,7 @@ from adaptation_cases import (
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.spec import JobSpec, build, get_weights, set_weights
-from dmrl_ray.learn.task_params import task_log_prob
+from dmrl_ray.learn.per_task import task_log_prob
 
 SMALL = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 

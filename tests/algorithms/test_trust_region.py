@@ -5,7 +5,7 @@ import torch
 from adaptation_cases import make_algorithm, one_trial
 from torch import nn
 
-from dmrl_ray.learn.task_params import task_pi
+from dmrl_ray.learn.per_task import task_pi
 from dmrl_ray.learn.trust_region import conjugate_gradient, trust_region_step
 
 

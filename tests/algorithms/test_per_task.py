@@ -4,8 +4,7 @@ import pytest
 import torch
 from adaptation_cases import make_algorithm
 
-from dmrl_ray.learn.task_actor import task_actor
-from dmrl_ray.learn.task_params import per_task, task_forward
+from dmrl_ray.learn.per_task import per_task, task_actor, task_forward
 
 TASKS, COLUMNS = 3, 12
 

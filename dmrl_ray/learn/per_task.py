@@ -1,9 +1,17 @@
-"""One policy under many parameters: a leading task axis instead of a loop over tasks."""
+"""One policy under parameters of each task's own: a leading task axis instead of a loop over tasks.
+
+per_task          the policy's parameters, once for each task
+task_pi           what the policies of all tasks do at the steps of a rollout
+task_gradients    of every task's loss, by its own parameters
+task_actor        acts in a sampler, each environment with the parameters of its task
+TaskOptimizer     moves the parameters of each task by themselves
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +27,7 @@ from dmrl_ray.losses.returns import (
 )
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous, previous_inputs
 from dmrl_ray.networks.base import Memory
+from dmrl_ray.rollout.sampler import Actor
 from dmrl_ray.types import Array, Rollout
 
 Parameters: TypeAlias = dict[str, Tensor]
@@ -27,6 +36,9 @@ Parameters: TypeAlias = dict[str, Tensor]
 
 ACTOR = ("encoder.", "policy_head.", "context")
 """Prefixes of the parameters that act; the rest belongs to critics and training."""
+
+Recordings: TypeAlias = dict[tuple[int, ...], Callable[..., Tensor]]
+"""A policy's operations under many parameters, by the shapes that they are for."""
 
 
 def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:
@@ -220,3 +232,101 @@ def by_task(x: Tensor, params: Parameters) -> Tensor:
 def number_of_tasks(params: Parameters) -> int:
     """N."""
     return next(iter(params.values())).shape[0]
+
+
+def task_actor(policy: ActorCritic, params: Parameters, recordings: Recordings) -> Actor:
+    """An actor in which every task's columns act with that task's parameters.
+
+    Of a policy without memory the operations are recorded once and replayed from then on: the way
+    to them through `vmap` and `functional_call` takes longer than they do.
+
+    Args:
+        policy: in evaluation mode.
+        params: of each task.
+        recordings: of this policy, by shapes; added to.
+    """
+    buffers = dict(policy.named_buffers())
+
+    def act(
+        obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Memory]:
+        if memory or previous is not None:
+            pi, memory = task_forward(policy, params, obs, previous, memory, reset)
+        else:
+            key = (*obs.shape, number_of_tasks(params))
+            if key not in recordings:
+                recordings[key] = _recorded(policy, params, buffers, obs)
+            pi = recordings[key](params, buffers, obs)
+        pi = pi.flatten(1, 2)
+        return pi, pi, memory
+
+    return act
+
+
+def _recorded(policy: ActorCritic, *arguments: Any) -> Callable[..., Tensor]:
+    """The operations of `task_forward` without memory, of parameters, buffers and observations."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # It takes a while, and others do not.
+
+    def forward(params: Parameters, buffers: dict[str, Tensor], obs: Tensor) -> Tensor:
+        return task_forward(policy, params, obs, None, (), None, buffers)[0]
+
+    recorded: Callable[..., Tensor] = make_fx(forward)(*arguments)
+    return recorded
+
+
+@dataclass(frozen=True)
+class Descending:
+    """Parameters of each task in the middle of their optimisation."""
+
+    params: Parameters
+    first: Parameters = field(default_factory=dict)  # Adam's moments, empty before the first step
+    second: Parameters = field(default_factory=dict)
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class TaskOptimizer:
+    """Steps of every task at once.
+
+    Attributes:
+        kind: how gradients move the parameters.
+        rate: step size of the parameter of a name.
+        weight_decay: decoupled with adamw, else an L2 penalty.
+        eps: added to the root of Adam's second moment.
+        max_grad_norm: a task's gradients longer than this, all parameters taken together, are
+            shortened to it; None leaves them.
+    """
+
+    kind: Literal["sgd", "adam", "adamw"]
+    rate: Callable[[str], float]
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    max_grad_norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, state: Descending, gradients: Parameters) -> Descending:
+        """One step of the parameters that have gradients."""
+        if self.max_grad_norm is not None:
+            gradients = shortened(gradients, self.max_grad_norm)
+        params, first, second = dict(state.params), dict(state.first), dict(state.second)
+        steps = state.steps + 1
+        for name, gradient in gradients.items():
+            decay = self.weight_decay * params[name]
+            direction = gradient if self.kind == "adamw" else gradient + decay
+            if self.kind != "sgd":
+                zero = torch.zeros_like(gradient)
+                first[name] = first.get(name, zero).lerp(direction, 0.1)
+                second[name] = second.get(name, zero).lerp(direction.square(), 0.001)
+                scale = (second[name] / (1 - 0.999**steps)).sqrt() + self.eps
+                direction = first[name] / (1 - 0.9**steps) / scale
+            if self.kind == "adamw":
+                direction = direction + decay
+            params[name] = params[name] - self.rate(name) * direction
+        return Descending(params, first, second, steps)
+
+
+def shortened(gradients: Parameters, longest: float) -> Parameters:
+    """Each task's gradient, no longer than this over all its parameters."""
+    square = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+    share: Tensor = (longest / (square.sqrt() + 1e-6)).clamp(max=1.0)  # (N,)
+    return {name: g * share.reshape(-1, *[1] * (g.dim() - 1)) for name, g in gradients.items()}
