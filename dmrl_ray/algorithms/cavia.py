@@ -1,8 +1,8 @@
 """CAVIA: only a context vector adapts to a task; everything else is shared by all tasks.
 
 Source: Zintgraf et al., "Fast Context Adaptation via Meta-Learning", 2019 (arXiv:1810.03642),
-algorithm 2. The context joins the policy's input. It is zero where a task begins, moves in the
-inner loop alone, and the rest moves in the outer loop alone.
+algorithm 2. The context phi joins the policy's input. It is zero where a task begins and moves in
+the inner loop alone; the rest of the policy, theta, moves in the outer loop alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class CAVIA(MAML):
         """Step size of the inner loop."""
 
     config: Config
-    outer_parts = ("encoder.", "policy_head.")
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         if policy.context is None:
@@ -33,4 +32,5 @@ class CAVIA(MAML):
                 "network.context: cavia adapts a context of the policy, found one of width 0; "
                 "set network: {context: 8, ...}"
             )
-        super().__init__(config, distribution, policy)
+        outer_parts = ("encoder.", "policy_head.")  # theta; phi is zero where each task begins
+        super().__init__(config, distribution, policy, outer_parts=outer_parts)

@@ -1,16 +1,18 @@
 """One policy under parameters of each task's own: a leading task axis instead of a loop over tasks.
 
-per_task          the policy's parameters, once for each task
-task_pi           what the policies of all tasks do at the steps of a rollout
-task_gradients    of every task's loss, by its own parameters
-task_actor        acts in a sampler, each environment with the parameters of its task
-TaskOptimizer     moves the parameters of each task by themselves
+per_task             the policy's parameters, once for each task
+task_pi              distributions of actions at the steps of a rollout
+surrogate_loss       the policy-gradient loss of each task
+task_gradients       of such losses, each by its task's parameters
+TaskActor            acts in a sampler, each environment with its task's parameters
+descend_over_tasks   outer steps on a mean over tasks
+TaskOptimizer        moves the parameters of each task by themselves
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,17 +20,14 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from dmrl_ray.backend import as_kind_of
-from dmrl_ray.losses.averages import standardized
+from dmrl_ray.learn.descent import Descent
+from dmrl_ray.learn.gradients import Batch, Loss, Report
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss
-from dmrl_ray.losses.returns import (
-    generalized_advantage,
-    linear_baseline,
-    trial_advantage,
-)
+from dmrl_ray.losses.returns import fitted_advantage
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous, previous_inputs
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.rollout.sampler import Actor
-from dmrl_ray.types import Array, Rollout
+from dmrl_ray.types import Array, Rollout, Trial
 
 Parameters: TypeAlias = dict[str, Tensor]
 """Parameters of the actor by name; every leaf is (N, ...) with one entry per task."""
@@ -37,8 +36,11 @@ Parameters: TypeAlias = dict[str, Tensor]
 ACTOR = ("encoder.", "policy_head.", "context")
 """Prefixes of the parameters that act; the rest belongs to critics and training."""
 
-Recordings: TypeAlias = dict[tuple[int, ...], Callable[..., Tensor]]
-"""A policy's operations under many parameters, by the shapes that they are for."""
+READ = ("obs", "action", "log_prob", "advantage")
+"""What losses read of a rollout under policies without memory, beside which steps count."""
+
+TrialLoss: TypeAlias = Callable[..., Tensor]
+"""Of a trial and further tensors (T, B, ...): a scalar, the mean over the trial's tasks."""
 
 
 def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:
@@ -68,8 +70,8 @@ def task_forward(
     Args:
         policy: with an encoder in plain operations (`Encoder.use_plain_operations`).
         params: of each task.
-        obs: (T, B, ...), as all others with the columns of a task side by side.
-        previous: (T, B, ...) each; None where the policy does not see it.
+        obs: (T, B, ...), as all others with the environments of a task side by side.
+        previous: (T, B, ...) each; None where the policy does not observe it.
         memory: leaves (B, ...).
         reset: (T, B) bool or None.
         buffers: instead of the policy's own.
@@ -100,7 +102,7 @@ def task_forward(
 
 
 def task_pi(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
-    """(T, N, E, P) distribution parameters at a rollout's steps: N tasks with E columns each."""
+    """(T, N, E, P) distributions at a rollout's steps, of N tasks with E environments each."""
     previous = previous_inputs(rollout) if policy.sees_previous else None
     reset = rollout.reset if policy.recurrent else None
     obs, memory = rollout.obs[:-1], rollout.initial_memory
@@ -108,111 +110,72 @@ def task_pi(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor
 
 
 def task_log_prob(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
-    """(T, N, E) log-probabilities of a rollout's actions: N tasks with E columns each."""
+    """(T, N, E) log-probabilities of a rollout's actions: N tasks with E environments each."""
     pi = task_pi(policy, params, rollout)
     return policy.policy_head.log_prob(pi, by_task(rollout.action, params))
 
 
-def task_gradients(
-    policy: ActorCritic,
-    params: Parameters,
-    rollout: Rollout,
-    moving: list[str],
-    *,
-    create_graph: bool,
-) -> Parameters:
-    """Every task's policy gradient, negated, with respect to its own parameters `moving`.
+def surrogate_loss(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
+    """(N,) policy-gradient losses on a rollout, of each task under its own parameters.
 
-    The surrogate is importance-weighted (`likelihood_ratio_loss`), so that the gradient stays
-    right under parameters other than those that acted.
+    They are importance-weighted (`likelihood_ratio_loss`), so that their gradients stay right under
+    parameters other than those that acted.
     """
     log_prob = task_log_prob(policy, params, rollout)
-    acted, advantage = (by_task(x, params) for x in (rollout.log_prob, rollout.advantage))
-    mask = task_mask([rollout], params)
-    # Tasks do not share these parameters, so the gradient of the sum holds every task's own.
-    loss = likelihood_ratio_loss(log_prob, acted, advantage, mask=mask, dim=(0, 2)).sum()
-    gradients = torch.autograd.grad(
-        loss, [params[name] for name in moving], create_graph=create_graph
+    behaviour_log_prob, advantage = (
+        by_task(x, params) for x in (rollout.log_prob, rollout.advantage)
     )
-    return dict(zip(moving, gradients, strict=True))
+    mask = task_mask([rollout], params)
+    return likelihood_ratio_loss(log_prob, behaviour_log_prob, advantage, mask=mask, dim=(0, 2))
 
 
-def fitted_advantage(
-    rollouts: list[Rollout], num_tasks: int, *, gamma: float, gae_lambda: float
-) -> Array:
-    """(T, B) advantages of the last rollout over a linear baseline, standardised.
+def task_gradients(
+    loss: Tensor, params: Parameters, trainable: tuple[str, ...], *, create_graph: bool = False
+) -> Parameters:
+    """Gradients of losses (N,) of all tasks, each with respect to its task's own parameters.
 
-    Baseline and scale are fitted per task to all the rollouts given, which must follow upon one
-    another. A fitted baseline knows nothing beyond a time limit, so returns end where episodes
-    do. An episode that the last rollout cuts has no return yet: the baseline is fitted without it,
-    and stands for what comes after the cut; before any episode of a task has ended, returns end
-    at the cut. Images are no features for it; there it sees the time alone.
+    Args:
+        loss: (N,).
+        params: of each task.
+        trainable: prefixes of the names that gradients are taken for.
+        create_graph: they can be differentiated themselves.
     """
-    shape = (-1, num_tasks, rollouts[0].num_envs // num_tasks)
-    obs, reward, done, mask = (
-        torch.cat([torch.as_tensor(part) for part in parts])
+    names = [name for name in params if name.startswith(trainable)]
+    # Tasks do not share these parameters, so the gradient of the sum holds every task's own.
+    gradients = torch.autograd.grad(
+        loss.sum(), [params[name] for name in names], create_graph=create_graph
+    )
+    return dict(zip(names, gradients, strict=True))
+
+
+def inner_advantage(
+    rollouts: Sequence[Rollout], num_tasks: int, *, gamma: float, gae_lambda: float
+) -> Array:
+    """(T, B) `fitted_advantage` of the last rollout, in the light of those that it continues.
+
+    Images are no features of the baseline, which sees the time alone where there are any.
+    """
+    last = rollouts[-1]
+    shape = (-1, num_tasks, last.num_envs // num_tasks)
+    reward, done, mask = (
+        torch.cat([torch.as_tensor(part) for part in parts]).reshape(shape)
         for parts in zip(
-            *((r.obs[:-1], r.reward, r.terminated | r.truncated, r.mask) for r in rollouts),
-            strict=True,
+            *((r.reward, r.terminated | r.truncated, r.mask) for r in rollouts), strict=True
         )
     )
-    reward, done = reward.reshape(shape), done.reshape(shape)
-    counted = None if all(r.all_count for r in rollouts) else mask.reshape(shape)
-    cut = ~done[-1] if counted is None else ~done[-1] & counted[-1]  # (N, E)
-    fitted, bootstrapped = counted, cut & done.any(0).any(-1, keepdim=True)
-    if bootstrapped.any():
-        complete = done.flip(0).cummax(0).values.flip(0) | ~bootstrapped
-        fitted = complete if counted is None else complete & counted
-        # A row of what follows the cut, whose value counts and which is not fitted.
-        obs = torch.cat([obs, torch.as_tensor(rollouts[-1].obs[-1:])])
-        extra = torch.zeros_like(done[:1])
-        reward, done, fitted = (torch.cat([x, extra.to(x.dtype)]) for x in (reward, done, fitted))
-    features = obs.reshape(*reward.shape, -1)
+    rows = [*(r.obs[:-1] for r in rollouts), last.obs[-1:]]
+    obs = torch.cat([torch.as_tensor(part) for part in rows])
     if obs.dtype == torch.uint8:
-        features = torch.zeros_like(reward).unsqueeze(-1)
-    value = linear_baseline(features, reward, done, gamma=gamma, mask=fitted)
-    last_value = torch.zeros_like(value[:1])
-    if bootstrapped.any():
-        last_value = value[-1:] * bootstrapped
-        value, reward, done = value[:-1], reward[:-1], done[:-1]
-    advantage = generalized_advantage(
+        obs = torch.zeros(obs.shape[:2], dtype=reward.dtype, device=obs.device)
+    advantage = fitted_advantage(
+        obs.reshape(len(obs), *reward.shape[1:], -1),
         reward,
-        value,
-        torch.cat([value[1:], last_value]),
         done,
-        torch.zeros_like(done),
         gamma=gamma,
         gae_lambda=gae_lambda,
+        mask=None if all(r.all_count for r in rollouts) else mask,
     )
-    standard = standardized(advantage, counted, dim=(0, 2))
-    last = standard[-rollouts[-1].num_steps :].flatten(1)
-    return as_kind_of(rollouts[-1].reward, last)
-
-
-def trial_advantages(rollouts: list[Rollout], *, gamma: float, gae_lambda: float) -> list[Tensor]:
-    """(T, B) advantages of each rollout of trials that go on, with returns to the trials' end.
-
-    The baseline is fitted to all tasks together. It sees the time and what a trial has paid so
-    far, also for each step that is left: most of what returns differ by is how good a task is.
-    """
-    reward, mask = (torch.cat(x) for x in zip(*((r.reward, r.mask) for r in rollouts), strict=True))
-    counted = None if all(r.all_count for r in rollouts) else mask
-    if counted is not None:
-        reward = reward * mask
-    steps = torch.arange(len(reward), device=reward.device).unsqueeze(-1)
-    paid = (reward.cumsum(0) - reward) / steps.clamp_min(1)
-    features = torch.stack([paid, paid * (1 - steps / len(reward))], -1)
-    open_end = torch.zeros_like(reward, dtype=torch.bool)
-    value = linear_baseline(
-        features.unsqueeze(1),
-        reward.unsqueeze(1),
-        open_end.unsqueeze(1),
-        gamma=gamma,
-        mask=None if counted is None else counted.unsqueeze(1),
-    ).squeeze(1)
-    advantage = trial_advantage(reward, value, gamma=gamma, gae_lambda=gae_lambda, mask=counted)
-    advantage = standardized(advantage, counted)
-    return list(torch.split(advantage, [rollout.num_steps for rollout in rollouts]))
+    return as_kind_of(last.reward, advantage[-last.num_steps :].flatten(1))
 
 
 def task_mask(rollouts: Sequence[Rollout], params: Parameters) -> Tensor | None:
@@ -223,59 +186,124 @@ def task_mask(rollouts: Sequence[Rollout], params: Parameters) -> Tensor | None:
 
 
 def by_task(x: Tensor, params: Parameters) -> Tensor:
-    """(T, B, ...) to (T, N, E, ...): the columns of a task are contiguous."""
+    """(T, B, ...) to (T, N, E, ...): the environments of a task are contiguous."""
     num_tasks = number_of_tasks(params)
-    steps, columns, *rest = x.shape
-    return x.reshape(steps, num_tasks, columns // num_tasks, *rest)
+    steps, envs, *rest = x.shape
+    return x.reshape(steps, num_tasks, envs // num_tasks, *rest)
 
 
 def number_of_tasks(params: Parameters) -> int:
-    """N."""
+    """N, of tasks with parameters of their own."""
     return next(iter(params.values())).shape[0]
 
 
-def task_actor(policy: ActorCritic, params: Parameters, recordings: Recordings) -> Actor:
-    """An actor in which every task's columns act with that task's parameters.
+class TaskActor:
+    """Acts in every environment with the parameters of its task.
 
-    Of a policy without memory the operations are recorded once and replayed from then on: the way
-    to them through `vmap` and `functional_call` takes longer than they do.
+    Of a policy without memory the operations are recorded once for each shape and replayed from
+    then on: the way to them through `vmap` and `functional_call` takes longer than they do.
 
     Args:
-        policy: in evaluation mode.
-        params: of each task.
-        recordings: of this policy, by shapes; added to.
+        policy: in evaluation mode when it acts.
     """
-    buffers = dict(policy.named_buffers())
 
-    def act(
-        obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor, Memory]:
-        if memory or previous is not None:
-            pi, memory = task_forward(policy, params, obs, previous, memory, reset)
-        else:
-            key = (*obs.shape, number_of_tasks(params))
-            if key not in recordings:
-                recordings[key] = _recorded(policy, params, buffers, obs)
-            pi = recordings[key](params, buffers, obs)
-        pi = pi.flatten(1, 2)
-        return pi, pi, memory
+    def __init__(self, policy: ActorCritic) -> None:
+        self.policy = policy
+        self.recordings: dict[tuple[int, ...], Callable[..., Tensor]] = {}
 
-    return act
+    def under(self, params: Parameters) -> Actor:
+        """The actor under these parameters, for a sampler."""
+        buffers = dict(self.policy.named_buffers())
+
+        def act(
+            obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
+        ) -> tuple[Tensor, Tensor, Memory]:
+            if memory or previous is not None:
+                pi, memory = task_forward(self.policy, params, obs, previous, memory, reset)
+            else:
+                key = (*obs.shape, number_of_tasks(params))
+                if key not in self.recordings:
+                    self.recordings[key] = self._record(params, buffers, obs)
+                pi = self.recordings[key](params, buffers, obs)
+            pi = pi.flatten(1, 2)
+            return pi, pi, memory
+
+        return act
+
+    def _record(self, *arguments: Any) -> Callable[..., Tensor]:
+        """The operations of `task_forward` without memory."""
+        from torch.fx.experimental.proxy_tensor import make_fx  # It takes a while; others do not.
+
+        def forward(params: Parameters, buffers: dict[str, Tensor], obs: Tensor) -> Tensor:
+            return task_forward(self.policy, params, obs, None, (), None, buffers)[0]
+
+        recorded: Callable[..., Tensor] = make_fx(forward)(*arguments)
+        return recorded
 
 
-def _recorded(policy: ActorCritic, *arguments: Any) -> Callable[..., Tensor]:
-    """The operations of `task_forward` without memory, of parameters, buffers and observations."""
-    from torch.fx.experimental.proxy_tensor import make_fx  # It takes a while, and others do not.
+def descend_over_tasks(
+    descent: Descent,
+    loss: TrialLoss,
+    trial: Trial,
+    *tensors: Tensor,
+    steps: int = 1,
+    parts: tuple[str, ...] = ("",),
+) -> dict[str, float]:
+    """Gradient steps on a mean over tasks, of which each learner has a share.
 
-    def forward(params: Parameters, buffers: dict[str, Tensor], obs: Tensor) -> Tensor:
-        return task_forward(policy, params, obs, None, (), None, buffers)[0]
+    Args:
+        descent: takes the steps, on the policy that the loss reads.
+        loss: of a trial and the further tensors, which have the trial's tasks only.
+        trial: of all tasks.
+        tensors: (T, B, ...) each, which the loss is given beside the trial.
+        steps: number of them.
+        parts: prefixes of the names of the parameters that they move.
 
-    recorded: Callable[..., Tensor] = make_fx(forward)(*arguments)
-    return recorded
+    Returns:
+        ``outer_loss`` and ``grad_norm``, means over the steps.
+    """
+    share = share_of_tasks(loss, trial, *tensors, rank=descent.rank, world_size=descent.world_size)
+    reports = [descent.descend(*share, parts) for _ in range(steps)]
+    means = torch.stack([torch.stack(list(report.values())) for report in reports]).mean(0)
+    return dict(zip(reports[0], means.tolist(), strict=True))
+
+
+def share_of_tasks(
+    loss: TrialLoss, trial: Trial, *tensors: Tensor, rank: int, world_size: int
+) -> tuple[Loss, Batch, float]:
+    """The loss of a learner's tasks, the batch that it reads, and its weight among learners.
+
+    The average over learners is the loss of all tasks. With no task left for it, a learner has one
+    of weight 0.
+    """
+    num_tasks = trial[0].num_tasks
+    start, stop = (num_tasks * (rank + i) // world_size for i in (0, 1))
+    weight = (stop - start) * world_size / num_tasks
+    if start == stop:
+        start, stop = 0, 1
+    own, envs = [r.of_tasks(start, stop) for r in trial], trial[0].envs_of(start, stop)
+    read = READ if all(rollout.all_count for rollout in own) else (*READ, "mask")
+    batch = {f"{i}.{name}": getattr(r, name) for i, r in enumerate(own) for name in read}
+    batch |= {f"given.{i}": x[:, envs] for i, x in enumerate(tensors)}
+    # Numbers of tasks are looked up in it, which compilers want to know beforehand.
+    task_index = own[0].task_index.cpu().numpy()
+
+    def own_loss(batch: Batch) -> tuple[Tensor, Report]:
+        arrays: list[dict[str, Any]] = [
+            {name: batch[f"{i}.{name}"] for name in read} for i in range(len(own))
+        ]
+        rollouts = [
+            replace(rollout, task_index=task_index, **given)
+            for rollout, given in zip(own, arrays, strict=True)
+        ]
+        value = loss(rollouts, *(batch[f"given.{i}"] for i in range(len(tensors))))
+        return value, {"outer_loss": value}
+
+    return own_loss, batch, weight
 
 
 @dataclass(frozen=True)
-class Descending:
+class TaskTrainState:
     """Parameters of each task in the middle of their optimisation."""
 
     params: Parameters
@@ -304,7 +332,7 @@ class TaskOptimizer:
     max_grad_norm: float | None = None
 
     @torch.no_grad()
-    def step(self, state: Descending, gradients: Parameters) -> Descending:
+    def step(self, state: TaskTrainState, gradients: Parameters) -> TaskTrainState:
         """One step of the parameters that have gradients."""
         if self.max_grad_norm is not None:
             gradients = shortened(gradients, self.max_grad_norm)
@@ -322,7 +350,7 @@ class TaskOptimizer:
             if self.kind == "adamw":
                 direction = direction + decay
             params[name] = params[name] - self.rate(name) * direction
-        return Descending(params, first, second, steps)
+        return TaskTrainState(params, first, second, steps)
 
 
 def shortened(gradients: Parameters, longest: float) -> Parameters:
