@@ -7,7 +7,7 @@ from gymnasium.spaces import Box
 from dmrl_ray.config.components import import_class
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.point_goal import PointGoal
-from dmrl_ray.learn.per_task import share_of_tasks
+from dmrl_ray.learn.per_task import share_of_tasks, task_pi
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.sampler import Sampler
 
@@ -91,6 +91,11 @@ def outer_gradient(maml, trial, *loss):
     loss, batch, weight = own_loss(maml, trial, *loss)
     (weight * loss(batch)[0]).backward()
     return {n: p.grad.clone() for n, p in maml.policy.named_parameters() if p.grad is not None}
+
+
+def pis(algorithm, params, rollouts):
+    """Distributions of each rollout's actions."""
+    return [task_pi(algorithm.policy, *pair) for pair in zip(params, rollouts, strict=True)]
 
 
 def numbers_of(policy, names):

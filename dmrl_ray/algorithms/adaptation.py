@@ -1,8 +1,8 @@
-"""What happens to an agent on one task: it begins, acts, and adapts to what it has seen.
+"""Adaptation within a trial: an agent begins on a task, acts, and adapts to its experience.
 
-    begin     a trial begins, and nothing is known of its task
+    begin     a trial begins, with no experience of its task
     play      episodes, with `adapt` between them or within, as the method has it
-    adapt     a state after some experience
+    adapt     the state after some experience
 
 Workers collect by these, evaluation and streams of tasks are these without learning across tasks,
 and learners differentiate through the same `adapt`.
@@ -23,8 +23,8 @@ from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
 
 State: TypeAlias = Any
-"""What adapts within a trial: parameters with their optimiser's state, a belief; nothing beside
-the memory, which the sampler keeps, where that is all that adapts."""
+"""All that adapts within a trial: parameters with their optimiser's state, a belief; nothing beside
+the memory, which the sampler keeps, where that is all."""
 
 PIECE_STEPS = 1_000
 """Longest rollout of a policy whose steps nobody but its own memory needs; bounds the memory."""
@@ -35,13 +35,13 @@ class Agent:
     """Agents in the middle of their trials, one for each task."""
 
     state: State
-    adaptation_step: np.ndarray  # (B,) applications of `adapt` that had something of the task.
-    unused: Rollout | None = None  # Experience that `adapt` has not seen.
+    adaptation_step: np.ndarray  # (B,) applications of `adapt` to experience of the task.
+    unused: Rollout | None = None  # Experience to `adapt` to next.
     history: Trial = field(default_factory=list)  # Since episodes began together, for baselines.
 
 
 class Adaptation(ABC):
-    """How agents adapt within a trial. By default by what they remember alone."""
+    """How agents adapt within a trial; by default through their memory alone."""
 
     policy: ActorCritic
 
@@ -57,7 +57,7 @@ class Adaptation(ABC):
         return 1
 
     def initial_state(self, sampler: Sampler, num_tasks: int) -> State:
-        """What agents know where a trial begins."""
+        """The state of agents at the start of a trial."""
         return ()
 
     def adapt(self, state: State, experience: Rollout) -> State:
@@ -81,13 +81,13 @@ class Adaptation(ABC):
     def play(
         self, sampler: Sampler, agent: Agent, episodes: int, *, frozen: bool = False
     ) -> Iterator[Rollout]:
-        """Go on with a trial, and adapt.
+        """Continue a trial, and adapt.
 
         Args:
             sampler: whose tasks may have changed since the agent last acted.
             agent: changes as it goes.
             episodes: of each environment.
-            frozen: never adapt; memory begins afresh with every episode.
+            frozen: never adapt; the memory is reset with every episode.
         """
         for quota in [1] * episodes if frozen else self.rounds(episodes):
             sampler.begin_episodes(quota, forget=frozen or not self.memory_spans_trial)
@@ -102,7 +102,7 @@ class Adaptation(ABC):
 def play_stream(
     adaptation: Adaptation, sampler: Sampler, streams: Sequence[Sequence[Task]], episodes: int
 ) -> Iterator[Trial]:
-    """Streams of tasks that change without notice: one trial that goes on over all of them.
+    """Streams of tasks that change without notice: one trial that continues over all of them.
 
     Args:
         adaptation: of the agents.
@@ -111,7 +111,7 @@ def play_stream(
         episodes: of each environment on a task.
 
     Yields:
-        What was played on the first task of every stream, on the second, and so on.
+        The rollouts on the first task of every stream, on the second, and so on.
     """
     changes = list(zip(*streams, strict=True))
     agent = adaptation.begin(sampler, changes[0])

@@ -15,7 +15,11 @@ from dmrl_ray.tasks.distribution import TaskDistribution
 
 
 class CAVIA(MAML):
-    """MAML that adapts ``network.context`` numbers."""
+    """MAML that adapts ``network.context`` numbers.
+
+    phi_i = 0 - alpha * gradient of L_i(phi = 0, theta) by phi, in the inner loop; the outer loop is
+    theta <- theta - beta * gradient of the mean over tasks of L_i(phi_i, theta) by theta.
+    """
 
     class Config(MAML.Config):
         trainable: tuple[str, ...] = Field(default=("context",), min_length=1)
@@ -32,5 +36,5 @@ class CAVIA(MAML):
                 "network.context: cavia adapts a context of the policy, found one of width 0; "
                 "set network: {context: 8, ...}"
             )
-        outer_parts = ("encoder.", "policy_head.")  # theta; phi is zero where each task begins
+        outer_parts = ("encoder.", "policy_head.")  # theta, without phi
         super().__init__(config, distribution, policy, outer_parts=outer_parts)

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dmrl_ray.algorithms.adaptation import Adaptation, Agent
+from dmrl_ray.algorithms.adaptation import Agent
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.gradient_adaptation import InnerLoop
 from dmrl_ray.config.components import Number
@@ -33,9 +33,10 @@ from dmrl_ray.learn.per_task import (
     per_task,
     surrogate_loss,
     task_gradients,
-    task_log_prob,
     task_mask,
-    task_pi,
+    trial_log_prob,
+    trial_mask,
+    trial_pi,
 )
 from dmrl_ray.learn.trust_region import trust_region_step
 from dmrl_ray.losses.averages import counted_mean
@@ -151,13 +152,8 @@ class MAML(Algorithm):
             advantage: (T, B) of the steps of the query, as `outer_advantage`.
         """
         query, params = trial[self.query], adapted_params[self.query]
-        log_prob = torch.cat(
-            [
-                task_log_prob(self.policy, p, rollout)
-                for p, rollout in zip(params, query, strict=True)
-            ]
-        )  # (T, N, E)
-        behaviour_log_prob = torch.cat([by_task(rollout.log_prob, params[0]) for rollout in query])
+        log_prob = trial_log_prob(self.policy, params, query)  # (T, N, E)
+        behaviour_log_prob = by_task(torch.cat([r.log_prob for r in query]), params[0])
         advantage, mask = by_task(advantage, params[0]), task_mask(query, params[0])
         dim = None if mask is None else (0, 2)
         if self.config.outer == "clip":
@@ -174,14 +170,11 @@ class MAML(Algorithm):
         """(T, B) of the query, over all of its rollouts one after the other."""
         if not self.inner_loop.within_trial:
             return trial[-1].advantage
-        reward, mask = (
-            torch.cat(x) for x in zip(*((r.reward, r.mask) for r in trial), strict=True)
-        )
         return fitted_trial_advantage(
-            reward,
+            torch.cat([rollout.reward for rollout in trial]),
             gamma=self.config.outer_gamma,
             gae_lambda=self.config.gae_lambda,
-            mask=None if all(rollout.all_count for rollout in trial) else mask,
+            mask=trial_mask(trial),
         )
 
     def outer_step(self, loss: MetaLoss, trial: Trial, *tensors: Tensor) -> dict[str, float]:
@@ -207,13 +200,12 @@ class MAML(Algorithm):
     def _trust_region(self, loss: MetaLoss, trial: Trial, *tensors: Tensor) -> dict[str, float]:
         """Of all tasks, whatever the rank: a line search is no average over learners."""
         query = trial[self.query]
-        old_pi = [pi.detach() for pi in self.pis(self.adapted_params(trial)[self.query], query)]
+        old_pi = trial_pi(self.policy, self.adapted_params(trial)[self.query], query).detach()
 
         def objective() -> tuple[Tensor, Tensor]:
             value, adapted_params = loss(trial, *tensors)
-            new_pi = self.pis(adapted_params[self.query], query)
-            head = self.policy.policy_head
-            kl = torch.cat([head.kl(old, new) for old, new in zip(old_pi, new_pi, strict=True)])
+            pi = trial_pi(self.policy, adapted_params[self.query], query)
+            kl = self.policy.policy_head.kl(old_pi, pi)
             return value, counted_mean(kl, task_mask(query, adapted_params[0]))
 
         named = zip(self.names, self.parameters, strict=True)
@@ -223,10 +215,6 @@ class MAML(Algorithm):
         if math.isnan(metrics["grad_norm"]):
             self.skipped_batches += 1
         return metrics
-
-    def pis(self, params: list[Parameters], rollouts: Trial) -> list[Tensor]:
-        """(T, N, E, P) distributions of the actions of each rollout."""
-        return [task_pi(self.policy, *pair) for pair in zip(params, rollouts, strict=True)]
 
     @property
     def envs_per_task(self) -> int:
@@ -239,9 +227,6 @@ class MAML(Algorithm):
     @property
     def evaluation_episodes(self) -> int:
         return self.inner_loop.evaluation_episodes
-
-    def own_adaptation(self) -> Adaptation:
-        return self
 
     def initial_state(self, sampler: Sampler, num_tasks: int) -> Parameters:
         return per_task(self.policy, num_tasks)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmrl_ray.algorithms.maml import MAML
 from dmrl_ray.config.components import Number
-from dmrl_ray.learn.per_task import Parameters, by_task, task_mask
+from dmrl_ray.learn.per_task import Parameters, by_task, task_mask, trial_pi
 from dmrl_ray.losses.policy_gradient import kl_penalty
 from dmrl_ray.types import Trial
 
@@ -42,8 +42,8 @@ class ProMP(MAML):
     def support_pi(self, trial: Trial) -> Tensor:
         """(T, B, P) distributions of the supports' actions under the parameters as they are."""
         support = trial[:-1]
-        pis = self.pis(self.adapted_params(support), support)
-        return torch.cat([pi.detach().flatten(1, 2) for pi in pis])
+        pi = trial_pi(self.policy, self.adapted_params(support), support)
+        return pi.detach().flatten(1, 2)
 
     def proximal_loss(
         self, trial: Trial, advantage: Tensor, old_pi: Tensor
@@ -62,12 +62,9 @@ class ProMP(MAML):
     def penalty(self, adapted_params: list[Parameters], trial: Trial, old_pi: Tensor) -> Tensor:
         """The KL divergence of `proximal_loss`."""
         support, params = trial[:-1], adapted_params[:-1]
-        lengths = [rollout.num_steps for rollout in support]
-        old_pis = torch.split(by_task(old_pi, params[0]), lengths)
-        head = self.policy.policy_head
-        kl = [
-            head.kl(old, new) for old, new in zip(old_pis, self.pis(params, support), strict=True)
-        ]
+        old_pi, pi = by_task(old_pi, params[0]), trial_pi(self.policy, params, support)
+        kl = self.policy.policy_head.kl(old_pi, pi)  # (T, N, E)
         if self.inner_loop.within_trial:  # A step weighs the same, whichever rollout it is in.
-            return kl_penalty([torch.cat(kl)], [task_mask(support, params[0])])
-        return kl_penalty(kl, [task_mask([rollout], params[0]) for rollout in support])
+            return kl_penalty([kl], [task_mask(support, params[0])])
+        by_rollout = torch.split(kl, [rollout.num_steps for rollout in support])
+        return kl_penalty(by_rollout, [task_mask([rollout], params[0]) for rollout in support])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmrl_ray.algorithms.adaptation import Adaptation, Agent
+from dmrl_ray.algorithms.adaptation import Agent
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.gradient_adaptation import InnerLoop
 from dmrl_ray.config.components import Number
@@ -94,9 +94,6 @@ class Reptile(Algorithm):
     @property
     def evaluation_episodes(self) -> int:
         return self.inner_loop.evaluation_episodes
-
-    def own_adaptation(self) -> Adaptation:
-        return self
 
     def initial_state(self, sampler: Sampler, num_tasks: int) -> Parameters:
         return per_task(self.policy, num_tasks)

@@ -1,12 +1,14 @@
 """One policy under parameters of each task's own: a leading task axis instead of a loop over tasks.
 
-per_task             the policy's parameters, once for each task
-task_pi              distributions of actions at the steps of a rollout
-surrogate_loss       the policy-gradient loss of each task
-task_gradients       of such losses, each by its task's parameters
-TaskActor            acts in a sampler, each environment with its task's parameters
-descend_over_tasks   outer steps on a mean over tasks
-TaskOptimizer        moves the parameters of each task by themselves
+    per_task             the policy's parameters, once for each task
+    task_pi, trial_pi    distributions of actions at the steps of a rollout, or of several
+    surrogate_loss       the policy-gradient loss of each task
+    task_gradients       of such losses, each by its task's parameters
+    TaskActor            acts in a sampler, each environment with its task's parameters
+    descend_over_tasks   outer steps on a mean over tasks
+    TaskOptimizer        moves the parameters of each task by themselves
+
+Environments of a task stand side by side: (T, B, ...) of a rollout is (T, N, E, ...) by task.
 """
 
 from __future__ import annotations
@@ -115,6 +117,16 @@ def task_log_prob(policy: ActorCritic, params: Parameters, rollout: Rollout) -> 
     return policy.policy_head.log_prob(pi, by_task(rollout.action, params))
 
 
+def trial_pi(policy: ActorCritic, params: Sequence[Parameters], trial: Trial) -> Tensor:
+    """(T, N, E, P) `task_pi` of rollouts one after the other, each under its own parameters."""
+    return torch.cat([task_pi(policy, *pair) for pair in zip(params, trial, strict=True)])
+
+
+def trial_log_prob(policy: ActorCritic, params: Sequence[Parameters], trial: Trial) -> Tensor:
+    """(T, N, E) `task_log_prob` of rollouts one after the other, each under its own parameters."""
+    return torch.cat([task_log_prob(policy, *pair) for pair in zip(params, trial, strict=True)])
+
+
 def surrogate_loss(policy: ActorCritic, params: Parameters, rollout: Rollout) -> Tensor:
     """(N,) policy-gradient losses on a rollout, of each task under its own parameters.
 
@@ -178,11 +190,17 @@ def inner_advantage(
     return as_kind_of(last.reward, advantage[-last.num_steps :].flatten(1))
 
 
-def task_mask(rollouts: Sequence[Rollout], params: Parameters) -> Tensor | None:
-    """(T, N, E) steps that count, of rollouts one after the other; None is all."""
-    if all(rollout.all_count for rollout in rollouts):
+def trial_mask(trial: Trial) -> Tensor | None:
+    """(T, B) steps that count, of rollouts one after the other; None is all."""
+    if all(rollout.all_count for rollout in trial):
         return None
-    return torch.cat([by_task(rollout.mask, params) for rollout in rollouts])
+    return torch.cat([rollout.mask for rollout in trial])
+
+
+def task_mask(trial: Trial, params: Parameters) -> Tensor | None:
+    """(T, N, E) the same by task."""
+    mask = trial_mask(trial)
+    return None if mask is None else by_task(mask, params)
 
 
 def by_task(x: Tensor, params: Parameters) -> Tensor:

@@ -15,6 +15,7 @@ from adaptation_cases import (
     one_trial,
     outer_gradient,
     outer_loss,
+    pis,
     slope,
 )
 
@@ -349,10 +350,10 @@ def test_a_step_weighs_the_same_wherever_a_trial_was_cut_and_tasks_count_alike(o
 def test_a_trust_region_is_measured_over_all_steps_of_a_trial():
     maml = make_maml(tasks="bandit", steps_per_adaptation=4, outer="trpo")
     trial = cut_trial(maml)
-    before = [pi.detach() for pi in maml.pis(maml.adapted_params(trial), trial)]
+    before = [pi.detach() for pi in pis(maml, maml.adapted_params(trial), trial)]
     maml.policy.update_obs_norm = lambda *_: None  # they move policies too
     metrics = maml.update(trial)
-    after = maml.pis(maml.adapted_params(trial), trial)
+    after = pis(maml, maml.adapted_params(trial), trial)
     kl = torch.cat([maml.policy.policy_head.kl(*pair) for pair in zip(before, after, strict=True)])
     counted = torch.cat([r.mask for r in trial])
     assert metrics["kl"] == pytest.approx(kl.flatten(1)[counted].mean().item(), rel=1e-4)

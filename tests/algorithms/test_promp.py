@@ -10,6 +10,7 @@ from adaptation_cases import (
     numbers_of,
     one_trial,
     outer_gradient,
+    pis,
     slope,
 )
 
@@ -72,14 +73,14 @@ def test_the_penalty_is_the_divergence_of_every_policy_that_acted_before_the_las
     promp = make_algorithm("promp", SMALL, inner_steps=2, kl_penalty=2.0)
     free = make_algorithm("promp", SMALL, inner_steps=2, kl_penalty=0.0)
     trial = one_trial(promp)
-    head, acted = promp.policy.policy_head, []
+    head, before = promp.policy.policy_head, []
     for params, rollout in zip(promp.adapted_params(trial)[:-1], trial[:-1], strict=True):
-        acted.append(promp.pis([params], [rollout])[0].detach())
+        before.append(pis(promp, [params], [rollout])[0].detach())
     old_pi = promp.support_pi(trial)
     for algorithm in (promp, free):
         moved(algorithm)
-    pis = promp.pis(promp.adapted_params(trial)[:-1], trial[:-1])
-    expected = sum(head.kl(old, pi).mean() for old, pi in zip(acted, pis, strict=True)) / 2
+    after = pis(promp, promp.adapted_params(trial)[:-1], trial[:-1])
+    expected = sum(head.kl(old, pi).mean() for old, pi in zip(before, after, strict=True)) / 2
     losses = [proximal_loss(a, trial, old_pi) for a in (promp, free)]
     assert expected > 0.01
     torch.testing.assert_close(losses[0] - losses[1], 2.0 * expected, rtol=1e-4, atol=1e-6)
@@ -102,9 +103,9 @@ def test_a_heavy_penalty_keeps_the_start_where_it_is():
         promp = make_algorithm("promp", kl_penalty=kl_penalty, epochs=20)
         promp.policy.update_obs_norm = lambda *_: None  # they move policies too
         trial = one_trial(promp)
-        acted = promp.pis(promp.adapted_params(trial)[:1], trial[:1])[0].detach()
+        acted = pis(promp, promp.adapted_params(trial)[:1], trial[:1])[0].detach()
         promp.update(trial)
-        after = promp.pis(promp.adapted_params(trial)[:1], trial[:1])[0]
+        after = pis(promp, promp.adapted_params(trial)[:1], trial[:1])[0]
         distances.append(promp.policy.policy_head.kl(acted, after).mean().item())
     assert distances[1] < 0.5 * distances[0]
 
