@@ -128,7 +128,8 @@ class MAML(Algorithm):
     def meta_loss(self, trial: Trial, advantage: Tensor) -> tuple[Tensor, list[Parameters]]:
         """The mean over tasks of L_i(theta'_i) as a function of theta, and all theta'_i."""
         adapted_params = self.adapted_params(trial)
-        return self.outer_loss(adapted_params, trial, advantage), adapted_params
+        loss = self.outer_loss(adapted_params, trial, advantage)
+        return loss.mean(), adapted_params  # (N,) -> ()
 
     def adapted_params(self, trial: Trial) -> list[Parameters]:
         """The parameters of each rollout, as functions of those that all tasks start from.
@@ -144,7 +145,7 @@ class MAML(Algorithm):
     def outer_loss(
         self, adapted_params: list[Parameters], trial: Trial, advantage: Tensor
     ) -> Tensor:
-        """The mean over tasks of their losses on the query, each step of a task weighing the same.
+        """(N,) the tasks' losses L_i(theta'_i) on the query, each step of a task weighing the same.
 
         Args:
             adapted_params: of each rollout.
@@ -154,17 +155,11 @@ class MAML(Algorithm):
         query, params = trial[self.query], adapted_params[self.query]
         log_prob = trial_log_prob(self.policy, params, query)  # (T, N, E)
         behaviour_log_prob = by_task(torch.cat([r.log_prob for r in query]), params[0])
-        advantage, mask = by_task(advantage, params[0]), task_mask(query, params[0])
-        dim = None if mask is None else (0, 2)
+        tensors = log_prob, behaviour_log_prob, by_task(advantage, params[0])
+        mask = task_mask(query, params[0])
         if self.config.outer == "clip":
-            loss = ppo_clip_loss(
-                log_prob, behaviour_log_prob, advantage, clip=self.config.clip, mask=mask, dim=dim
-            )
-        else:
-            loss = likelihood_ratio_loss(
-                log_prob, behaviour_log_prob, advantage, mask=mask, dim=dim
-            )
-        return loss.mean()
+            return ppo_clip_loss(*tensors, clip=self.config.clip, mask=mask, dim=(0, 2))
+        return likelihood_ratio_loss(*tensors, mask=mask, dim=(0, 2))
 
     def outer_advantage(self, trial: Trial) -> Tensor:
         """(T, B) of the query, over all of its rollouts one after the other."""

@@ -167,7 +167,7 @@ def test_first_order_is_the_gradient_at_the_adapted_parameters():
     trial = one_trial(maml)
     gradient = outer_gradient(maml, trial)
     params = {n: p.detach().requires_grad_() for n, p in adapted(maml, trial).items()}
-    maml.outer_loss([params] * 2, trial, maml.outer_advantage(trial)).backward()
+    maml.outer_loss([params] * 2, trial, maml.outer_advantage(trial)).mean().backward()
     for name in params:
         torch.testing.assert_close(gradient[name], params[name].grad.sum(0), rtol=1e-4, atol=1e-6)
 
@@ -313,7 +313,7 @@ def test_within_a_trial_every_rollout_counts():
     maml = make_maml(tasks="bandit", steps_per_adaptation=2, outer_gamma=0.9, gae_lambda=0.5)
     trial = one_trial(maml)
     moved = [{n: p + 0.05 for n, p in params.items()} for params in maml.adapted_params(trial)]
-    whole = maml.outer_loss(moved, trial, maml.outer_advantage(trial))
+    whole = maml.outer_loss(moved, trial, maml.outer_advantage(trial)).mean()
     parts = []
     for params, rollout, advantage in zip(moved, trial, outer_advantages(maml, trial), strict=True):
         log_prob = task_log_prob(maml.policy, params, rollout).flatten(1)
@@ -340,7 +340,7 @@ def test_a_step_weighs_the_same_wherever_a_trial_was_cut_and_tasks_count_alike(o
     params = maml.adapted_params(one_trial(maml))  # under which every ratio is one
     for trial, counts in ((one_trial(maml), (24, 24, 24)), (cut_trial(maml), (12, 18, 5))):
         advantages = [torch.ones(r.reward.shape, requires_grad=True) for r in trial]
-        loss = maml.outer_loss(params, trial, torch.cat(advantages))
+        loss = maml.outer_loss(params, trial, torch.cat(advantages)).mean()
         weight = -torch.cat(torch.autograd.grad(loss, advantages)).unflatten(1, (3, COLUMNS))
         mask = torch.cat([r.mask for r in trial]).unflatten(1, (3, COLUMNS))
         each = 1 / (3 * torch.tensor(counts)).reshape(1, 3, 1)
@@ -440,7 +440,8 @@ def test_the_outer_loss_is_ppos_over_all_tasks():
         params = {name: p + 0.05 * torch.randn_like(p) for name, p in params.items()}
     log_prob = task_log_prob(maml.policy, params, query).flatten(1)
     expected = ppo_clip_loss(log_prob, query.log_prob, query.advantage, clip=0.3)
-    torch.testing.assert_close(maml.outer_loss([params] * 2, trial, query.advantage), expected)
+    found = maml.outer_loss([params] * 2, trial, query.advantage).mean()
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_frozen_encoder_still_adapts_within_a_trial():
