@@ -7,6 +7,7 @@ from gymnasium.spaces import Box
 from dmrl_ray.config.components import import_class
 from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.envs.point_goal import PointGoal
+from dmrl_ray.learn.per_task import share_of_tasks, task_pi
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.sampler import Sampler
 
@@ -72,12 +73,29 @@ def in_double(algorithm, trial):
     return [r.map(lambda x: x.double() if x.dtype == torch.float32 else x) for r in trial]
 
 
-def outer_gradient(maml, trial):
-    """The gradient of the outer loss at the parameters as they are, by name."""
+def outer_loss(maml, trial):
+    """MAML's, at the parameters as they are."""
+    return maml.meta_loss(trial, maml.outer_advantage(trial))[0]
+
+
+def own_loss(maml, trial, loss=None, *tensors):
+    """A loss of a learner's share of the tasks, MAML's unless given; its batch and its weight."""
+    loss, tensors = loss or maml.meta_loss, (maml.outer_advantage(trial), *tensors)
+    ranks = {"rank": maml.rank, "world_size": maml.world_size}
+    return share_of_tasks(lambda *batch: loss(*batch)[0], trial, *tensors, **ranks)
+
+
+def outer_gradient(maml, trial, *loss):
+    """The gradient of `own_loss` at the parameters as they are, by name."""
     maml.policy.zero_grad()
-    loss, batch, weight = maml.own_loss(trial)
+    loss, batch, weight = own_loss(maml, trial, *loss)
     (weight * loss(batch)[0]).backward()
     return {n: p.grad.clone() for n, p in maml.policy.named_parameters() if p.grad is not None}
+
+
+def pis(algorithm, params, rollouts):
+    """Distributions of each rollout's actions."""
+    return [task_pi(algorithm.policy, *pair) for pair in zip(params, rollouts, strict=True)]
 
 
 def numbers_of(policy, names):

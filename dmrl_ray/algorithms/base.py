@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from dmrl_ray.algorithms.adaptation import Adaptation, Continued
+from dmrl_ray.algorithms.adaptation import Adaptation
+from dmrl_ray.algorithms.gradient_adaptation import Continued
 from dmrl_ray.config.schema import ContinuedTraining
 from dmrl_ray.data.dataset import Dataset
 from dmrl_ray.learn.descent import EPS, Descent
-from dmrl_ray.learn.task_optimizer import TaskOptimizer
+from dmrl_ray.learn.per_task import TaskOptimizer
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.distribution import TaskDistribution
@@ -104,7 +105,7 @@ class Algorithm(Descent, Adaptation):
         Raises:
             ValueError: the algorithm does not adapt.
         """
-        if self.memory_spans_trial:
+        if self.memory_spans_trial or type(self).adapt is not Adaptation.adapt:
             return self
         raise ValueError(
             f"by: {type(self).__name__.lower()} has no adaptation of its own; use "

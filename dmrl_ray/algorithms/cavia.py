@@ -1,8 +1,8 @@
 """CAVIA: only a context vector adapts to a task; everything else is shared by all tasks.
 
 Source: Zintgraf et al., "Fast Context Adaptation via Meta-Learning", 2019 (arXiv:1810.03642),
-algorithm 2. The context joins the policy's input. It is zero where a task begins, moves in the
-inner loop alone, and the rest moves in the outer loop alone.
+algorithm 2. The context phi joins the policy's input. It is zero where a task begins and moves in
+the inner loop alone; the rest of the policy, theta, moves in the outer loop alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from dmrl_ray.tasks.distribution import TaskDistribution
 
 
 class CAVIA(MAML):
-    """MAML that adapts ``network.context`` numbers."""
+    """MAML that adapts ``network.context`` numbers.
+
+    phi_i = 0 - alpha * gradient of L_i(phi = 0, theta) by phi, in the inner loop; the outer loop is
+    theta <- theta - beta * gradient of the mean over tasks of L_i(phi_i, theta) by theta.
+    """
 
     class Config(MAML.Config):
         trainable: tuple[str, ...] = Field(default=("context",), min_length=1)
@@ -25,7 +29,6 @@ class CAVIA(MAML):
         """Step size of the inner loop."""
 
     config: Config
-    outer_parts = ("encoder.", "policy_head.")
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         if policy.context is None:
@@ -33,4 +36,5 @@ class CAVIA(MAML):
                 "network.context: cavia adapts a context of the policy, found one of width 0; "
                 "set network: {context: 8, ...}"
             )
-        super().__init__(config, distribution, policy)
+        outer_parts = ("encoder.", "policy_head.")  # theta, without phi
+        super().__init__(config, distribution, policy, outer_parts=outer_parts)

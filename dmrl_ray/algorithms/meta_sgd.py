@@ -8,12 +8,13 @@ size. All rates start at ``inner_lr`` instead of at random.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dmrl_ray.algorithms.maml import MAML
-from dmrl_ray.learn.task_params import per_task
+from dmrl_ray.learn.per_task import Parameters, per_task, surrogate_loss, task_gradients
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.tasks.distribution import TaskDistribution
+from dmrl_ray.types import Rollout
 
 
 class MetaSGD(MAML):
@@ -32,9 +33,13 @@ class MetaSGD(MAML):
         )
         policy.auxiliary["inner_lr"] = self.rates
 
-    def inner_rate(self, name: str) -> Tensor:
-        rate: Tensor = self.rates[_key(name)]
-        return rate
+    def adapt(
+        self, params: Parameters, support: Rollout, *, create_graph: bool = False
+    ) -> Parameters:
+        """theta'_i = theta - alpha o gradient of L_i(theta), of every task i at once."""
+        loss = surrogate_loss(self.policy, params, support)  # (N,)
+        gradients = task_gradients(loss, params, self.config.trainable, create_graph=create_graph)
+        return params | {n: params[n] - self.rates[_key(n)] * g for n, g in gradients.items()}
 
 
 def _key(name: str) -> str:

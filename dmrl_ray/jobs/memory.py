@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 
-from dmrl_ray.algorithms.inner_loop import GradientAdaptation
+from dmrl_ray.algorithms.gradient_adaptation import InnerLoop
 from dmrl_ray.config.schema import Adapt, Component, Finetune, Pretrain, Stage
 from dmrl_ray.data.replay import TrialReplay
 from dmrl_ray.jobs.spec import JobSpec, Program
-from dmrl_ray.learn.task_params import ACTOR
+from dmrl_ray.learn.per_task import ACTOR
 from dmrl_ray.learn.trainable import select
 
 TASK_BYTES = 128
@@ -207,14 +207,13 @@ def _replay(program: Program) -> Part:
 
 
 def _task_parameters(program: Program, spec: JobSpec, tasks: int) -> Part:
-    """What every task moves in the inner loop: after each step, and the gradient."""
-    algorithm, moved = program.algorithm, 0
-    if isinstance(algorithm, GradientAdaptation):
+    """Of the inner loop: those of every task after each step, and the gradient."""
+    inner_loop, moved = getattr(program.algorithm, "inner_loop", None), 0
+    if isinstance(inner_loop, InnerLoop):
         named = program.policy.named_parameters()
-        prefixes = algorithm.config.trainable
+        prefixes = inner_loop.config.trainable
         moved = sum(p.nbytes for n, p in named if n.startswith(ACTOR) and n.startswith(prefixes))
-        within = algorithm.config.steps_per_adaptation is not None
-        moved *= 2 if within else algorithm.rollouts_per_trial
+        moved *= 2 if inner_loop.within_trial else inner_loop.rollouts
     factors = ((tasks, "rollout.num_envs"), _largest("network", spec.network))
     made_of = f"the parameters of {tasks:,} tasks at once, {told(moved)} each,"
     return Part("tasks' parameters", made_of, factors, tasks * moved, 2 * tasks * moved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -122,3 +124,22 @@ def likelihood_ratio_loss(
     """
     check_shapes(log_prob=log_prob, behaviour_log_prob=behaviour_log_prob, advantage=advantage)
     return -counted_mean((log_prob - behaviour_log_prob).exp() * advantage, mask, dim)
+
+
+def kl_penalty(kl: Sequence[Tensor], mask: Sequence[Tensor | None]) -> Tensor:
+    """KL divergence between the policies before the outer steps and after them.
+
+    It is what ProMP adds to its clipped objective. With several inner steps it is the mean over
+    the policies that are adapted further; the last one is held back by the clip.
+
+    Source: Rothfuss et al., "ProMP: Proximal Meta-Policy Search", 2019, eq. 12
+    (arXiv:1810.06784).
+
+    Args:
+        kl: (T, N, E) in nats, of the old from the new policy, one tensor for each inner step.
+        mask: (T, N, E) bool, steps that count, for each of them; None is all.
+
+    Returns:
+        Scalar, the mean over inner steps of the means over the steps that count.
+    """
+    return torch.stack([counted_mean(x, m) for x, m in zip(kl, mask, strict=True)]).mean()

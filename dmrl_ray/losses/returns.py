@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dmrl_ray.losses.averages import standardized
 from dmrl_ray.losses.shapes import check_shapes
 
 
@@ -203,7 +204,7 @@ def linear_baseline(
     supplement section 2 (arXiv:1604.06778).
 
     Args:
-        obs: (T, N, E, D): N tasks with E columns each.
+        obs: (T, N, E, D): N tasks with E environments each.
         reward: (T, N, E).
         done: (T, N, E) bool; the returns after a rollout's last step count as 0.
         gamma: discount per environment step.
@@ -238,3 +239,92 @@ def linear_baseline(
         weights = torch.linalg.solve(gram, fitted.mT @ y)
         value = (x @ weights).reshape(tasks, steps, columns).transpose(0, 1)
         return value.to(reward.dtype)
+
+
+def fitted_advantage(
+    obs: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Advantages over a linear baseline, both fitted and standardised per task.
+
+    A fitted baseline knows nothing beyond a time limit, so returns end where episodes do. An
+    episode that the last step cuts has no return yet: the baseline is fitted without it, and is the
+    bootstrap value of what comes after the cut; before any episode of a task has ended, returns
+    end at the cut.
+
+    Source: the baseline and the standardised advantages of the inner loop in Finn et al.,
+    "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017, section 5.3
+    (arXiv:1703.03400); the bootstrap at a cut is ours.
+
+    Args:
+        obs: (T + 1, N, E, D): N tasks with E environments each. The last row follows the last step.
+        reward: (T, N, E).
+        done: (T, N, E) bool.
+        gamma: discount per environment step.
+        gae_lambda: as in `generalized_advantage`.
+        mask: (T, N, E) bool, steps that count; None is all.
+
+    Returns:
+        (T, N, E) advantages, with mean 0 and standard deviation 1 in each task; no gradient.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
+    cut = ~done[-1] if mask is None else ~done[-1] & mask[-1]  # (N, E)
+    bootstrapped = cut & done.any(0).any(-1, keepdim=True)
+    if bootstrapped.any():
+        fitted = done.flip(0).cummax(0).values.flip(0) | ~bootstrapped
+        fitted = fitted if mask is None else fitted & mask
+        # What follows the cut has a value, but is not fitted.
+        longer = (torch.cat([x, torch.zeros_like(x[:1])]) for x in (reward, done, fitted))
+        reward_to_fit, done_to_fit, fitted = longer
+        value = linear_baseline(obs, reward_to_fit, done_to_fit, gamma=gamma, mask=fitted)
+        value, last_value = value[:-1], value[-1:] * bootstrapped
+    else:
+        value = linear_baseline(obs[:-1], reward, done, gamma=gamma, mask=mask)
+        last_value = torch.zeros_like(value[:1])
+    next_value = torch.cat([value[1:], last_value])
+    never = torch.zeros_like(done)
+    advantage = generalized_advantage(
+        reward, value, next_value, done, never, gamma=gamma, gae_lambda=gae_lambda
+    )
+    return standardized(advantage, mask, dim=(0, 2))
+
+
+def fitted_trial_advantage(
+    reward: Tensor, *, gamma: float, gae_lambda: float, mask: Tensor | None = None
+) -> Tensor:
+    """Advantages of whole trials over a linear baseline, both fitted to all tasks together.
+
+    Returns run to the trial's end (`trial_advantage`). The baseline sees the time and the mean
+    reward of the trial so far, also for each step that is left: most of what returns differ by is
+    how good a task is.
+
+    Args:
+        reward: (T, B) float, all steps of the trial.
+        gamma: discount per environment step, in [0, 1].
+        gae_lambda: as in `generalized_advantage`.
+        mask: (T, B) bool, as in `trial_advantage`; None is all.
+
+    Returns:
+        (T, B) advantages with mean 0 and standard deviation 1; no gradient.
+    """
+    if mask is not None:
+        reward = reward * mask
+    steps = torch.arange(len(reward), device=reward.device).unsqueeze(-1)
+    mean_reward = (reward.cumsum(0) - reward) / steps.clamp_min(1)
+    features = torch.stack([mean_reward, mean_reward * (1 - steps / len(reward))], -1)
+    value = linear_baseline(
+        features.unsqueeze(1),
+        reward.unsqueeze(1),
+        torch.zeros_like(reward, dtype=torch.bool).unsqueeze(1),
+        gamma=gamma,
+        mask=None if mask is None else mask.unsqueeze(1),
+    ).squeeze(1)
+    advantage = trial_advantage(reward, value, gamma=gamma, gae_lambda=gae_lambda, mask=mask)
+    return standardized(advantage, mask)

@@ -11,8 +11,7 @@ from dmrl_ray.algorithms.base import continued
 from dmrl_ray.config.schema import Component, ContinuedTraining, RolloutSettings
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.jobs.spec import JobSpec, build
-from dmrl_ray.learn.task_optimizer import shortened
-from dmrl_ray.learn.task_params import per_task, task_gradients
+from dmrl_ray.learn.per_task import per_task, shortened, surrogate_loss, task_gradients
 from dmrl_ray.rollout.sampler import Sampler
 
 HORIZON = 5
@@ -58,7 +57,7 @@ def one_rollout(adaptation, seed=0):
 
 
 def gradients_of(policy, params, rollout):
-    return task_gradients(policy, params, rollout, list(params), create_graph=False)
+    return task_gradients(surrogate_loss(policy, params, rollout), params, ("",))
 
 
 def streamed(adaptation, streams, episodes=2, seed=0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adaptation_cases import make_algorithm, one_trial, outer_gradient
 
-from dmrl_ray.learn.task_params import task_log_prob
+from dmrl_ray.learn.per_task import task_log_prob
 
 
 def make_cavia(kind="cavia", **settings):
@@ -14,14 +14,14 @@ def make_cavia(kind="cavia", **settings):
 def test_the_learner_adapts_exactly_as_the_worker_did():
     cavia = make_cavia(inner_steps=2)
     trial = one_trial(cavia)
-    for params, rollout in zip(cavia.path(trial), trial, strict=True):
+    for params, rollout in zip(cavia.adapted_params(trial), trial, strict=True):
         log_prob = task_log_prob(cavia.policy, params, rollout).flatten(1)
         torch.testing.assert_close(log_prob, rollout.log_prob)
 
 
 def test_the_inner_loop_moves_the_context_alone_and_from_zero():
     cavia = make_cavia()
-    before, after = cavia.path(one_trial(cavia))
+    before, after = cavia.adapted_params(one_trial(cavia))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"context"}
     assert (before["context"] == 0).all()
@@ -30,7 +30,7 @@ def test_the_inner_loop_moves_the_context_alone_and_from_zero():
 
 def test_tasks_come_to_contexts_of_their_own():
     cavia = make_cavia()
-    first, second, third = cavia.path(one_trial(cavia))[-1]["context"]
+    first, second, third = cavia.adapted_params(one_trial(cavia))[-1]["context"]
     assert not torch.allclose(first, second)
     assert not torch.allclose(second, third)
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from adaptation_cases import make_algorithm, one_trial
+from adaptation_cases import make_algorithm, one_trial, own_loss
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.errors import ConfigError, NumericalError
@@ -80,7 +80,7 @@ def test_second_derivatives_are_compiled_too(kind):
         with torch.no_grad():
             for parameter in algorithm.policy.parameters():
                 parameter += shift * torch.randn_like(parameter)
-        loss, batch, _ = algorithm.own_loss(trial)
+        loss, batch, _ = own_loss(algorithm, trial)
         expected, _ = by_autograd(moving, loss, batch)
         found, report = compiled(moving, loss, batch)
         for a, b in zip(expected, found, strict=True):

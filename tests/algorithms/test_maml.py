@@ -14,6 +14,8 @@ from adaptation_cases import (
     numbers_of,
     one_trial,
     outer_gradient,
+    outer_loss,
+    pis,
     slope,
 )
 
@@ -23,13 +25,12 @@ from dmrl_ray.envs.bandit import Bandit
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
-from dmrl_ray.learn.task_params import (
-    fitted_advantage,
+from dmrl_ray.learn.per_task import (
+    inner_advantage,
     per_task,
     task_forward,
     task_log_prob,
     task_pi,
-    trial_advantages,
 )
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
 from dmrl_ray.networks.actor_critic import ActorCritic
@@ -45,8 +46,16 @@ CNN = {"type": "cnn", "channels": [2], "hidden_sizes": [4], "activation": "tanh"
 make_maml = partial(make_algorithm, "maml")
 
 
+UNDISCOUNTED = {"outer_gamma": 1.0, "gae_lambda": 1.0}
+
+
+def outer_advantages(maml, trial):
+    """Of each rollout of a trial that continues."""
+    return maml.outer_advantage(trial).split([rollout.num_steps for rollout in trial])
+
+
 def adapted(maml, trial):
-    return maml.path(trial)[-1]
+    return maml.adapted_params(trial)[-1]
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
@@ -64,7 +73,7 @@ def test_the_learner_adapts_exactly_as_the_worker_did(inner_steps, encoder, task
 
 def assert_same_policies(maml, trial):
     """The learner's way through a trial ends, after every step, in the policies that acted."""
-    for params, rollout in zip(maml.path(trial), trial, strict=True):
+    for params, rollout in zip(maml.adapted_params(trial), trial, strict=True):
         log_prob = task_log_prob(maml.policy, params, rollout)
         torch.testing.assert_close(log_prob.flatten(1), rollout.log_prob)
 
@@ -158,7 +167,7 @@ def test_first_order_is_the_gradient_at_the_adapted_parameters():
     trial = one_trial(maml)
     gradient = outer_gradient(maml, trial)
     params = {n: p.detach().requires_grad_() for n, p in adapted(maml, trial).items()}
-    maml.outer_loss([params] * 2, trial).backward()
+    maml.outer_loss([params] * 2, trial, maml.outer_advantage(trial)).mean().backward()
     for name in params:
         torch.testing.assert_close(gradient[name], params[name].grad.sum(0), rtol=1e-4, atol=1e-6)
 
@@ -200,7 +209,7 @@ def test_the_outer_gradient_equals_finite_differences(encoder, settings):
     trial = in_double(maml, one_trial(maml, num_tasks=2))
     gradient = outer_gradient(maml, trial)
     for name, i, flat in numbers_of(maml.policy, gradient):
-        expected = slope(lambda: maml.outer_loss(maml.path(trial), trial).item(), flat, i)
+        expected = slope(lambda: outer_loss(maml, trial).item(), flat, i)
         assert gradient[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
@@ -303,11 +312,10 @@ def test_gradient_steps_find_a_better_arm_unless_rewards_are_shuffled():
 def test_within_a_trial_every_rollout_counts():
     maml = make_maml(tasks="bandit", steps_per_adaptation=2, outer_gamma=0.9, gae_lambda=0.5)
     trial = one_trial(maml)
-    path = [{name: p + 0.05 for name, p in params.items()} for params in maml.path(trial)]
-    whole = maml.outer_loss(path, trial)
+    moved = [{n: p + 0.05 for n, p in params.items()} for params in maml.adapted_params(trial)]
+    whole = maml.outer_loss(moved, trial, maml.outer_advantage(trial)).mean()
     parts = []
-    advantages = trial_advantages(trial, gamma=0.9, gae_lambda=0.5)
-    for params, rollout, advantage in zip(path, trial, advantages, strict=True):
+    for params, rollout, advantage in zip(moved, trial, outer_advantages(maml, trial), strict=True):
         log_prob = task_log_prob(maml.policy, params, rollout).flatten(1)
         parts.append(ppo_clip_loss(log_prob, rollout.log_prob, advantage, clip=0.3))
     torch.testing.assert_close(whole, torch.stack(parts).mean())
@@ -329,10 +337,10 @@ def cut_trial(maml, played=((2, 4, 6), (6, 6, 6), (1, 1, 3))):
 @pytest.mark.parametrize("outer", ["clip", "vpg"])
 def test_a_step_weighs_the_same_wherever_a_trial_was_cut_and_tasks_count_alike(outer):
     maml = make_maml(tasks="bandit", steps_per_adaptation=4, outer=outer)  # pieces of 4 and of 2
-    path = maml.path(one_trial(maml))  # under which every ratio is one
+    params = maml.adapted_params(one_trial(maml))  # under which every ratio is one
     for trial, counts in ((one_trial(maml), (24, 24, 24)), (cut_trial(maml), (12, 18, 5))):
         advantages = [torch.ones(r.reward.shape, requires_grad=True) for r in trial]
-        loss = maml.outer_loss(path, trial, advantages)
+        loss = maml.outer_loss(params, trial, torch.cat(advantages)).mean()
         weight = -torch.cat(torch.autograd.grad(loss, advantages)).unflatten(1, (3, COLUMNS))
         mask = torch.cat([r.mask for r in trial]).unflatten(1, (3, COLUMNS))
         each = 1 / (3 * torch.tensor(counts)).reshape(1, 3, 1)
@@ -342,9 +350,10 @@ def test_a_step_weighs_the_same_wherever_a_trial_was_cut_and_tasks_count_alike(o
 def test_a_trust_region_is_measured_over_all_steps_of_a_trial():
     maml = make_maml(tasks="bandit", steps_per_adaptation=4, outer="trpo")
     trial = cut_trial(maml)
-    before = [pi.detach() for pi in maml.pis(maml.path(trial), trial)]
-    metrics = maml._trust_region(trial)
-    after = maml.pis(maml.path(trial), trial)
+    before = [pi.detach() for pi in pis(maml, maml.adapted_params(trial), trial)]
+    maml.policy.update_obs_norm = lambda *_: None  # they move policies too
+    metrics = maml.update(trial)
+    after = pis(maml, maml.adapted_params(trial), trial)
     kl = torch.cat([maml.policy.policy_head.kl(*pair) for pair in zip(before, after, strict=True)])
     counted = torch.cat([r.mask for r in trial])
     assert metrics["kl"] == pytest.approx(kl.flatten(1)[counted].mean().item(), rel=1e-4)
@@ -361,27 +370,26 @@ def test_a_mean_return_is_of_the_environments_that_still_played():
     assert last.map(torch.Tensor.numpy).uncounted().mean_return() == 0.0
 
 
-def paying(rewards):
-    """Two rollouts of a trial whose columns are paid these rewards at every step."""
-    maml = make_maml(tasks="bandit", steps_per_adaptation=3)
+def rewarded(rewards):
+    """Two rollouts of a trial in whose environments every step has these rewards."""
+    maml = make_maml(tasks="bandit", steps_per_adaptation=3, **UNDISCOUNTED)
     trial = one_trial(maml, num_tasks=len(rewards) // COLUMNS)
     for rollout in trial:
         rollout.reward[:] = torch.tensor(rewards)
-    return trial
+    return maml, trial
 
 
 def test_how_good_a_task_is_explains_what_its_trials_return():
-    # Left to explain are the first steps, before which nothing was paid.
-    trial = paying([0.0, 1.0, 0.3, 0.6] * 2)
-    first, second = trial_advantages(trial, gamma=1.0, gae_lambda=1.0)
+    # Left to explain are the first steps, before which nothing was rewarded.
+    first, second = outer_advantages(*rewarded([0.0, 1.0, 0.3, 0.6] * 2))
     assert second.abs().max() < 0.2 * first[0].abs().max()
 
 
 def test_a_late_reward_is_credited_to_the_steps_before_it_in_all_rollouts():
-    trial = paying([0.5] * 8)
-    before = trial_advantages(trial, gamma=1.0, gae_lambda=1.0)
+    maml, trial = rewarded([0.5] * 8)
+    before = outer_advantages(maml, trial)
     trial[1].reward[-1, 3] += 1
-    after = trial_advantages(trial, gamma=1.0, gae_lambda=1.0)
+    after = outer_advantages(maml, trial)
     for rollout in range(2):
         others = [b for b in range(8) if b != 3]
         gain = after[rollout] - before[rollout]
@@ -432,7 +440,8 @@ def test_the_outer_loss_is_ppos_over_all_tasks():
         params = {name: p + 0.05 * torch.randn_like(p) for name, p in params.items()}
     log_prob = task_log_prob(maml.policy, params, query).flatten(1)
     expected = ppo_clip_loss(log_prob, query.log_prob, query.advantage, clip=0.3)
-    torch.testing.assert_close(maml.outer_loss([params] * 2, trial), expected)
+    found = maml.outer_loss([params] * 2, trial, query.advantage).mean()
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_frozen_encoder_still_adapts_within_a_trial():
@@ -468,9 +477,9 @@ def test_fitted_advantages_are_standardised_per_task():
 def test_the_scale_of_one_tasks_rewards_does_not_change_the_advantages():
     maml = make_maml()
     rollout = one_trial(maml)[0].map(lambda x: x.numpy())
-    before = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
+    before = inner_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
     rollout.reward[:, rollout.task_index == 1] *= 8
-    after = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
+    after = inner_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
     np.testing.assert_allclose(before, after, rtol=1e-3, atol=1e-4)
 
 
@@ -487,9 +496,9 @@ def part_of(rollout, steps):
 def test_advantages_within_a_trial_are_those_of_its_last_steps_in_the_light_of_all():
     maml = make_maml()
     rollout = one_trial(maml)[0].map(lambda x: x.numpy())
-    whole = fitted_advantage([rollout], 3, gamma=0.0, gae_lambda=1.0)
+    whole = inner_advantage([rollout], 3, gamma=0.0, gae_lambda=1.0)
     parts = [part_of(rollout, slice(0, 4)), part_of(rollout, slice(4, None))]
-    last = fitted_advantage(parts, 3, gamma=0.0, gae_lambda=1.0)
+    last = inner_advantage(parts, 3, gamma=0.0, gae_lambda=1.0)
     np.testing.assert_allclose(last, whole[4:], rtol=1e-4, atol=1e-5)
 
 
@@ -511,16 +520,16 @@ def test_advantages_do_not_depend_on_where_a_rollout_was_cut(steps):
         truncated=truncated,
         mask=np.ones(shape, np.bool_),
     )
-    advantage = fitted_advantage([rollout], 1, gamma=0.99, gae_lambda=1.0)
+    advantage = inner_advantage([rollout], 1, gamma=0.99, gae_lambda=1.0)
     assert max(abs(advantage[i : i + 100].mean()) for i in range(0, steps, 100)) < 0.7
 
 
 def test_pixels_are_no_features_of_the_baseline():
     maml = make_maml(CNN, "images")
     rollout = one_trial(maml)[0].map(lambda x: x.numpy())
-    before = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
+    before = inner_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
     rollout.obs[:] = 255 - rollout.obs
-    after = fitted_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
+    after = inner_advantage([rollout], 3, gamma=0.99, gae_lambda=1.0)
     np.testing.assert_array_equal(before, after)
 
 
@@ -547,7 +556,8 @@ def returns_before_and_after(learner, kind):
     maml = kind(algorithm.config, algorithm.distribution, learner.policy)
     sampler = Sampler(maml.distribution, 600, memory_spans_trial=False)
     sampler.start(np.random.default_rng(1), 0)
-    maml.evaluate(sampler, maml.distribution.sample(np.random.default_rng(5), 30, "test"))
+    agent = maml.begin(sampler, maml.distribution.sample(np.random.default_rng(5), 30, "test"))
+    list(maml.play(sampler, agent, 2))
     rows = sampler.take_episodes()
     return [rows["return"][rows["adaptation_step"] == step].mean() for step in range(2)]
 

@@ -8,12 +8,13 @@ from adaptation_cases import (
     numbers_of,
     one_trial,
     outer_gradient,
+    outer_loss,
     slope,
 )
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.spec import JobSpec, build, get_weights, set_weights
-from dmrl_ray.learn.task_params import task_log_prob
+from dmrl_ray.learn.per_task import task_log_prob
 
 SMALL = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 
@@ -29,7 +30,7 @@ def with_uneven_rates(meta_sgd):
 def test_equal_rates_are_mamls():
     meta_sgd, maml = (make_algorithm(kind, inner_steps=2) for kind in ("meta_sgd", "maml"))
     trial = one_trial(maml)
-    for a, b in zip(meta_sgd.path(trial), maml.path(trial), strict=True):
+    for a, b in zip(meta_sgd.adapted_params(trial), maml.adapted_params(trial), strict=True):
         for name in b:
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
     found = outer_gradient(meta_sgd, trial)
@@ -40,7 +41,7 @@ def test_equal_rates_are_mamls():
 def test_the_learner_adapts_exactly_as_the_worker_did_with_rates_that_differ():
     meta_sgd = with_uneven_rates(make_algorithm("meta_sgd", inner_steps=2))
     trial = one_trial(meta_sgd)
-    for params, rollout in zip(meta_sgd.path(trial), trial, strict=True):
+    for params, rollout in zip(meta_sgd.adapted_params(trial), trial, strict=True):
         log_prob = task_log_prob(meta_sgd.policy, params, rollout).flatten(1)
         torch.testing.assert_close(log_prob, rollout.log_prob)
 
@@ -52,8 +53,8 @@ def test_rates_travel_to_the_workers_with_the_weights():
     learner, worker = build(spec), build(spec)
     with_uneven_rates(learner.algorithm)
     set_weights(worker.policy, get_weights(learner.policy))
-    name = "policy_head.layer.weight"
-    there, here = (program.algorithm.inner_rate(name) for program in (worker, learner))
+    name = "policy_head/layer/weight"
+    there, here = (program.algorithm.rates[name] for program in (worker, learner))
     assert there.std() > 0
     torch.testing.assert_close(there, here)
 
@@ -65,9 +66,9 @@ def test_the_gradient_of_the_rates_equals_finite_differences(first_order):
     trial = in_double(meta_sgd, one_trial(meta_sgd, num_tasks=2))
     gradient = outer_gradient(meta_sgd, trial)
     rates = {name for name in gradient if name.startswith("auxiliary.inner_lr.")}
-    assert len(rates) == len(meta_sgd.path(trial)[0])
+    assert len(rates) == len(meta_sgd.adapted_params(trial)[0])
     for name, i, flat in numbers_of(meta_sgd.policy, rates):
-        expected = slope(lambda: meta_sgd.outer_loss(meta_sgd.path(trial), trial).item(), flat, i)
+        expected = slope(lambda: outer_loss(meta_sgd, trial).item(), flat, i)
         assert gradient[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 

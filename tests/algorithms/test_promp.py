@@ -10,17 +10,23 @@ from adaptation_cases import (
     numbers_of,
     one_trial,
     outer_gradient,
+    pis,
     slope,
 )
 
-from dmrl_ray.learn.task_params import task_log_prob
+from dmrl_ray.learn.per_task import task_log_prob
 
 SMALL = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 
 
-def gradient(algorithm, trial):
-    algorithm._acted = []  # as at the beginning of an update
-    return outer_gradient(algorithm, trial)
+def gradient(promp, trial, old_pi=None):
+    """Of ProMP's loss, as at the beginning of an update unless `old_pi` is of other parameters."""
+    old_pi = promp.support_pi(trial) if old_pi is None else old_pi
+    return outer_gradient(promp, trial, promp.proximal_loss, old_pi)
+
+
+def proximal_loss(promp, trial, old_pi):
+    return promp.proximal_loss(trial, promp.outer_advantage(trial), old_pi)[0]
 
 
 def moved(algorithm, amount=0.05):
@@ -35,7 +41,7 @@ def moved(algorithm, amount=0.05):
 def test_the_likelihood_ratio_is_one_at_the_first_outer_step():
     promp = make_algorithm("promp", inner_steps=2)
     trial = one_trial(promp)
-    for params, rollout in zip(promp.path(trial), trial, strict=True):
+    for params, rollout in zip(promp.adapted_params(trial), trial, strict=True):
         ratio = (task_log_prob(promp.policy, params, rollout).flatten(1) - rollout.log_prob).exp()
         torch.testing.assert_close(ratio, torch.ones_like(ratio))
 
@@ -55,10 +61,10 @@ def test_without_penalty_and_clip_later_steps_are_mamls_too():
     maml = make_algorithm("maml", outer="vpg")
     promp = make_algorithm("promp", clip=1e6, kl_penalty=0.0)
     trial = one_trial(maml)
-    gradient(promp, trial)
+    old_pi = promp.support_pi(trial)
     for algorithm in (maml, promp):
         moved(algorithm)
-    expected, found = (outer_gradient(a, trial) for a in (maml, promp))
+    expected, found = outer_gradient(maml, trial), gradient(promp, trial, old_pi)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
@@ -67,15 +73,15 @@ def test_the_penalty_is_the_divergence_of_every_policy_that_acted_before_the_las
     promp = make_algorithm("promp", SMALL, inner_steps=2, kl_penalty=2.0)
     free = make_algorithm("promp", SMALL, inner_steps=2, kl_penalty=0.0)
     trial = one_trial(promp)
-    head, acted = promp.policy.policy_head, []
-    for params, rollout in zip(promp.path(trial)[:-1], trial[:-1], strict=True):
-        acted.append(promp.pis([params], [rollout])[0].detach())
+    head, before = promp.policy.policy_head, []
+    for params, rollout in zip(promp.adapted_params(trial)[:-1], trial[:-1], strict=True):
+        before.append(pis(promp, [params], [rollout])[0].detach())
+    old_pi = promp.support_pi(trial)
     for algorithm in (promp, free):
-        gradient(algorithm, trial)
         moved(algorithm)
-    pis = promp.pis(promp.path(trial)[:-1], trial[:-1])
-    expected = sum(head.kl(old, pi).mean() for old, pi in zip(acted, pis, strict=True)) / 2
-    losses = [a.outer_loss(a.path(trial), trial) for a in (promp, free)]
+    after = pis(promp, promp.adapted_params(trial)[:-1], trial[:-1])
+    expected = sum(head.kl(old, pi).mean() for old, pi in zip(before, after, strict=True)) / 2
+    losses = [proximal_loss(a, trial, old_pi) for a in (promp, free)]
     assert expected > 0.01
     torch.testing.assert_close(losses[0] - losses[1], 2.0 * expected, rtol=1e-4, atol=1e-6)
 
@@ -83,11 +89,11 @@ def test_the_penalty_is_the_divergence_of_every_policy_that_acted_before_the_las
 def test_the_penalised_gradient_equals_finite_differences():
     promp = make_algorithm("promp", SMALL, clip=1e6, kl_penalty=1.0)
     trial = in_double(promp, one_trial(promp, num_tasks=2))
-    gradient(promp, trial)
+    old_pi = promp.support_pi(trial)
     moved(promp)
-    found = outer_gradient(promp, trial)
+    found = gradient(promp, trial, old_pi)
     for name, i, flat in numbers_of(promp.policy, found):
-        expected = slope(lambda: promp.outer_loss(promp.path(trial), trial).item(), flat, i)
+        expected = slope(lambda: proximal_loss(promp, trial, old_pi).item(), flat, i)
         assert found[name].view(-1)[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
@@ -97,9 +103,9 @@ def test_a_heavy_penalty_keeps_the_start_where_it_is():
         promp = make_algorithm("promp", kl_penalty=kl_penalty, epochs=20)
         promp.policy.update_obs_norm = lambda *_: None  # they move policies too
         trial = one_trial(promp)
-        acted = promp.pis(promp.path(trial)[:1], trial[:1])[0].detach()
+        acted = pis(promp, promp.adapted_params(trial)[:1], trial[:1])[0].detach()
         promp.update(trial)
-        after = promp.pis(promp.path(trial)[:1], trial[:1])[0]
+        after = pis(promp, promp.adapted_params(trial)[:1], trial[:1])[0]
         distances.append(promp.policy.policy_head.kl(acted, after).mean().item())
     assert distances[1] < 0.5 * distances[0]
 
@@ -110,9 +116,9 @@ def test_the_shares_of_several_learners_average_to_the_whole_penalty():
         promp = make_algorithm("promp", kl_penalty=3.0)
         promp.rank, promp.world_size = rank, world_size
         trial = one_trial(promp)
-        gradient(promp, trial)
+        old_pi = promp.support_pi(trial)
         moved(promp)
-        gradients[rank, world_size] = outer_gradient(promp, trial)
+        gradients[rank, world_size] = gradient(promp, trial, old_pi)
     for name, whole in gradients[0, 1].items():
         average = (gradients[0, 2][name] + gradients[1, 2][name]) / 2
         torch.testing.assert_close(average, whole, rtol=1e-4, atol=1e-6)
@@ -124,9 +130,8 @@ def test_the_penalty_within_a_trial_is_a_mean_over_its_steps():
     mask = torch.zeros_like(trial[1].mask)
     mask[0, 0] = True  # Of the second piece a single step counts.
     trial[1] = replace(trial[1], mask=mask, all_count=False)
-    path = promp.path(trial)
-    promp._acted = [pi.detach() + torch.randn_like(pi) for pi in promp.pis(path, trial)[:-1]]
-    pairs = zip(promp._acted, promp.pis(path, trial), strict=False)
-    kl = torch.cat([promp.policy.policy_head.kl(*pair) for pair in pairs]).flatten(1)
+    params, pi = promp.adapted_params(trial), promp.support_pi(trial)
+    old_pi = pi + torch.randn_like(pi)
+    kl = promp.policy.policy_head.kl(old_pi, pi)
     counted = torch.cat([r.mask for r in trial[:-1]])
-    torch.testing.assert_close(promp._kl(path, trial), kl[counted].mean())
+    torch.testing.assert_close(promp.penalty(params, trial, old_pi), kl[counted].mean())

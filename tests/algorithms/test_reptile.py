@@ -4,7 +4,7 @@ import pytest
 import torch
 from adaptation_cases import make_algorithm, one_trial
 
-from dmrl_ray.learn.task_params import task_log_prob
+from dmrl_ray.learn.per_task import task_log_prob
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss
 
 FREE = {"optimizer": "sgd", "max_grad_norm": 1e6}
@@ -19,8 +19,7 @@ def test_the_learner_adapts_exactly_as_the_worker_did(tasks):
     reptile = make_algorithm("reptile", tasks=tasks, inner_steps=3)
     trial = one_trial(reptile)
     assert len(trial) == 3  # nothing acts after the last step
-    path = reptile.adaptation(trial, create_graph=False)
-    for params, rollout in zip(path, trial, strict=False):
+    for params, rollout in zip(reptile.adapted_params(trial), trial, strict=False):
         log_prob = task_log_prob(reptile.policy, params, rollout).flatten(1)
         torch.testing.assert_close(log_prob, rollout.log_prob)
 
@@ -44,7 +43,7 @@ def test_one_inner_step_is_joint_training():
 def test_a_step_as_long_as_the_inner_ones_ends_at_the_mean_of_the_adapted_weights():
     reptile = make_algorithm("reptile", inner_steps=3, lr=0.1, inner_lr=0.1, **FREE)
     trial = one_trial(reptile)
-    end = reptile.adaptation(trial, create_graph=False)[-1]
+    end = reptile.adapted_params(trial)[-1]
     reptile.update(trial)
     for name, parameter in reptile.policy.named_parameters():
         if name in end:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from adaptation_cases import make_algorithm, one_trial
+from adaptation_cases import make_algorithm, one_trial, outer_loss
 from torch import nn
 
-from dmrl_ray.learn.task_params import task_pi
+from dmrl_ray.learn.per_task import task_pi
 from dmrl_ray.learn.trust_region import conjugate_gradient, trust_region_step
 
 
@@ -77,11 +77,11 @@ def test_mamls_step_lowers_its_loss_and_keeps_the_adapted_policies_near(tasks):
     maml = make_algorithm("maml", tasks=tasks, outer="trpo", max_kl=0.01)
     maml.policy.update_obs_norm = lambda *_: None  # they move policies too
     trial = one_trial(maml)
-    query = task_pi(maml.policy, maml.path(trial)[-1], trial[-1]).detach()
-    before = maml.outer_loss(maml.path(trial), trial).item()
+    query = task_pi(maml.policy, maml.adapted_params(trial)[-1], trial[-1]).detach()
+    before = outer_loss(maml, trial).item()
     metrics = maml.update(trial)
-    after = maml.outer_loss(maml.path(trial), trial).item()
-    moved = task_pi(maml.policy, maml.path(trial)[-1], trial[-1])
+    after = outer_loss(maml, trial).item()
+    moved = task_pi(maml.policy, maml.adapted_params(trial)[-1], trial[-1])
     kl = maml.policy.policy_head.kl(query, moved).mean().item()
     assert after < before
     assert 0 < kl <= 0.01 + 1e-6
