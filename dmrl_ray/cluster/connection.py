@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -19,6 +19,9 @@ from ray.exceptions import RayError, RayTaskError
 from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
 from dmrl_ray.config.schema import RunConfig, resolve_auto
 from dmrl_ray.errors import ClusterError, JobLost
+
+RayObject: TypeAlias = Any
+"""An actor, a reference, or what a call of an actor returns: Ray gives none of them a type."""
 
 START_TIMEOUT_S = 60.0
 """Time for actors to be placed and to import what they need."""
@@ -134,7 +137,7 @@ def _start_here(config: RunConfig) -> None:
 
 def _join(address: str, *, inside_job: bool) -> None:
     if inside_job:  # The job has a working directory, and variables that must not be given twice.
-        runtime_env: dict[str, Any] = {
+        runtime_env: dict[str, object] = {
             "env_vars": {k: v for k, v in ONE_THREAD.items() if k not in os.environ}
         }
     else:
@@ -164,7 +167,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+_QUIET: dict[str, object] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 def _own_paths() -> list[str]:

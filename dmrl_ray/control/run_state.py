@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.jobs.learner import LocalLearners
+from dmrl_ray.jobs.messages import Answer, Call, CallId, Result, WorkerEvent
+from dmrl_ray.jobs.protocols import Learners, Workers, answers, map_calls
 from dmrl_ray.jobs.spec import JobSpec, Weights, load_family
 from dmrl_ray.jobs.worker import LocalWorkers
 from dmrl_ray.results.display import Display
@@ -58,19 +61,20 @@ class Run:
         self.distribution: TaskDistribution = load_family(config.tasks)
         self.rollback()
         self._address = address
-        self._workers: Any = None
+        self._workers: Workers | None = None
         self._committed_at = time.monotonic()
         self._updates_since_commit = 0
         self._signal: int | None = None
         self._held = False
 
     @property
-    def workers(self) -> Any:
-        """The rollout workers, started on first use: `LocalWorkers` or `pool.RayWorkers`."""
+    def workers(self) -> Workers:
+        """The rollout workers, started on first use."""
         if self._workers is None and self.config.workers.num == 0:
-            self._workers = LocalWorkers(self.check)
+            self._workers = LocalWorkers()
         elif self._workers is None:
-            self._starting_workers().start()
+            self._starting_workers().start(self.check)
+        assert self._workers is not None
         return self._workers
 
     def connect(self) -> None:
@@ -79,27 +83,34 @@ class Run:
 
         connect(self._address, self.config)
 
-    def learners(self, spec: JobSpec) -> Any:
-        """Learners for a job: `LocalLearners` or `learners.RayLearners`."""
+    def learners(self, spec: JobSpec) -> Learners:
+        """Learners for a job."""
         if self.config.workers.num == 0:
             return LocalLearners(spec)
         from dmrl_ray.cluster.learners import RayLearners
 
         # Workers begin first, as there are places that only learners may take.
-        workers = self._starting_workers()
-        return RayLearners(spec, self.config.learners, self.config.workers, workers.start)
+        start = partial(self._starting_workers().start, self.check)
+        return RayLearners(spec, self.config.learners, self.config.workers, start)
 
     def _starting_workers(self) -> RayWorkers:
-        """The workers, which may not be up yet."""
+        """The workers on Ray, which may not be up yet."""
         from dmrl_ray.cluster.pool import RayWorkers
 
         if self._workers is None:
             self.connect()
-            self._workers = RayWorkers(
-                self.config.workers, on_event=self._worker_event, check=self.check
-            )
-        workers: RayWorkers = self._workers
-        return workers
+            self._workers = RayWorkers(self.config.workers)
+        assert isinstance(self._workers, RayWorkers)
+        return self._workers
+
+    def map(self, calls: Sequence[Call[Result]]) -> Iterator[tuple[int, Result]]:
+        """Results of calls of workers as they come, each with the number of its call."""
+        return map_calls(self.workers, calls, self.check, self._on_worker_event)
+
+    def collected(self, ids: Sequence[CallId]) -> list[Answer[object]]:
+        """The answers of the collections of an iteration, by shard."""
+        found = answers(self.workers, ids, self.check, self._on_worker_event)
+        return sorted(found, key=lambda answer: answer.id.number)
 
     def restart_workers(self) -> None:
         """After a loss that no single worker explains: begin again with new ones."""
@@ -328,9 +339,9 @@ class Run:
             signal.raise_signal(number)
         self._signal = number
 
-    def _worker_event(self, event: str, detail: dict[str, object]) -> None:
-        self.event(event, "", "", **detail)
-        self.display.message(f"{event}: {detail}")
+    def _on_worker_event(self, event: WorkerEvent) -> None:
+        self.event(event.event, "", "", **event.detail)
+        self.display.message(f"{event.event}: {event.detail}")
 
     def close(self) -> None:
         """End the workers."""

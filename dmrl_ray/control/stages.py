@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,10 @@ from dmrl_ray.control.train_loop import evaluation_calls, run_job, tasks_at_once
 from dmrl_ray.data.lineage import learned_from
 from dmrl_ray.data.sources import recordings_of
 from dmrl_ray.jobs.external import external_of
-from dmrl_ray.jobs.messages import AdaptCall
+from dmrl_ray.jobs.messages import AdaptCall, Call, Stored
 from dmrl_ray.jobs.spec import JobSpec, Weights, build, job_spec
 from dmrl_ray.jobs.transfer import rllib_start
-from dmrl_ray.jobs.worker import SinceChange
+from dmrl_ray.jobs.worker import RolloutWorker, SinceChange
 from dmrl_ray.results.statistics import t_interval
 from dmrl_ray.rollout.rows import mean_of_known
 from dmrl_ray.types import Task
@@ -79,23 +78,22 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     def snapshot() -> None:
         run.state["jobs"][name] = list(finished)
 
-    calls = [(s, weights, stage.updates) for s in open_specs]
-    method = "train_recorded" if stage.record else "train"
+    calls = [Call(RolloutWorker.train, (s, weights, stage.updates)) for s in open_specs]
     if external_of(spec) is not None:
         run.connect()
     with run.committing(snapshot):
-        for i, (rows, trained, env_steps, left_out, *recorded) in run.workers.map(method, calls):
-            job = open_specs[i]
+        for i, report in run.map(calls):
+            job, rows = open_specs[i], report.episodes
             if job.name == specs[0].name:  # All learn from the same data.
-                run.add_left_out(job, left_out)
-            for part in recorded[0] if recorded else ():
+                run.add_left_out(job, report.left_out)
+            for part in report.steps:
                 run.add_steps(job, part)
             run.add_episodes(job, rows)
-            run.save_policy(job.name, trained, stage.updates)
-            made = {"updates": stage.updates, "env_steps": env_steps}
+            run.save_policy(job.name, report.weights, stage.updates)
+            made = {"updates": stage.updates, "env_steps": report.env_steps}
             run.event("job_finished", name, job.name, **made)
             finished.append(job.name)
-            steps += env_steps
+            steps += report.env_steps
             at_the_end = rows["policy_version"] == stage.updates
             last = rows["return"][at_the_end]  # Empty if no episode ended then.
             run.display.update(
@@ -148,7 +146,9 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
             episodes=stage.episodes_per_task,
             frozen=frozen,
         )
-        results = dict(run.workers.map("evaluate_steps", [(call, weights) for call in calls]))
+        results = dict(
+            run.map([Call(RolloutWorker.evaluate_steps, (call, weights)) for call in calls])
+        )
         number = 0
         for i, call in enumerate(calls):
             rows = results[i][0]
@@ -163,7 +163,7 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
 
 
 def _play_streams(
-    run: Run, spec: JobSpec, stage: Adapt, weights: Any, version: int, tasks: list[Task]
+    run: Run, spec: JobSpec, stage: Adapt, weights: Stored, version: int, tasks: list[Task]
 ) -> np.ndarray:
     """The agent that nobody tells of changes; its returns."""
     program = build(spec)
@@ -173,10 +173,10 @@ def _play_streams(
     size = tasks_at_once(program.distribution, copies, episodes)
     starts = range(0, len(streams), size)
     calls = [
-        (AdaptCall(spec, tuple(streams[start : start + size]), stage, i), weights)
+        AdaptCall(spec, tuple(streams[start : start + size]), stage, i)
         for i, start in enumerate(starts)
     ]
-    results = dict(run.workers.map("adapt", calls))
+    results = dict(run.map([Call(RolloutWorker.adapt, (call, weights)) for call in calls]))
     for i, start in enumerate(starts):
         rows = results[i][0]
         rows["trial"] = start + rows["trial"]

@@ -32,10 +32,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -44,8 +44,17 @@ from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.config.schema import By, Pretrain, resolve_auto
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.jobs.external import ExternalAlgorithm, external_of
-from dmrl_ray.jobs.messages import CollectCall, CollectReport, EvaluateCall
+from dmrl_ray.jobs.messages import (
+    Call,
+    CallId,
+    CollectCall,
+    CollectReport,
+    EvaluateCall,
+    Stored,
+)
+from dmrl_ray.jobs.protocols import Learners, Trained
 from dmrl_ray.jobs.spec import JobSpec, build
+from dmrl_ray.jobs.worker import RolloutWorker, collect_calls
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import reference
 from dmrl_ray.types import Arrays, Columns, Task, storable
@@ -84,7 +93,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
         validation = _validation(run, stage)
         clock = time.monotonic()
         spent = {"time/write_s": 0.0}  # by the driver, since the newest update
-        in_flight: deque[tuple[int, Any]] = deque()  # acting version and calls, oldest first
+        in_flight: deque[tuple[int, list[CallId]]] = deque()  # acting version, calls; oldest first
         size = stage.env_steps  # of an iteration: might be all, until the first one has told
 
         def snapshot() -> None:
@@ -93,21 +102,23 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
         while progress.env_steps < stage.env_steps:
             starts = range(progress.env_steps, stage.env_steps, size)[: stage.max_policy_lag + 1]
             for env_steps in starts[len(in_flight) :]:
-                before = run.workers.states_after(in_flight[-1][1]) if in_flight else states
+                before = in_flight[-1][1] if in_flight else states
                 iteration = progress.updates + len(in_flight)
                 in_flight.append(_start(run, spec, learners, iteration, env_steps, before))
             version, started = in_flight.popleft()
             with run.committing(snapshot):
-                collected = run.workers.finish_collect(started)
+                collected = run.collected(started)
             waited = time.monotonic() - clock
-            reports: list[CollectReport] = [c[0] for c in collected]
-            states = [c[2] for c in collected]
+            reports = [cast(CollectReport, answer.value) for answer in collected]
+            states = [answer.state for answer in collected]
             size = sum(report.env_steps for report in reports)
             _place(reports, progress.env_steps, size)
             progress.env_steps += size
             done = progress.env_steps >= stage.env_steps
             with _timed(spent, "time/learner_call_s"):
-                metrics = learners.update(progress.env_steps - size, [c[1] for c in collected])
+                metrics = learners.update(
+                    progress.env_steps - size, [answer.trial for answer in collected]
+                )
             metrics["policy_lag"] = float(progress.updates - version)
             progress.updates += 1
             metrics |= {"time/learner_wait_s": waited, **spent}
@@ -167,7 +178,7 @@ def _run_external(
 def evaluate(
     run: Run,
     spec: JobSpec,
-    weights: Any,
+    weights: Stored,
     tasks: list[Task],
     *,
     trials: int = 1,
@@ -182,19 +193,19 @@ def evaluate(
         record: add every step to the transitions table.
     """
     calls = [
-        (call, weights)
+        call
         for trial in range(trials)
         for call in evaluation_calls(
             spec, tasks, trial=trial, greedy=greedy, policy_version=policy_version
         )
     ]
-    results = {}
-    for i, answer in run.workers.map("evaluate_recorded" if record else "evaluate", calls):
-        if record:
-            results[i], steps = answer
+    results: dict[int, Columns] = {}
+    if record:
+        recorded = [Call(RolloutWorker.evaluate_recorded, (call, weights)) for call in calls]
+        for i, (results[i], steps) in run.map(recorded):  # noqa: B007
             run.add_steps(spec, steps)
-        else:
-            results[i] = answer
+    else:
+        results |= run.map([Call(RolloutWorker.evaluate, (call, weights)) for call in calls])
     parts = [results[i] for i in range(len(calls))]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -280,8 +291,8 @@ def _validation(run: Run, stage: Pretrain) -> Validation:
 
 
 def _begin(
-    run: Run, spec: JobSpec, learners: Any, initial: Arrays | None
-) -> tuple[Progress, list[Any]]:
+    run: Run, spec: JobSpec, learners: Trained, initial: Arrays | None
+) -> tuple[Progress, list[Stored]]:
     """From the commit, or from the start."""
     job = run.state["jobs"].get(spec.stage)
     if job is None:
@@ -301,11 +312,17 @@ def _begin(
 
 
 def _start(
-    run: Run, spec: JobSpec, learners: Any, iteration: int, env_steps: int, states: list[Any]
-) -> tuple[int, Any]:
+    run: Run,
+    spec: JobSpec,
+    learners: Learners,
+    iteration: int,
+    env_steps: int,
+    states: Sequence[Stored | CallId],
+) -> tuple[int, list[CallId]]:
     """Begin one iteration of all shards; also returns the version that acts in it."""
     calls = [CollectCall(spec, shard, iteration, env_steps) for shard in range(spec.rollout.shards)]
-    return learners.version, run.workers.start_collect(calls, learners.published(), states)
+    calls_of_shards = collect_calls(calls, learners.published(), states)
+    return learners.version, [run.workers.submit(call) for call in calls_of_shards]
 
 
 def _place(reports: list[CollectReport], start: int, size: int) -> None:
@@ -351,7 +368,7 @@ def _record(
 
 
 def _validate(
-    run: Run, spec: JobSpec, learners: Any, progress: Progress, validation: Validation
+    run: Run, spec: JobSpec, learners: Trained, progress: Progress, validation: Validation
 ) -> None:
     """Evaluate on the validation tasks; the best policy so far is kept."""
     policy, version, greedy = learners.published(), progress.updates, validation.greedy
@@ -370,12 +387,12 @@ def _validate(
         run.event("best_policy", spec.stage, spec.name, update=progress.updates, score=score)
 
 
-def _save_policy(run: Run, spec: JobSpec, name: str, learners: Any) -> None:
+def _save_policy(run: Run, spec: JobSpec, name: str, learners: Trained) -> None:
     run.save_policy(f"{spec.stage}.{name}", learners.weights(), learners.version)
 
 
 def _snapshot(
-    run: Run, spec: JobSpec, learners: Any, progress: Progress, states: list[Any]
+    run: Run, spec: JobSpec, learners: Trained, progress: Progress, states: list[Stored]
 ) -> None:
     """Put the job's whole state where the next commit finds it."""
     run.state["jobs"][spec.stage] = asdict(progress)
@@ -383,7 +400,7 @@ def _snapshot(
     shards = {
         f"{shard}/{name}": array
         for shard, state in enumerate(states)
-        for name, array in storable(run.workers.fetch(state)).items()
+        for name, array in storable(cast(Arrays, run.workers.fetch(state))).items()
     }
     if shards:
         run.save(f"{spec.stage}.shards", shards)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.errors import ConfigError, NumericalError
+from dmrl_ray.jobs.messages import Stored
 from dmrl_ray.jobs.spec import JobSpec, Weights, build, get_weights, set_weights
 from dmrl_ray.learn.all_reduce import gradient_average
 from dmrl_ray.learn.gradients import Compiled
@@ -155,9 +156,9 @@ class LocalLearners:
         self._learner = Learner(spec)
         self.version = 0
 
-    def update(self, env_steps: int, trials: list[Any]) -> dict[str, float]:
+    def update(self, env_steps: int, trials: list[Stored]) -> dict[str, float]:
         """One update; `weights` are new afterwards."""
-        metrics = self._learner.update(self.version, env_steps, trials)
+        metrics = self._learner.update(self.version, env_steps, cast("list[Trial]", trials))
         self.version += 1
         return metrics
 

@@ -6,10 +6,12 @@ any call, and a call that was lost with its worker is simply made again.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,7 +22,20 @@ from dmrl_ray.backend import host
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.jobs.external import external_of
 from dmrl_ray.jobs.learner import Learner
-from dmrl_ray.jobs.messages import AdaptCall, CollectCall, CollectReport, EvaluateCall
+from dmrl_ray.jobs.messages import (
+    AdaptCall,
+    Answer,
+    Call,
+    CallId,
+    CollectCall,
+    CollectReport,
+    EvaluateCall,
+    Result,
+    Stored,
+    TrainReport,
+    WorkerEvent,
+    WorkerState,
+)
 from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build, set_weights
 from dmrl_ray.rollout.rows import (
     Steps,
@@ -187,24 +202,12 @@ class RolloutWorker:
         episodes["trial"] = rows["environment"].astype(np.int64) // (sampler.num_envs // num)
         return episodes
 
-    def train(
-        self, spec: JobSpec, weights: Arrays, updates: int
-    ) -> tuple[Columns, Arrays, int, tuple[LeftOut, ...]]:
-        """A small job whole: a shard collected and learned from, `updates` times.
-
-        Returns the rows of its episodes, the weights at its end, the environment steps that it
-        made, and what it left out of data.
-        """
+    def train(self, spec: JobSpec, weights: Arrays, updates: int) -> TrainReport:
+        """Do a small job whole: collect a shard and learn from it, `updates` times."""
         external = external_of(spec)
         if external is not None:
             with closing(external):
-                return (*external.train(weights, updates), ())
-        return self.train_recorded(spec, weights, updates)[:4]
-
-    def train_recorded(
-        self, spec: JobSpec, weights: Arrays, updates: int
-    ) -> tuple[Columns, Arrays, int, tuple[LeftOut, ...], list[Steps]]:
-        """The same, and every step in the order of learning, if the job is recorded."""
+                return external.train(weights, updates)
         learner = Learner(spec)
         learner.load_weights(weights)
         parts: list[Columns] = []
@@ -225,7 +228,7 @@ class RolloutWorker:
             env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
-        return rows, learner.weights(), env_steps, left_out, steps
+        return TrainReport(rows, learner.weights(), env_steps, left_out, tuple(steps))
 
     def _program(self, spec: JobSpec, weights: Weights, device: str | None = None) -> Program:
         key = spec.key if device is None else (*spec.key, device)
@@ -251,9 +254,9 @@ class RolloutWorker:
             sampler.set_state(self._read(state))
         return sampler
 
-    def _read(self, state: Arrays) -> Arrays:
+    def _read(self, state: Stored) -> Arrays:
         """A shard's state, from the form in which it came."""
-        return state
+        return cast(Arrays, state)
 
     def _forget(self, spec: JobSpec) -> None:
         for cache in (self._programs, self._samplers, self._loaded):
@@ -267,48 +270,85 @@ def _left_out(algorithm: Algorithm) -> tuple[LeftOut, ...]:
     return tuple(left_out for left_out in found if left_out is not None)
 
 
-class LocalWorkers:
-    """The worker pool of a run without Ray: one worker, in this process.
+def collect_calls(
+    calls: list[CollectCall], weights: Stored, states: Sequence[Stored | CallId]
+) -> list[Call[object]]:
+    """The calls of one iteration of every shard.
 
     Args:
-        check: called between two calls of `map`; what it raises ends the map.
+        calls: by shard.
+        weights: that act.
+        states: of the shards, or the calls before these, which may still be in flight.
     """
+    return [
+        Call(RolloutWorker.collect, (call, weights), call.shard, state)
+        for call, state in zip(calls, states, strict=True)
+    ]
+
+
+class LocalWorkers:
+    """The workers of a run without Ray: one, in this process, that works while it is waited for."""
 
     total = alive = 1
 
-    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self._worker = RolloutWorker()
-        self._check = check
+        self._number = 0
+        self._waiting: dict[CallId, Call[Any]] = {}
+        self._answers: dict[CallId, Answer[object]] = {}
+        self._call: Call[object] | None = None
+        self._since = time.monotonic()
 
-    def start_collect(
-        self, calls: list[CollectCall], weights: Any, states: list[Any]
-    ) -> list[tuple[CollectReport, Any, Any]]:
-        """Begin one iteration of every shard; the answer is for `finish_collect`."""
-        return [self._worker.collect(c, weights, s) for c, s in zip(calls, states, strict=True)]
+    def submit(self, call: Call[Result]) -> CallId:
+        """Note a call, which `ready` makes."""
+        self._number += 1
+        number = CallId(self._number)
+        self._waiting[number] = call
+        return number
 
-    def states_after(self, started: list[tuple[CollectReport, Any, Any]]) -> list[Any]:
-        """What the next iteration begins with, while this one may still be in flight."""
-        return [state for _, _, state in started]
+    def ready(
+        self, ids: Sequence[CallId], timeout_s: float
+    ) -> tuple[list[Answer[object]], list[WorkerEvent]]:
+        """The answer of the first of these calls, however long it takes."""
+        if ids[0] not in self._answers:
+            self._make(ids[0])
+        return [self._answers.pop(ids[0])], []
 
-    def finish_collect(
-        self, started: list[tuple[CollectReport, Any, Any]]
-    ) -> list[tuple[CollectReport, Any, Any]]:
-        """Reports, trials and states by shard number."""
-        return started
+    def forget(self, ids: Sequence[CallId]) -> None:
+        """Calls that are not made."""
+        for number in ids:
+            self._waiting.pop(number, None)
+            self._answers.pop(number, None)
 
-    def map(self, method: str, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Results of a worker's method over many arguments, with their indices, as they come."""
-        for i, arguments in enumerate(calls):
-            self._check()
-            yield i, getattr(self._worker, method)(*arguments)
+    def states(self) -> list[WorkerState]:
+        """What this process does as a worker."""
+        return [WorkerState(0, os.getpid(), "", self._call, self._since)]
 
-    def put(self, value: Any) -> Any:
-        """Make a large argument ready to be used in many calls."""
+    def put(self, value: object) -> Stored:
+        """The value."""
         return value
 
-    def fetch(self, value: Any) -> Any:
-        """The value behind what a call returned as large."""
+    def fetch(self, value: Stored) -> object:
+        """The value."""
         return value
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _make(self, number: CallId) -> None:
+        before = self._waiting[number].state
+        if isinstance(before, CallId):
+            self._make(before)
+        call = self._waiting.pop(number)
+        self._call, self._since = call, time.monotonic()
+        try:
+            if call.shard is None:
+                answer = Answer(number, call.method(self._worker, *call.arguments))
+            else:
+                answer = Answer(number, *call.method(self._worker, *call.arguments, call.state))
+        finally:
+            self._call, self._since = None, time.monotonic()
+        self._answers[number] = answer
+        for other, after in self._waiting.items():
+            if after.state == number:
+                self._waiting[other] = replace(after, state=answer.state)
