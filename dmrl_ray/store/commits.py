@@ -29,7 +29,7 @@ from typing import TypeAlias, TypeVar
 from dmrl_ray.config.loading import load_config
 from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.errors import ConfigError, CorruptRun
-from dmrl_ray.store.files import FileRecord, difference
+from dmrl_ray.store.files import FileRecord, LocalFiles, difference
 
 FORMAT_VERSION = 3
 Json: TypeAlias = dict[str, object]
@@ -117,7 +117,7 @@ class History:
     @classmethod
     def read(cls, folder: Path) -> History:
         """Read and check all records and all table parts they name."""
-        names = [_NAME.fullmatch(path.name) for path in (folder / "commits").iterdir()]
+        names = [_NAME.fullmatch(name) for name in LocalFiles(folder).list("commits")]
         paths = {int(m[1]): folder / "commits" / m[0] for m in names if m}
         history = cls(folder, {}, {})
         for number in range(1, max(paths, default=0) + 1):
@@ -167,7 +167,12 @@ class History:
 
 def commit_path(folder: Path, number: int) -> Path:
     """Where commit `number` is recorded."""
-    return folder / "commits" / f"{number:08d}.json"
+    return folder / commit_name(number)
+
+
+def commit_name(number: int) -> str:
+    """The same within the run folder."""
+    return f"commits/{number:08d}.json"
 
 
 def part_problems(folder: Path, commit: Commit) -> list[str]:

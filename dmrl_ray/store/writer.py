@@ -19,7 +19,6 @@ import re
 import socket
 import time
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -31,7 +30,7 @@ from dmrl_ray.errors import FolderInUse
 from dmrl_ray.store.commits import (
     Commit,
     Json,
-    commit_path,
+    commit_name,
     committed_parts,
     hidden,
     hidden_path,
@@ -39,13 +38,11 @@ from dmrl_ray.store.commits import (
 )
 from dmrl_ray.store.files import (
     FileRecord,
+    Files,
+    LocalFiles,
     is_numeric,
     load_arrays,
-    put_if_absent,
     save_arrays,
-    storage_errors,
-    sync_folder,
-    synced_file,
 )
 from dmrl_ray.store.run_folder import FolderLock, local_path, make_run, recover
 from dmrl_ray.store.tables import SCHEMAS, Cells, TableBuffer, check_columns, schema_of
@@ -69,6 +66,7 @@ class RunWriter:
 
     def __init__(self, folder: Path, lock: FolderLock, record: Json, keep: int) -> None:
         self.folder = folder
+        self._files: Files = LocalFiles(folder)
         self.run_id = str(record["run_id"])
         self.keep = keep
         self.number = 0
@@ -198,7 +196,7 @@ class RunWriter:
         while path + suffix in self._saved:
             attempt += 1
             path = f"{base}-{attempt}"
-        record = save_arrays(self.folder, path + suffix, arrays, metadata)
+        record = save_arrays(self._files, path + suffix, arrays, metadata)
         self._saved[record.path] = self.number + 1
         return record
 
@@ -207,7 +205,7 @@ class RunWriter:
         if name not in self.files:
             known = ", ".join(self.files) or "none"
             raise ValueError(f"{self.folder}: no checkpoint {name!r} in use; there are: {known}")
-        return load_arrays(self.folder, self.files[name])
+        return load_arrays(self._files, self.files[name])
 
     def commit(self, state: Json, files: Mapping[str, FileRecord]) -> int:
         """Make the buffered rows, the state and the saved files durable, all or nothing.
@@ -232,7 +230,7 @@ class RunWriter:
         data = record.to_bytes()
         won = False
         try:
-            won = put_if_absent(commit_path(self.folder, number), data)
+            won = self._files.put_if_absent(commit_name(number), data)
         finally:
             if not won:
                 self._delete([hidden(part).path for part in parts])
@@ -277,24 +275,18 @@ class RunWriter:
         return parts
 
     def _write_part(self, table: str, number: int, buffer: TableBuffer) -> FileRecord:
-        data = buffer.to_parquet({"dmrl.writer": self._name})
-        digest = hashlib.sha256(data).hexdigest()
+        data = memoryview(buffer.to_parquet({"dmrl.writer": self._name}))
         order = len(self._spilled)  # Readers sort by name, and rows shall come as they were added.
+        digest = hashlib.sha256(data).hexdigest()
         name = f"part-{number:08d}-{order:04d}-{digest[:16]}.parquet"
-        part = FileRecord(f"{table}/{name}", data.size, digest)
-        path = self.folder / hidden(part).path
-        with synced_file(path) as file:
-            file.write(data)
-        sync_folder(path.parent)
+        part = FileRecord(f"{table}/{name}", data.nbytes, digest)
+        self._files.put(hidden(part).path, data)
         return part
 
     def _publish(self) -> None:
         while self._renames:
-            before, after = (self.folder / path for path in self._renames[0])
-            with storage_errors(after):
-                os.rename(before, after)
+            self._files.rename(*self._renames[0])
             self._renames.pop(0)
-            sync_folder(after.parent)
 
     def _prune(self) -> None:
         self._kept = [{file.path for file in self.files.values()}, *self._kept][: self.keep]
@@ -305,9 +297,8 @@ class RunWriter:
             del self._saved[path]
 
     def _delete(self, paths: list[str]) -> None:
-        for path in paths:
-            with suppress(OSError):  # What is left over is deleted when the run is opened next.
-                os.unlink(self.folder / path)
+        for path in paths:  # What is left over is deleted when the run is opened next.
+            self._files.delete(path)
 
     def discard(self) -> None:
         """Drop the rows that were not committed, and keep those that were to be forgotten."""
