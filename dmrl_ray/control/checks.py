@@ -29,11 +29,9 @@ from dmrl_ray.jobs.spec import (
     JobSpec,
     Program,
     build,
-    get_weights,
     job_spec,
     load_family,
     outline,
-    set_weights,
     smoke_test,
 )
 from dmrl_ray.jobs.transfer import rllib_start
@@ -225,17 +223,17 @@ def _check_data(config: RunConfig, name: str, program: Program) -> None:
 
 def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:
     """See that a stage can begin with the policy that another stage leaves."""
-    start = build(source).policy
+    start = build(source)
     here, there = spec.algorithm_name, source.algorithm_name
-    if start.sees_previous != program.policy.sees_previous:
-        seeing, blind = (there, here) if start.sees_previous else (here, there)
+    if start.policy.sees_previous != program.policy.sees_previous:
+        seeing, blind = (there, here) if start.policy.sees_previous else (here, there)
         raise ValueError(
             f"init_from: a policy of {seeing} is shown its last action and reward, one of {blind} "
             f"is not, so {here} cannot go on with the policy of stage {source.stage!r}, which is "
             f"{there}'s; use algorithm: {there} here, or start from another stage"
         )
     try:
-        set_weights(program.policy, get_weights(start))
+        program.load(start.weights())
     except ValueError as error:
         raise ValueError(
             f"init_from: the policy of stage {source.stage!r} does not fit; leave network out, or "

@@ -138,6 +138,18 @@ class Program:
         gamma = float(getattr(self.algorithm.config, "gamma", 0.99))
         return continued(self.algorithm, gamma, by)
 
+    def weights(self) -> Arrays:
+        """The policy's parameters and normalisation statistics by name, copied."""
+        return get_weights(self.policy)
+
+    def load(self, weights: Arrays) -> None:
+        """Give the policy these weights.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        set_weights(self.policy, weights)
+
     def sampler(self, num_envs: int) -> Sampler:
         """Environments of the family, with memory as the algorithm has it."""
         spans = self.algorithm.memory_spans_trial

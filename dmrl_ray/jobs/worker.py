@@ -36,7 +36,7 @@ from dmrl_ray.jobs.messages import (
     WorkerEvent,
     WorkerState,
 )
-from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build, set_weights
+from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build
 from dmrl_ray.rollout.rows import (
     Steps,
     episode_rows,
@@ -239,7 +239,7 @@ class RolloutWorker:
             self._programs[key] = build(spec, device)
         program = self._programs[key]
         if self._loaded.get(key) != weights.version:
-            set_weights(program.policy, weights.arrays)
+            program.load(weights.arrays)
             self._loaded[key] = weights.version
         return program
 
