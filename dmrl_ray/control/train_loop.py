@@ -32,10 +32,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 
@@ -83,56 +83,121 @@ class Progress:
     seconds: float = 0.0  # of training, over all processes that worked on it in turn
 
 
+class Iterations(Protocol):
+    """The iterations of a job, one after the other."""
+
+    states: list[Stored]
+    """Of the shards, after the newest iteration."""
+
+    def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
+        """Make the iteration that follows; returns the reports of its shards, and metrics."""
+
+
+class External:
+    """Iterations of an algorithm of another library, which samples and learns in one."""
+
+    def __init__(self, algorithm: ExternalAlgorithm) -> None:
+        self.states: list[Stored] = []
+        self._algorithm = algorithm
+
+    def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
+        """Sample and learn."""
+        report, metrics = self._algorithm.iterate(progress.env_steps)
+        return [report], metrics
+
+
+class CollectAndUpdate:
+    """Iterations of which workers collect the trials, and learners update with them."""
+
+    def __init__(self, run: Run, spec: JobSpec, stage: Pretrain, learners: Learners) -> None:
+        self.states: list[Stored] = [{} for _ in range(spec.rollout.shards)]
+        self._run, self._spec, self._stage, self._learners = run, spec, stage, learners
+        self._in_flight: deque[tuple[int, list[CallId]]] = deque()  # acting version and calls
+        self._size = stage.env_steps  # of an iteration: might be all, until the first one has told
+        self._updated_at: float | None = None
+
+    def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
+        """Wait for the oldest iteration in flight, with as many behind it as may lag, and learn."""
+        began = self._updated_at or time.monotonic()
+        self._fill(progress)
+        version, started = self._in_flight.popleft()
+        collected = self._run.collected(started)
+        waited = time.monotonic() - began
+        reports = [cast(CollectReport, answer.value) for answer in collected]
+        self.states = [answer.state for answer in collected]
+        self._size = sum(report.env_steps for report in reports)
+        _place(reports, progress.env_steps, self._size)
+        trials = [answer.trial for answer in collected]
+        start = time.monotonic()
+        metrics = self._learners.update(progress.env_steps, trials)
+        self._updated_at = time.monotonic()
+        metrics["policy_lag"] = float(progress.updates - version)
+        metrics["time/learner_wait_s"] = waited
+        metrics["time/learner_call_s"] = self._updated_at - start
+        return reports, metrics
+
+    def _fill(self, progress: Progress) -> None:
+        """Begin the iterations that may act with the newest weights."""
+        in_flight, lag = self._in_flight, self._stage.max_policy_lag
+        starts = range(progress.env_steps, self._stage.env_steps, self._size)[: lag + 1]
+        for env_steps in starts[len(in_flight) :]:
+            before = in_flight[-1][1] if in_flight else self.states
+            iteration = progress.updates + len(in_flight)
+            calls = [
+                CollectCall(self._spec, shard, iteration, env_steps)
+                for shard in range(self._spec.rollout.shards)
+            ]
+            on_workers = collect_calls(calls, self._learners.published(), before)
+            ids = [self._run.workers.submit(call) for call in on_workers]
+            in_flight.append((self._learners.version, ids))
+
+
 def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) -> Progress:
     """Train until the budget is spent, from the newest commit if it holds this job's state."""
     external = external_of(spec, resolve_auto(run.config.workers.num))
     if external is not None:
-        return _run_external(run, spec, stage, initial, external)
-    with closing(run.learners(spec)) as learners:
-        progress, states = _begin(run, spec, learners, initial)
+        run.connect()
+        return _train(run, spec, stage, initial, external, External(external))
+    learners = run.learners(spec)
+    iterations = CollectAndUpdate(run, spec, stage, learners)
+    return _train(run, spec, stage, initial, learners, iterations)
+
+
+def _train(
+    run: Run,
+    spec: JobSpec,
+    stage: Pretrain,
+    initial: Arrays | None,
+    trained: Trained,
+    iterations: Iterations,
+) -> Progress:
+    with closing(trained):
+        progress = _begin(run, spec, trained, iterations, initial)
         validation = _validation(run, stage)
         clock = time.monotonic()
         spent = {"time/write_s": 0.0}  # by the driver, since the newest update
-        in_flight: deque[tuple[int, list[CallId]]] = deque()  # acting version, calls; oldest first
-        size = stage.env_steps  # of an iteration: might be all, until the first one has told
 
         def snapshot() -> None:
-            _snapshot(run, spec, learners, progress, states)
+            _snapshot(run, spec, trained, progress, iterations.states)
 
         while progress.env_steps < stage.env_steps:
-            starts = range(progress.env_steps, stage.env_steps, size)[: stage.max_policy_lag + 1]
-            for env_steps in starts[len(in_flight) :]:
-                before = in_flight[-1][1] if in_flight else states
-                iteration = progress.updates + len(in_flight)
-                in_flight.append(_start(run, spec, learners, iteration, env_steps, before))
-            version, started = in_flight.popleft()
             with run.committing(snapshot):
-                collected = run.collected(started)
-            waited = time.monotonic() - clock
-            reports = [cast(CollectReport, answer.value) for answer in collected]
-            states = [answer.state for answer in collected]
-            size = sum(report.env_steps for report in reports)
-            _place(reports, progress.env_steps, size)
-            progress.env_steps += size
-            done = progress.env_steps >= stage.env_steps
-            with _timed(spent, "time/learner_call_s"):
-                metrics = learners.update(
-                    progress.env_steps - size, [answer.trial for answer in collected]
-                )
-            metrics["policy_lag"] = float(progress.updates - version)
+                reports, metrics = iterations.iterate(progress)
+            progress.env_steps += sum(report.env_steps for report in reports)
             progress.updates += 1
-            metrics |= {"time/learner_wait_s": waited, **spent}
+            metrics |= spent
             spent = {}
             elapsed, clock = time.monotonic() - clock, time.monotonic()
             progress.seconds += elapsed
             with _timed(spent, "time/write_s"):
                 _record(run, spec, progress, reports, metrics, elapsed)
+            done = progress.env_steps >= stage.env_steps
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted(), _timed(spent, "time/validate_s"):
-                    _validate(run, spec, learners, progress, validation)
+                    _validate(run, spec, trained, progress, validation)
             with _timed(spent, "time/write_s"):
                 run.tick(snapshot)
-        _save_policy(run, spec, "last", learners)
+        _save_policy(run, spec, "last", trained)
         snapshot()  # A larger budget can go on from here.
     return progress
 
@@ -143,36 +208,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
-
-
-def _run_external(
-    run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None, external: ExternalAlgorithm
-) -> Progress:
-    """The same for an algorithm that samples and learns in one."""
-    run.connect()
-    with closing(external):
-        progress, _ = _begin(run, spec, external, initial)
-        validation = _validation(run, stage)
-        clock = time.monotonic()
-
-        def snapshot() -> None:
-            _snapshot(run, spec, external, progress, [])
-
-        while progress.env_steps < stage.env_steps:
-            report, metrics = external.iterate(progress.env_steps)
-            progress.env_steps += report.env_steps
-            progress.updates += 1
-            elapsed, clock = time.monotonic() - clock, time.monotonic()
-            progress.seconds += elapsed
-            _record(run, spec, progress, [report], metrics, elapsed)
-            done = progress.env_steps >= stage.env_steps
-            if done or progress.updates % stage.validate_every == 0:
-                with run.uninterrupted():
-                    _validate(run, spec, external, progress, validation)
-            run.tick(snapshot)
-        _save_policy(run, spec, "last", external)
-        snapshot()
-    return progress
 
 
 def evaluate(
@@ -291,38 +326,24 @@ def _validation(run: Run, stage: Pretrain) -> Validation:
 
 
 def _begin(
-    run: Run, spec: JobSpec, learners: Trained, initial: Arrays | None
-) -> tuple[Progress, list[Stored]]:
+    run: Run, spec: JobSpec, trained: Trained, iterations: Iterations, initial: Arrays | None
+) -> Progress:
     """From the commit, or from the start."""
     job = run.state["jobs"].get(spec.stage)
     if job is None:
         if initial is not None:
-            learners.load_weights(initial)
+            trained.load_weights(initial)
         run.event("job_started", spec.stage, spec.name)
-        return Progress(), [{} for _ in range(spec.rollout.shards)]
+        return Progress()
     progress = Progress(**job)
-    learners.set_state(run.load(f"{spec.stage}.learner"), progress.updates)
+    trained.set_state(run.load(f"{spec.stage}.learner"), progress.updates)
     saved = run.load(f"{spec.stage}.shards") if f"{spec.stage}.shards" in run.files else {}
-    states: list[Arrays] = []
-    for shard in range(spec.rollout.shards):
+    for shard in range(len(iterations.states)):
         prefix = f"{shard}/"
-        states.append({k[len(prefix) :]: v for k, v in saved.items() if k.startswith(prefix)})
+        state = {k[len(prefix) :]: v for k, v in saved.items() if k.startswith(prefix)}
+        iterations.states[shard] = run.workers.put(state)
     run.event("job_resumed", spec.stage, spec.name, updates=progress.updates)
-    return progress, [run.workers.put(state) for state in states]
-
-
-def _start(
-    run: Run,
-    spec: JobSpec,
-    learners: Learners,
-    iteration: int,
-    env_steps: int,
-    states: Sequence[Stored | CallId],
-) -> tuple[int, list[CallId]]:
-    """Begin one iteration of all shards; also returns the version that acts in it."""
-    calls = [CollectCall(spec, shard, iteration, env_steps) for shard in range(spec.rollout.shards)]
-    calls_of_shards = collect_calls(calls, learners.published(), states)
-    return learners.version, [run.workers.submit(call) for call in calls_of_shards]
+    return progress
 
 
 def _place(reports: list[CollectReport], start: int, size: int) -> None:
@@ -368,10 +389,10 @@ def _record(
 
 
 def _validate(
-    run: Run, spec: JobSpec, learners: Trained, progress: Progress, validation: Validation
+    run: Run, spec: JobSpec, trained: Trained, progress: Progress, validation: Validation
 ) -> None:
     """Evaluate on the validation tasks; the best policy so far is kept."""
-    policy, version, greedy = learners.published(), progress.updates, validation.greedy
+    policy, version, greedy = trained.published(), progress.updates, validation.greedy
     rows = evaluate(run, spec, policy, validation.tasks, greedy=greedy, policy_version=version)
     score = validation.value(spec, rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
@@ -383,20 +404,20 @@ def _validate(
     newest = not spec.algorithm.load().learns_to_act
     if newest or progress.best_score is None or score > progress.best_score:
         progress.best_score, progress.best_version = score, progress.updates
-        _save_policy(run, spec, "best", learners)
+        _save_policy(run, spec, "best", trained)
         run.event("best_policy", spec.stage, spec.name, update=progress.updates, score=score)
 
 
-def _save_policy(run: Run, spec: JobSpec, name: str, learners: Trained) -> None:
-    run.save_policy(f"{spec.stage}.{name}", learners.weights(), learners.version)
+def _save_policy(run: Run, spec: JobSpec, name: str, trained: Trained) -> None:
+    run.save_policy(f"{spec.stage}.{name}", trained.weights(), trained.version)
 
 
 def _snapshot(
-    run: Run, spec: JobSpec, learners: Trained, progress: Progress, states: list[Stored]
+    run: Run, spec: JobSpec, trained: Trained, progress: Progress, states: list[Stored]
 ) -> None:
     """Put the job's whole state where the next commit finds it."""
     run.state["jobs"][spec.stage] = asdict(progress)
-    run.save(f"{spec.stage}.learner", learners.get_state())
+    run.save(f"{spec.stage}.learner", trained.get_state())
     shards = {
         f"{shard}/{name}": array
         for shard, state in enumerate(states)
