@@ -255,7 +255,26 @@ By: TypeAlias = Literal["own"] | ContinuedTraining | None
 _BY = Discriminator(lambda value: "own" if value == "own" else "continued")  # one message, not two
 
 
-class Adapt(Starting):
+class Playing(Starting):
+    """Settings shared by the stages that play a policy and leave it as it is."""
+
+    init_from: str
+    """Name of the stage whose policy is played."""
+
+    algorithm: Component | None = None
+    """How the policy adapts; that stage's own algorithm if null."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of that stage's checkpoints."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    """Tasks that are played."""
+
+    greedy: bool = True
+    """Take the most probable action where the algorithm does not need to explore at random."""
+
+
+class Adapt(Playing):
     """Meet streams of tasks that change, and keep adapting.
 
     Beside the agent stand the same one restarted at each change (`JOB.restarted` in tables) and one
@@ -263,18 +282,6 @@ class Adapt(Starting):
     """
 
     type: Literal["adapt"] = "adapt"
-
-    init_from: str
-    """Name of the stage whose policy meets the streams."""
-
-    algorithm: Component | None = None
-    """Instead of that stage's own algorithm."""
-
-    checkpoint: Literal["best", "last"] = "best"
-    """Which of that stage's checkpoints."""
-
-    split: Literal["train", "validation", "test"] = "test"
-    """Tasks in the streams."""
 
     streams: Number = 64
     """Independent streams of tasks."""
@@ -296,35 +303,17 @@ class Adapt(Starting):
     inner steps or a belief, or for algorithms without a trial continued training by their
     optimiser; ``{type: continued, ...}`` takes gradient steps on any differentiable policy."""
 
-    greedy: bool = True
-    """Take the most probable action where the algorithm does not need to explore by sampling."""
 
-
-class Evaluate(Starting):
+class Evaluate(Playing):
     """Run a policy on held-out tasks, without learning across them."""
 
     type: Literal["evaluate"] = "evaluate"
-
-    init_from: str
-    """Name of the stage whose policy is evaluated."""
-
-    algorithm: Component | None = None
-    """How the policy adapts; that stage's own algorithm if null."""
-
-    checkpoint: Literal["best", "last"] = "best"
-    """Which of that stage's checkpoints."""
-
-    split: Literal["train", "validation", "test"] = "test"
-    """Tasks to evaluate on."""
 
     tasks: Number = 256
     """Number of tasks."""
 
     trials: Number = 1
     """Trials on each task."""
-
-    greedy: bool = True
-    """Take the most probable action where the algorithm does not need to explore by chance."""
 
     record: bool = False
     """Keep every step in the transitions table."""
