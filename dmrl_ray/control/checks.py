@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import nn
@@ -67,8 +67,10 @@ def check(config: RunConfig) -> list[Part]:
         problems.setdefault(text, "" if setting.startswith("tasks.") else name)
     for name in names if not too_large else ():
         attempt(name, partial(_check_stage, config, name))
-    attempt("", partial(_check_learners, config))
-    attempt("", partial(_check_shared, config))
+    own: dict[str, Stage] = {}  # whose algorithm is no other library's
+    if attempt("", lambda: own.update(_own(config))):
+        attempt("", partial(_check_learners, config, own))
+        attempt("", partial(_check_shared, config, own))
     attempt("", partial(check_gpu, config))
     if problems:
         raise Misfit([(stage, text) for text, stage in problems.items()])
@@ -113,7 +115,7 @@ def _check_stage(config: RunConfig, name: str) -> None:
     smoke_test(program, spec, asked)
 
 
-def _check_learners(config: RunConfig) -> None:
+def _check_learners(config: RunConfig, own: Mapping[str, Stage]) -> None:
     """See that settings of learners are read by one."""
     learners = config.learners
     stages = [stage for stage in config.stages.values() if isinstance(stage, Pretrain)]
@@ -124,15 +126,14 @@ def _check_learners(config: RunConfig) -> None:
             f"learners.num: {learners.num} learners are processes beside workers, and {alone} "
             "keeps everything in this one; use 1"
         )
-    trains = any(isinstance(config.stages[name], Pretrain) for name in _own(config))
+    trains = any(isinstance(stage, Pretrain) for stage in own.values())
     for name in () if trains else ("num", "device", "compile"):
         if not at_default(learners, name):
             raise ValueError(f"learners.{name}: no stage pretrains with it; leave it out")
 
 
-def _check_shared(config: RunConfig) -> None:
+def _check_shared(config: RunConfig, own: Mapping[str, Stage]) -> None:
     """See that what the run sets for its stages is taken by one of them."""
-    own = {name: config.stages[name] for name in _own(config)}
     for setting in ("network", "algorithm"):
         taken = any(
             getattr(job_spec(config, name), setting) is getattr(config, setting)
@@ -148,9 +149,9 @@ def _check_shared(config: RunConfig) -> None:
             raise ValueError(f"rollout.{field}: no stage takes it from here; leave it out")
 
 
-def _own(config: RunConfig) -> list[str]:
-    """Stages whose algorithm is no other library's."""
-    return [name for name in config.stages if external_of(job_spec(config, name)) is None]
+def _own(config: RunConfig) -> dict[str, Stage]:
+    stages = config.stages.items()
+    return {name: stage for name, stage in stages if external_of(job_spec(config, name)) is None}
 
 
 def _check_learning(program: Program, spec: JobSpec, stage: Pretrain | Finetune) -> None:
