@@ -25,6 +25,7 @@ from dmrl_ray.control.continuation import change, changes
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
+from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.results.display import Display
@@ -143,9 +144,15 @@ def evaluate(
         policy = current.load_policy(f"{name}.{checkpoint}")
         spec = job_spec(config, name)
         drawn = current.tasks(split, tasks)
-        rows = evaluate_policy(
-            current, spec, policy, drawn, trials=trials, policy_version=policy.version
+        calls = evaluation_calls(
+            spec,
+            program_of(spec),
+            drawn,
+            trials=trials,
+            greedy=True,
+            policy_version=policy.version,
         )
+        rows = evaluate_policy(current, calls, policy)
         rows["env_steps"][:] = _env_steps(folder, name, policy.version)
         return pd.DataFrame(rows).assign(
             run_id=writer.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed

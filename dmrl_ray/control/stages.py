@@ -16,17 +16,23 @@ from dmrl_ray.config.schema import (
 )
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
-from dmrl_ray.control.train_loop import evaluation_calls, run_job, tasks_at_once
+from dmrl_ray.control.train_loop import (
+    evaluation_calls,
+    in_order,
+    program_of,
+    run_job,
+    tasks_at_once,
+)
 from dmrl_ray.data.lineage import learned_from
 from dmrl_ray.data.sources import recordings_of
 from dmrl_ray.jobs.external import external_of
-from dmrl_ray.jobs.messages import AdaptCall, Call, Stored
-from dmrl_ray.jobs.spec import JobSpec, Weights, build, job_spec
+from dmrl_ray.jobs.messages import AdaptCall, Call, EvaluateCall, Stored
+from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build, job_spec
 from dmrl_ray.jobs.transfer import rllib_start
 from dmrl_ray.jobs.worker import RolloutWorker, SinceChange
 from dmrl_ray.results.statistics import t_interval
 from dmrl_ray.rollout.rows import mean_of_known
-from dmrl_ray.types import Task
+from dmrl_ray.types import Columns, Task
 
 
 def run_stage(run: Run, name: str) -> None:
@@ -131,14 +137,16 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
     tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
-    returns: list[np.ndarray] = []
-    steps = 0
+    program = build(spec)
+    told, figures = spec.name, []
     if stage.change == "ignore":
-        returns.append(_play_streams(run, spec, stage, weights, policy.version, tasks))
-    restarted = spec.name if stage.change == "told" else f"{spec.name}.restarted"
-    for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
+        met = _meet_streams(run, spec, program, stage, weights, tasks)
+        figures.append(_add_met(run, spec, stage, policy.version, *met))
+        told = f"{spec.name}.restarted"
+    for job, frozen in ((told, False), (f"{spec.name}.unadapted", True)):
         calls = evaluation_calls(
             spec,
+            program,
             tasks,
             greedy=stage.greedy,
             policy_version=policy.version,
@@ -146,27 +154,16 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
             episodes=stage.episodes_per_task,
             frozen=frozen,
         )
-        results = dict(
-            run.map([Call(RolloutWorker.evaluate_steps, (call, weights)) for call in calls])
-        )
-        number = 0
-        for i, call in enumerate(calls):
-            rows = results[i][0]
-            rows["change"], rows["trial"] = np.divmod(number + rows["trial"], stage.streams)
-            run.add_episodes(replace(spec, name=job), rows)
-            number += len(call.tasks)
-            returns.append(rows["return"])
-            steps += int(rows["length"].sum())
-        reward, regret = _joined([results[i][1] for i in range(len(calls))], stage)
-        _report_regret(run, replace(spec, name=job), policy.version, reward, regret)
-    run.display.update(name, steps, return_=float(returns[0].mean()))
+        met = _meet_one_by_one(run, stage, weights, calls)
+        figures.append(_add_met(run, replace(spec, name=job), stage, policy.version, *met))
+    steps, returns = zip(*figures, strict=True)
+    run.display.update(name, sum(steps), return_=returns[0])
 
 
-def _play_streams(
-    run: Run, spec: JobSpec, stage: Adapt, weights: Stored, version: int, tasks: list[Task]
-) -> np.ndarray:
-    """The agent that nobody tells of changes; its returns."""
-    program = build(spec)
+def _meet_streams(
+    run: Run, spec: JobSpec, program: Program, stage: Adapt, weights: Stored, tasks: list[Task]
+) -> tuple[list[Columns], list[SinceChange]]:
+    """Episode rows of the agent that nobody tells of changes, and its steps since each."""
     copies = program.adaptation(stage.by).envs_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
     episodes = stage.tasks_per_stream * stage.episodes_per_task
@@ -176,16 +173,40 @@ def _play_streams(
         AdaptCall(spec, tuple(streams[start : start + size]), stage, i)
         for i, start in enumerate(starts)
     ]
-    results = dict(run.map([Call(RolloutWorker.adapt, (call, weights)) for call in calls]))
-    for i, start in enumerate(starts):
-        rows = results[i][0]
+    played = in_order(run, [Call(RolloutWorker.adapt, (call, weights)) for call in calls])
+    for start, (rows, _) in zip(starts, played, strict=True):
         rows["trial"] = start + rows["trial"]
+    by_change = zip(*(since for _, since in played), strict=True)
+    return [rows for rows, _ in played], [part for parts in by_change for part in parts]
+
+
+def _meet_one_by_one(
+    run: Run, stage: Adapt, weights: Stored, calls: list[EvaluateCall]
+) -> tuple[list[Columns], list[SinceChange]]:
+    """The same of an agent that begins from the policy with every task."""
+    played = in_order(run, [Call(RolloutWorker.evaluate_steps, (call, weights)) for call in calls])
+    number = 0
+    for call, (rows, _) in zip(calls, played, strict=True):
+        rows["change"], rows["trial"] = np.divmod(number + rows["trial"], stage.streams)
+        number += len(call.tasks)
+    return [rows for rows, _ in played], [since for _, since in played]
+
+
+def _add_met(
+    run: Run,
+    spec: JobSpec,
+    stage: Adapt,
+    version: int,
+    parts: list[Columns],
+    since: list[SinceChange],
+) -> tuple[int, float]:
+    """Add what an agent made of the streams to the tables; returns its steps and mean return."""
+    for rows in parts:
         run.add_episodes(spec, rows)
-    returns = np.concatenate([results[i][0]["return"] for i in range(len(calls))])
-    by_change = zip(*(results[i][1] for i in range(len(calls))), strict=True)
-    reward, regret = _joined([part for parts in by_change for part in parts], stage)
+    reward, regret = _joined(since, stage)
     _report_regret(run, spec, version, reward, regret)
-    return returns
+    steps = sum(int(rows["length"].sum()) for rows in parts)
+    return steps, float(np.concatenate([rows["return"] for rows in parts]).mean())
 
 
 def _joined(parts: list[SinceChange], stage: Adapt) -> tuple[np.ndarray, np.ndarray]:
@@ -234,16 +255,15 @@ def evaluate(run: Run, name: str, stage: Evaluate) -> None:
     spec = job_spec(run.config, name)
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
-    rows = evaluate_policy(
-        run,
+    calls = evaluation_calls(
         spec,
-        weights,
+        program_of(spec),
         run.tasks(stage.split, stage.tasks),
         trials=stage.trials,
         greedy=stage.greedy,
         policy_version=policy.version,
-        record=stage.record,
     )
+    rows = evaluate_policy(run, calls, weights, record=stage.record)
     run.add_episodes(spec, rows)
     score = None if np.isnan(rows["score"]).any() else float(rows["score"].mean())
     run.display.update(

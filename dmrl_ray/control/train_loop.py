@@ -32,15 +32,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, Protocol, cast
 
 import numpy as np
 
 from dmrl_ray.algorithms.adaptation import Adaptation
-from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.config.schema import By, Pretrain, resolve_auto
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.jobs.external import ExternalAlgorithm, external_of
@@ -50,10 +49,11 @@ from dmrl_ray.jobs.messages import (
     CollectCall,
     CollectReport,
     EvaluateCall,
+    Result,
     Stored,
 )
 from dmrl_ray.jobs.protocols import Learners, Trained
-from dmrl_ray.jobs.spec import JobSpec, build
+from dmrl_ray.jobs.spec import JobSpec, Program, build
 from dmrl_ray.jobs.worker import RolloutWorker, collect_calls
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import reference
@@ -173,7 +173,7 @@ def _train(
 ) -> Progress:
     with closing(trained):
         progress = _begin(run, spec, trained, iterations, initial)
-        validation = _validation(run, stage)
+        validation = _validation(run, spec, stage)
         clock = time.monotonic()
         spent = {"time/write_s": 0.0}  # by the driver, since the newest update
 
@@ -210,56 +210,60 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
 
 
+def in_order(run: Run, calls: Sequence[Call[Result]]) -> list[Result]:
+    """Results of calls of workers, in the order of the calls."""
+    results = dict(run.map(calls))
+    return [results[i] for i in range(len(calls))]
+
+
 def evaluate(
-    run: Run,
-    spec: JobSpec,
-    weights: Stored,
-    tasks: list[Task],
-    *,
-    trials: int = 1,
-    greedy: bool = True,
-    policy_version: int = 0,
-    record: bool = False,
+    run: Run, calls: Sequence[EvaluateCall], weights: Stored, *, record: bool = False
 ) -> Columns:
     """Episode rows of a policy on some tasks, over all workers, in order of the tasks.
 
     Args:
+        calls: made by `evaluation_calls`.
         weights: of the policy, made ready by ``run.workers.put``.
         record: add every step to the transitions table.
     """
-    calls = [
-        call
-        for trial in range(trials)
-        for call in evaluation_calls(
-            spec, tasks, trial=trial, greedy=greedy, policy_version=policy_version
-        )
-    ]
-    results: dict[int, Columns] = {}
     if record:
+        parts: list[Columns] = [{}] * len(calls)
         recorded = [Call(RolloutWorker.evaluate_recorded, (call, weights)) for call in calls]
-        for i, (results[i], steps) in run.map(recorded):  # noqa: B007
-            run.add_steps(spec, steps)
+        for i, (rows, steps) in run.map(recorded):
+            parts[i] = rows
+            run.add_steps(calls[i].spec, steps)
     else:
-        results |= run.map([Call(RolloutWorker.evaluate, (call, weights)) for call in calls])
-    parts = [results[i] for i in range(len(calls))]
+        parts = in_order(run, [Call(RolloutWorker.evaluate, (call, weights)) for call in calls])
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def program_of(spec: JobSpec) -> Program | None:
+    """The program of a job, made to be asked; None if its algorithm is another library's."""
+    return build(spec) if external_of(spec) is None else None
 
 
 def evaluation_calls(
     spec: JobSpec,
+    program: Program | None,
     tasks: list[Task],
     *,
-    trial: int = 0,
+    trials: int = 1,
     greedy: bool,
-    policy_version: int,
+    policy_version: int = 0,
     by: By = None,
     episodes: int | None = None,
     frozen: bool = False,
 ) -> list[EvaluateCall]:
-    """Calls that play one trial on each task, of bounded memory, as `EvaluateCall` has it."""
+    """Calls that play trials on each task, of bounded memory, as `EvaluateCall` has it.
+
+    Args:
+        spec: of the job.
+        program: of the job.
+        tasks: each of which is played in every trial.
+        trials: on each task.
+    """
     copies, size = 1, EVALUATION_COLUMNS
-    if external_of(spec) is None:
-        program = build(spec)
+    if program is not None:
         copies = program.adaptation(by).envs_per_task
         played = episodes or program.algorithm.evaluation_episodes
         size = tasks_at_once(program.distribution, copies, played)
@@ -276,6 +280,7 @@ def evaluation_calls(
             episodes=episodes,
             frozen=frozen,
         )
+        for trial in range(trials)
         for start in range(0, len(tasks), size)
     ]
 
@@ -299,30 +304,37 @@ def tasks_at_once(family: TaskDistribution, copies: int, episodes: int) -> int:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a model is chosen by: scores on its tasks if every one has them, else returns."""
+    """How policies of a job are validated: by scores if every task has them, else by returns."""
 
-    tasks: list[Task]
+    calls: list[EvaluateCall]
     measure: Literal["score", "return"]
-    greedy: bool
+    program: Program | None
 
-    def value(self, spec: JobSpec, rows: Columns) -> float:
+    def value(self, rows: Columns) -> float:
         """The mean over the episodes of trials.
 
-        Of who takes steps of `adapt` the last episode of every environment counts alone: what they
-        make of a task, and not what finding it out costs.
+        Where an algorithm takes steps of `adapt`, the last episode of every environment counts
+        alone: it tells what was made of a task, and not what finding it out costs.
         """
-        values, kind = rows[self.measure], spec.algorithm.load()
-        if issubclass(kind, Algorithm) and kind.adapt is not Adaptation.adapt:
+        values = rows[self.measure]
+        if self.program is not None and takes_steps(self.program):
             values = values[rows["episode"] == rows["episode"].max()]
         return float(values.mean())
 
 
-def _validation(run: Run, stage: Pretrain) -> Validation:
+def takes_steps(program: Program) -> bool:
+    """Whether the algorithm takes steps of `adapt` within a trial."""
+    return type(program.algorithm).adapt is not Adaptation.adapt
+
+
+def _validation(run: Run, spec: JobSpec, stage: Pretrain) -> Validation:
     """Decided once for the job, from its tasks and not from what was played."""
     tasks = run.tasks("validation", stage.validation_tasks)
     ends = [reference(run.distribution, task) for task in tasks]
     scored = all(end is not None and end.tells for end in ends)
-    return Validation(tasks, "score" if scored else "return", stage.greedy)
+    program = program_of(spec)
+    calls = evaluation_calls(spec, program, tasks, greedy=stage.greedy)
+    return Validation(calls, "score" if scored else "return", program)
 
 
 def _begin(
@@ -392,9 +404,10 @@ def _validate(
     run: Run, spec: JobSpec, trained: Trained, progress: Progress, validation: Validation
 ) -> None:
     """Evaluate on the validation tasks; the best policy so far is kept."""
-    policy, version, greedy = trained.published(), progress.updates, validation.greedy
-    rows = evaluate(run, spec, policy, validation.tasks, greedy=greedy, policy_version=version)
-    score = validation.value(spec, rows)
+    version = progress.updates
+    calls = [replace(call, policy_version=version) for call in validation.calls]
+    rows = evaluate(run, calls, trained.published())
+    score = validation.value(rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
     run.add_episodes(spec, rows)
     figures = {f"validation_{validation.measure}": score}
