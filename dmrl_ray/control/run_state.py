@@ -13,9 +13,6 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-
 from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.data.dataset import LeftOut
@@ -26,13 +23,11 @@ from dmrl_ray.jobs.protocols import Learners, Workers, answers, map_calls
 from dmrl_ray.jobs.spec import JobSpec, Weights, load_family
 from dmrl_ray.jobs.worker import LocalWorkers
 from dmrl_ray.results.display import Display
-from dmrl_ray.rollout.rows import Steps, task_rows
-from dmrl_ray.store.commits import committed_parts
+from dmrl_ray.rollout.rows import task_rows
 from dmrl_ray.store.files import FileRecord
-from dmrl_ray.store.tables import read_columns
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.tasks.distribution import TaskDistribution
-from dmrl_ray.types import Arrays, Columns, Split, Task
+from dmrl_ray.types import Arrays, Split, Task
 
 if TYPE_CHECKING:
     from dmrl_ray.cluster.pool import RayWorkers
@@ -124,99 +119,18 @@ class Run:
         A task that is drawn twice is there twice.
         """
         tasks = evaluation_tasks(self.distribution, self.config.evaluation_seed, split, n)
-        self.add_tasks(task_rows(tasks))
+        self.writer.add_tasks(task_rows(tasks))
         return tasks
 
-    def add_tasks(self, rows: dict[str, pa.Array], trained: str | None = None) -> None:
-        """Rows of the tasks table, as `task_rows` makes them, where they are not in it yet.
+    def event(self, event: str, stage: str = "", job: str = "", **detail: object) -> None:
+        """A row of the events table."""
+        self.writer.add_event(event, stage, job, detail)
 
-        Args:
-            rows: of tasks that are named in the run from here on.
-            trained: the stage that was trained on them, if one was.
-        """
-        names = _names(rows["task_id"].to_pylist(), rows["split"].to_pylist())
-        self._add_fresh("tasks", rows, names, self._known_tasks)
-        if trained is not None:
-            self._add_trained_on(trained, {key: rows[key] for key in ("task_id", "split")}, names)
-
-    def add_trained_on(self, stage: str, tasks: Collection[tuple[str, str]]) -> None:
-        """Ids and splits of tasks that a stage was trained on elsewhere."""
-        ids, splits = zip(*sorted(tasks), strict=True) if tasks else ((), ())
-        rows = {"task_id": pa.array(ids, pa.string()), "split": pa.array(splits, pa.string())}
-        self._add_trained_on(stage, rows, _names(ids, splits))
-
-    def _add_trained_on(self, stage: str, rows: dict[str, pa.Array], names: list[int]) -> None:
-        known = self._trained_on.setdefault(stage, set())
-        self._add_fresh("trained_on", rows, names, known, stage=stage)
-
-    def _add_fresh(
-        self,
-        table: str,
-        rows: dict[str, pa.Array],
-        names: list[int],
-        known: set[int],
-        **cells: str,
-    ) -> None:
-        """The rows whose names are not known, which they are from here on."""
-        if not known.isdisjoint(names):
-            fresh = np.flatnonzero([name not in known for name in names])
-            rows, names = {k: x.take(fresh) for k, x in rows.items()}, [names[i] for i in fresh]
-        if names:
-            known.update(names)
-            self.writer.add(table, {**rows, **cells})
-
-    def add_episodes(self, spec: JobSpec, rows: Columns) -> None:
-        """Rows of the episodes table."""
-        if len(rows["return"]) == 0:
-            return
-        success = pa.array(rows["success"] > 0, mask=np.isnan(rows["success"]))
-        score = None if np.isnan(rows["score"]).all() else rows["score"]
-        self.writer.add(
-            "episodes",
-            {
-                "change": None,
-                **rows,
-                "success": success,
-                "score": score,
-                "stage": spec.stage,
-                "job": spec.name,
-                "algorithm": spec.algorithm_name,
-                "seed": spec.seed,
-            },
-        )
-
-    def add_steps(self, spec: JobSpec, steps: Steps) -> None:
-        """Rows of the transitions table."""
-        self.writer.add("transitions", {**steps, "stage": spec.stage, "job": spec.name})
-
-    def add_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
-        """Say what a job does not learn from, as an event and on the screen."""
+    def note_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
+        """Say which data a job does not learn from, as an event and on the screen."""
         for found in left_out:
             self.event("data_skipped", spec.stage, spec.name, **asdict(found))
             self.display.message(f"{spec.stage}: left out of the data, as {found}")
-
-    def add_metrics(
-        self, spec: JobSpec, policy_version: int, env_steps: int, metrics: dict[str, float]
-    ) -> None:
-        """Rows of the metrics table."""
-        self.writer.add(
-            "metrics",
-            {
-                "stage": spec.stage,
-                "job": spec.name,
-                "policy_version": policy_version,
-                "env_steps": env_steps,
-                "name": list(metrics),
-                "value": np.array(list(metrics.values()), np.float64),
-            },
-        )
-
-    def event(self, event: str, stage: str = "", job: str = "", **detail: object) -> None:
-        """A row of the events table, and a line in the log."""
-        logger.info("%s %s %s %s", event, stage, job, detail)
-        self.writer.add(
-            "events", {"stage": stage, "job": job, "event": event, "detail": json.dumps(detail)}
-        )
 
     def save(self, name: str, arrays: Arrays) -> None:
         """Write a checkpoint file, in use from the next commit on."""
@@ -243,7 +157,6 @@ class Run:
                 self.state["versions"].pop(name, None)
         for stage in stages:
             self.state["jobs"].pop(stage, None)
-            self._trained_on.pop(stage, None)
         self.state["done"] = [name for name in self.state["done"] if name not in stages]
         self.writer.forget(stages)
 
@@ -276,16 +189,6 @@ class Run:
         if job := self.state.pop("job", None):  # A folder may keep the job in progress alone.
             self.state["jobs"] = {self.next_stage(): job}
         self.files = dict(self.writer.files)
-        self._known_tasks: set[int] = set()
-        self._trained_on: dict[str, set[int]] = {}
-        for part in committed_parts(self.writer.folder, "tasks"):
-            rows = read_columns(part, "tasks", ("task_id", "split")).to_pydict()
-            self._known_tasks.update(_names(rows["task_id"], rows["split"]))
-        for part in committed_parts(self.writer.folder, "trained_on"):
-            rows = read_columns(part, "trained_on", ("stage", "task_id", "split")).to_pydict()
-            names = _names(rows["task_id"], rows["split"])
-            for stage, name in zip(rows["stage"], names, strict=True):
-                self._trained_on.setdefault(stage, set()).add(name)
 
     def tick(self, snapshot: Callable[[], None]) -> None:
         """Called after every update: commit if it is time, stop if it was asked for.
@@ -346,8 +249,3 @@ class Run:
     def close(self) -> None:
         """End the workers."""
         self.restart_workers()
-
-
-def _names(task_ids: Sequence[str], splits: Sequence[str]) -> list[int]:
-    """Tasks in their splits, as hashes: a long run draws millions of them."""
-    return list(map(hash, zip(task_ids, splits, strict=True)))

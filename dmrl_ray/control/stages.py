@@ -91,10 +91,10 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
         for i, report in run.map(calls):
             job, rows = open_specs[i], report.episodes
             if job.name == specs[0].name:  # All learn from the same data.
-                run.add_left_out(job, report.left_out)
+                run.note_left_out(job, report.left_out)
             for part in report.steps:
-                run.add_steps(job, part)
-            run.add_episodes(job, rows)
+                run.writer.add_steps(job, part)
+            run.writer.add_episodes(job, rows)
             run.save_policy(job.name, report.weights, stage.updates)
             made = {"updates": stage.updates, "env_steps": report.env_steps}
             run.event("job_finished", name, job.name, **made)
@@ -202,7 +202,7 @@ def _add_met(
 ) -> tuple[int, float]:
     """Add what an agent made of the streams to the tables; returns its steps and mean return."""
     for rows in parts:
-        run.add_episodes(spec, rows)
+        run.writer.add_episodes(spec, rows)
     reward, regret = _joined(since, stage)
     _report_regret(run, spec, version, reward, regret)
     steps = sum(int(rows["length"].sum()) for rows in parts)
@@ -247,7 +247,7 @@ def _report_regret(
                 low, high = t_interval(known) if len(known) > 1 else (np.nan, np.nan)
                 name = f"{measure}_{part}"
                 figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
-                run.add_metrics(spec, version, u + 1, figures)
+                run.writer.add_metrics(spec, version, u + 1, figures)
 
 
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:
@@ -264,7 +264,7 @@ def evaluate(run: Run, name: str, stage: Evaluate) -> None:
         policy_version=policy.version,
     )
     rows = evaluate_policy(run, calls, weights, record=stage.record)
-    run.add_episodes(spec, rows)
+    run.writer.add_episodes(spec, rows)
     score = None if np.isnan(rows["score"]).any() else float(rows["score"].mean())
     run.display.update(
         name, int(rows["length"].sum()), return_=float(rows["return"].mean()), score=score
@@ -282,7 +282,7 @@ def _note_data(run: Run, spec: JobSpec) -> None:
         return
     for field, data in recordings_of(spec.algorithm.settings).items():
         found = learned_from(data, run.writer.folder)
-        run.add_trained_on(spec.stage, found.tasks)
+        run.writer.add_trained_on(spec.stage, found.tasks)
         run.event(
             "learned_from",
             spec.stage,

@@ -231,7 +231,7 @@ def evaluate(
         recorded = [Call(RolloutWorker.evaluate_recorded, (call, weights)) for call in calls]
         for i, (rows, steps) in run.map(recorded):
             parts[i] = rows
-            run.add_steps(calls[i].spec, steps)
+            run.writer.add_steps(calls[i].spec, steps)
     else:
         parts = in_order(run, [Call(RolloutWorker.evaluate, (call, weights)) for call in calls])
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -374,11 +374,11 @@ def _record(
     elapsed: float,
 ) -> None:
     for report in reports:
-        run.add_tasks(report.tasks, trained=spec.stage)
-        run.add_episodes(spec, report.episodes)
+        run.writer.add_tasks(report.tasks, trained=spec.stage)
+        run.writer.add_episodes(spec, report.episodes)
         if report.steps is not None:
-            run.add_steps(spec, report.steps)
-        run.add_left_out(spec, report.left_out)
+            run.writer.add_steps(spec, report.steps)
+        run.note_left_out(spec, report.left_out)
     metrics["time/collect_s"] = max(report.seconds for report in reports)
     metrics["time/shards_s"] = sum(report.seconds for report in reports)
     metrics["time/env_s"] = sum(report.env_s for report in reports)
@@ -390,7 +390,7 @@ def _record(
         metrics["return"] = float(returns.mean())
     if metrics.get("skipped_batches"):
         run.event("batch_skipped", spec.stage, spec.name, update=progress.updates)
-    run.add_metrics(spec, progress.updates, progress.env_steps, metrics)
+    run.writer.add_metrics(spec, progress.updates, progress.env_steps, metrics)
     run.display.update(
         spec.stage,
         progress.env_steps,
@@ -409,9 +409,9 @@ def _validate(
     rows = evaluate(run, calls, trained.published())
     score = validation.value(rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
-    run.add_episodes(spec, rows)
+    run.writer.add_episodes(spec, rows)
     figures = {f"validation_{validation.measure}": score}
-    run.add_metrics(spec, version, progress.env_steps, figures)
+    run.writer.add_metrics(spec, version, progress.env_steps, figures)
     if validation.measure == "score":
         run.display.update(spec.stage, progress.env_steps, score=score)
     newest = not spec.algorithm.load().learns_to_act
