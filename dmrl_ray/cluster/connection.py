@@ -40,7 +40,7 @@ NOT_SHIPPED = [
     "*.pem",
     "*.key",
 ]
-"""What no node of a cluster needs, or must not see, of the working directory."""
+"""Parts of the working directory that no node of a cluster needs, or that none must see."""
 
 
 def connect(address: str | None, config: RunConfig) -> dict[str, object]:
@@ -52,7 +52,7 @@ def connect(address: str | None, config: RunConfig) -> dict[str, object]:
         config: says how many processes there will be.
 
     Returns:
-        What the cluster is: version, address, nodes, cpus, gpus.
+        The facts of the cluster: version, address, nodes, cpus, gpus.
 
     Raises:
         ClusterError: there is no connection.
@@ -82,7 +82,7 @@ def where() -> tuple[int, str]:
 
 
 def cause_of(error: RayError) -> Exception:
-    """What an actor raised; or `JobLost` where it is data that is gone, or the actor itself."""
+    """The error that an actor raised; or `JobLost` where data are gone, or the actor itself."""
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayError):
         cause = JobLost(f"data or a process of the job was lost: {first_sentence(cause)}")

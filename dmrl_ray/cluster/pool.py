@@ -59,7 +59,7 @@ class WorkerActor(RolloutWorker):
         return where()
 
     def _read(self, state: Stored) -> Arrays:
-        """A state that was not there yet when the call was made came as a reference in a list."""
+        """Read a state, which came as a reference in a list if the call was made before it was."""
         return super()._read(ray.get(state[0]) if isinstance(state, list) else state)
 
 
@@ -211,14 +211,14 @@ class RayWorkers:
                 self._waiting.remove(request)
 
     def states(self) -> list[WorkerState]:
-        """What each worker does, and since when."""
+        """The call that each worker makes, and since when."""
         return [
             WorkerState(w.index, w.pid, w.node, w.requests[0].call if w.requests else None, w.since)
             for w in self._workers
         ]
 
     def put(self, value: object) -> Stored:
-        """A reference."""
+        """Make a reference."""
         return ray.put(value)
 
     def fetch(self, value: Stored) -> object:

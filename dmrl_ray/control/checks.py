@@ -1,4 +1,4 @@
-"""What does not fit together in a config, found before anything starts."""
+"""Checks of a config before anything starts: its parts fit together and into memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(config: RunConfig) -> list[Part]:
     """Find what does not fit together before anything starts.
 
     Returns:
-        What the stage that needs most memory holds.
+        The memory of the stage that needs most.
 
     Raises:
         Misfit: all that was found, each with its stage and setting.
@@ -78,7 +78,7 @@ def check(config: RunConfig) -> list[Part]:
 
 
 def _measure(config: RunConfig, name: str, held: dict[str, list[Part]]) -> None:
-    """Note what a stage holds; of other libraries' algorithms nothing is known."""
+    """Note the memory of a stage; that of other libraries' algorithms is not known."""
     spec = job_spec(config, name)
     if external_of(spec) is None:
         held[name] = estimate(outline(spec), spec, config.stages[name], config.learners.num)
@@ -133,7 +133,7 @@ def _check_learners(config: RunConfig, own: Mapping[str, Stage]) -> None:
 
 
 def _check_shared(config: RunConfig, own: Mapping[str, Stage]) -> None:
-    """See that what the run sets for its stages is taken by one of them."""
+    """See that every setting that the run has for its stages is read by one of them."""
     for setting in ("network", "algorithm"):
         taken = any(
             getattr(job_spec(config, name), setting) is getattr(config, setting)
@@ -187,13 +187,13 @@ def _check_acting(program: Program, spec: JobSpec, stage: Stage) -> None:
     acts = program.adaptation(stage.by) if isinstance(stage, Adapt) else algorithm
     greedy = "greedy" in type(stage).model_fields and not at_default(stage, "greedy")
     if greedy and not acts.acts_greedily:
-        raise ValueError("greedy: who adapts by gradients of returns always samples; leave it out")
+        raise ValueError("greedy: adaptation by gradients of returns always samples; leave it out")
 
 
 def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
     if lag and not program.algorithm.corrects_for_lag:
         raise ValueError(
-            f"max_policy_lag: {spec.algorithm_name} learns as if its newest policy had acted; use "
+            f"max_policy_lag: {spec.algorithm_name} updates as if its newest policy had acted; use "
             "0, or an algorithm that corrects for older ones, such as impala"
         )
 
@@ -229,9 +229,9 @@ def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:
     if start.policy.sees_previous != program.policy.sees_previous:
         seeing, blind = (there, here) if start.policy.sees_previous else (here, there)
         raise ValueError(
-            f"init_from: a policy of {seeing} is shown its last action and reward, one of {blind} "
-            f"is not, so {here} cannot go on with the policy of stage {source.stage!r}, which is "
-            f"{there}'s; use algorithm: {there} here, or start from another stage"
+            f"init_from: a policy of {seeing} observes its last action and reward, one of {blind} "
+            f"does not, so {here} cannot continue with the policy of stage {source.stage!r}, which "
+            f"is {there}'s; use algorithm: {there} here, or start from another stage"
         )
     try:
         program.load(start.weights())

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_ROLLBACKS = 10
-"""Times one run goes back to its newest commit, in one process, after losing a job."""
+"""Times one run returns to its newest commit, in one process, after losing a job."""
 
 
 def run(
@@ -76,14 +76,14 @@ def resume(
     address: str | None = None,
     display: Display,
 ) -> Path:
-    """Go on with a run from its newest complete commit, and return its folder.
+    """Continue a run from its newest complete commit, and return its folder.
 
     Args:
         folder: of the run.
         config: what it is to go by, as far as a run may change; its own config if None.
         overrides: settings of its own config to change, likewise.
         address: of a Ray cluster.
-        display: what is shown.
+        display: shows the progress.
 
     Raises:
         ConfigError: the folder is no run, or a newer version's.
@@ -171,7 +171,7 @@ def _env_steps(folder: Path, stage: str, version: int) -> int:
 
 
 def facts(config: RunConfig) -> dict[str, Any]:
-    """What run.json says of the software, the machine and the job it runs in."""
+    """The software, the machine and the job that a run belongs to, as run.json has them."""
     packages = ("dmrl-ray", "ray", "torch", "gymnasium", "numpy", "pandas", "pyarrow")
     return {
         "name": config.name,
@@ -187,7 +187,7 @@ def facts(config: RunConfig) -> dict[str, Any]:
 
 
 def _execute(run: Run) -> None:
-    """All stages that are not done yet; a lost job goes back to the newest commit."""
+    """Run all stages that are not done yet; a lost job returns to the newest commit."""
     run.catch_signals()
     rollbacks = 0
     try:
@@ -202,11 +202,11 @@ def _execute(run: Run) -> None:
                 run.rollback()
                 run.restart_workers()
                 run.event("rollback", commit=run.writer.number, reason=str(error))
-                run.display.message(f"{error}; going on from commit {run.writer.number}")
+                run.display.message(f"{error}; continuing from commit {run.writer.number}")
     except Interrupted as error:  # No failure: what was done is committed.
         _note_end(run, "interrupted", reason=str(error))
         raise
-    except Exception as error:  # Recorded, and told by whoever called.
+    except Exception as error:  # Recorded, and reported by the caller.
         told = {"error": type(error).__name__, "reason": str(error)}
         _note_end(run, "run_failed", **told, traceback="".join(format_exception(error)))
         raise
@@ -215,7 +215,7 @@ def _execute(run: Run) -> None:
 
 
 def _note_end(run: Run, event: str, **detail: str) -> None:
-    """Back to the newest commit, and one more that says why the run ends there."""
+    """Return to the newest commit, and add one that says why the run ends there."""
     run.rollback()
     run.event(event, run.next_stage(), **detail)
     with suppress(StorageError):

@@ -1,4 +1,4 @@
-"""A run while it is going: its tables, its commits, its workers, and when to stop."""
+"""A run in progress: its commits, its workers, and when it stops."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """What stages and jobs need of the run they belong to.
+    """The run as its stages and jobs see it.
 
     Attributes:
         state: plain JSON values, part of every commit: the stages done, how far the jobs of
@@ -123,7 +123,7 @@ class Run:
         return tasks
 
     def event(self, event: str, stage: str = "", job: str = "", **detail: object) -> None:
-        """A row of the events table."""
+        """Add a row to the events table."""
         self.writer.add_event(event, stage, job, detail)
 
     def note_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
@@ -146,9 +146,9 @@ class Run:
         return Weights(self.state["versions"].get(name, 0), self.load(name))
 
     def play_again(self, stages: Collection[str]) -> None:
-        """Stages begin anew: from the next commit on, what they left is not part of the run.
+        """Have stages start from scratch: from the next commit on, the run has nothing of them.
 
-        The start that one read from elsewhere stays: it might not be there any more.
+        The start that a stage read from elsewhere stays: it might not be there any more.
         """
         for name in [*self.files, *self.state["versions"]]:
             kind = name.removeprefix(f"{(stage := self._owner(name))}.")
@@ -180,7 +180,7 @@ class Run:
         self._updates_since_commit = 0
 
     def rollback(self) -> None:
-        """Back to the newest commit; rows added since are dropped."""
+        """Return to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
         self.state = {"done": [], "jobs": {}, "versions": {}, "changed": {}}
@@ -209,7 +209,7 @@ class Run:
 
     @contextmanager
     def committing(self, snapshot: Callable[[], None]) -> Iterator[None]:
-        """While waiting inside: if asked to stop, commit what `snapshot` puts together first."""
+        """Commit what `snapshot` puts together if the wait inside is interrupted."""
         try:
             yield
         except Interrupted:
@@ -219,7 +219,7 @@ class Run:
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """What is short and cannot be committed halfway is done before the run stops."""
+        """Finish what is inside, which is short and cannot be committed halfway, before a stop."""
         self._held = True
         try:
             yield

@@ -52,8 +52,8 @@ def run_stage(run: Run, name: str) -> None:
 
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
-    """One job on the training tasks; leaves the policies `best` and `last`, and all that training
-    on takes."""
+    """Train one job on the training tasks; leaves the policies `best` and `last`, and the state
+    that a larger budget continues from."""
     initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
     spec = _placed(run, name)
     _note_data(run, spec)
@@ -71,7 +71,7 @@ def pretrain(run: Run, name: str, stage: Pretrain) -> None:
 
 
 def finetune(run: Run, name: str, stage: Finetune) -> None:
-    """One job for each held-out task, all of them side by side over the workers."""
+    """Train one job for each held-out task, all of them side by side over the workers."""
     weights = run.workers.put(_policy(run, name, stage, stage.checkpoint).arrays)
     spec = _placed(run, name)
     _note_data(run, spec)
@@ -132,18 +132,18 @@ def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
 
 
 def adapt(run: Run, name: str, stage: Adapt) -> None:
-    """Streams of tasks, all of them at once over the workers, and the references beside them."""
+    """Play streams of tasks, all at once over the workers, and the references beside them."""
     spec = job_spec(run.config, name)
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
     tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
     program = build(spec)
-    told, figures = spec.name, []
+    restarted, figures = spec.name, []
     if stage.change == "ignore":
         met = _meet_streams(run, spec, program, stage, weights, tasks)
         figures.append(_add_met(run, spec, stage, policy.version, *met))
-        told = f"{spec.name}.restarted"
-    for job, frozen in ((told, False), (f"{spec.name}.unadapted", True)):
+        restarted = f"{spec.name}.restarted"
+    for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
         calls = evaluation_calls(
             spec,
             program,
@@ -163,7 +163,7 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
 def _meet_streams(
     run: Run, spec: JobSpec, program: Program, stage: Adapt, weights: Stored, tasks: list[Task]
 ) -> tuple[list[Columns], list[SinceChange]]:
-    """Episode rows of the agent that nobody tells of changes, and its steps since each."""
+    """Episode rows of the agent that no change is announced to, and its steps since each."""
     copies = program.adaptation(stage.by).envs_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
     episodes = stage.tasks_per_stream * stage.episodes_per_task
@@ -183,7 +183,7 @@ def _meet_streams(
 def _meet_one_by_one(
     run: Run, stage: Adapt, weights: Stored, calls: list[EvaluateCall]
 ) -> tuple[list[Columns], list[SinceChange]]:
-    """The same of an agent that begins from the policy with every task."""
+    """The same for an agent that starts from the policy with every task."""
     played = in_order(run, [Call(RolloutWorker.evaluate_steps, (call, weights)) for call in calls])
     number = 0
     for call, (rows, _) in zip(calls, played, strict=True):
@@ -200,7 +200,7 @@ def _add_met(
     parts: list[Columns],
     since: list[SinceChange],
 ) -> tuple[int, float]:
-    """Add what an agent made of the streams to the tables; returns its steps and mean return."""
+    """Add an agent's episodes and regret to the tables; returns its steps and mean return."""
     for rows in parts:
         run.writer.add_episodes(spec, rows)
     reward, regret = _joined(since, stage)
@@ -232,7 +232,7 @@ def _report_regret(
 ) -> None:
     """Reward and regret per step since a change, as metrics whose `env_steps` is that step.
 
-    The first task of a stream is met without a change before it: it has metrics of its own,
+    The first task of a stream has no change before it: it has metrics of its own,
     ``regret_first``, with the ends of 95 % intervals over streams, as all have.
     """
     parts = {"first": slice(0, 1), "since_change": slice(1, None)}
@@ -251,7 +251,7 @@ def _report_regret(
 
 
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:
-    """Trials on held-out tasks, without learning across them."""
+    """Play trials on held-out tasks, without learning across them."""
     spec = job_spec(run.config, name)
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
@@ -277,7 +277,7 @@ def _placed(run: Run, name: str) -> JobSpec:
 
 
 def _note_data(run: Run, spec: JobSpec) -> None:
-    """What a stage learns from besides what it plays: its tasks, and where it was recorded."""
+    """Note the recordings that a stage learns from: their tasks, and where they were made."""
     if spec.stage in run.state["jobs"]:  # It is noted already.
         return
     for field, data in recordings_of(spec.algorithm.settings).items():
@@ -295,7 +295,7 @@ def _note_data(run: Run, spec: JobSpec) -> None:
 
 
 def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Weights:
-    """What a stage starts from; a checkpoint of RLlib is read once, and kept in the run."""
+    """The policy that a stage starts from; one of RLlib is read once, and kept in the run."""
     assert stage.init_from is not None
     if not stage.init_from.startswith(RLLIB):
         return run.load_policy(f"{stage.init_from}.{checkpoint}")

@@ -59,22 +59,22 @@ from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import reference
 from dmrl_ray.types import Arrays, Columns, Task, storable
 
-EVALUATION_COLUMNS = 1024
-"""Environment columns of one evaluation call; fixed, so that results do not depend on workers."""
+EVALUATION_ENVS = 1024
+"""Environments of one evaluation call; fixed, so that results do not depend on workers."""
 
-SINGLE_COLUMNS = 32
-"""The same where environments step one by one, so that more of them take longer."""
+SINGLE_ENVS = 32
+"""The same number where environments step one by one, so that more of them take longer."""
 
 SINGLE_STEPS = 16_384
-"""There, also their steps in one call together: 16 seconds of steps that take a millisecond."""
+"""The steps of all of these in one call: 16 seconds, if a step takes a millisecond."""
 
 EVALUATION_BYTES = 256 << 20
-"""Observations of the trials of one call."""
+"""Bytes that the observations of the trials of one call may take."""
 
 
 @dataclass
 class Progress:
-    """How far a job has come; part of its commits."""
+    """The progress of a job, which is part of its commits."""
 
     updates: int = 0
     env_steps: int = 0
@@ -87,7 +87,7 @@ class Iterations(Protocol):
     """The iterations of a job, one after the other."""
 
     states: list[Stored]
-    """Of the shards, after the newest iteration."""
+    """States of the shards after the newest iteration."""
 
     def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
         """Make the iteration that follows; returns the reports of its shards, and metrics."""
@@ -113,7 +113,7 @@ class CollectAndUpdate:
         self.states: list[Stored] = [{} for _ in range(spec.rollout.shards)]
         self._run, self._spec, self._stage, self._learners = run, spec, stage, learners
         self._in_flight: deque[tuple[int, list[CallId]]] = deque()  # acting version and calls
-        self._size = stage.env_steps  # of an iteration: might be all, until the first one has told
+        self._size = stage.env_steps  # of an iteration: might be all, until the first has ended
         self._updated_at: float | None = None
 
     def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
@@ -198,7 +198,7 @@ def _train(
             with _timed(spent, "time/write_s"):
                 run.tick(snapshot)
         _save_policy(run, spec, "last", trained)
-        snapshot()  # A larger budget can go on from here.
+        snapshot()  # A larger budget can continue from here.
     return progress
 
 
@@ -262,7 +262,7 @@ def evaluation_calls(
         tasks: each of which is played in every trial.
         trials: on each task.
     """
-    copies, size = 1, EVALUATION_COLUMNS
+    copies, size = 1, EVALUATION_ENVS
     if program is not None:
         copies = program.adaptation(by).envs_per_task
         played = episodes or program.algorithm.evaluation_episodes
@@ -296,10 +296,10 @@ def tasks_at_once(family: TaskDistribution, copies: int, episodes: int) -> int:
     space = family.observation_space
     step_bytes = np.dtype(space.dtype).itemsize * math.prod(space.shape or ())
     longest = episodes * family.max_episode_steps
-    columns = min(EVALUATION_COLUMNS, EVALUATION_BYTES // max(1, longest * step_bytes))
+    envs = min(EVALUATION_ENVS, EVALUATION_BYTES // max(1, longest * step_bytes))
     if not family.vectorized:
-        columns = min(columns, SINGLE_COLUMNS, SINGLE_STEPS // longest)
-    return max(1, columns // copies)
+        envs = min(envs, SINGLE_ENVS, SINGLE_STEPS // longest)
+    return max(1, envs // copies)
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def takes_steps(program: Program) -> bool:
 
 
 def _validation(run: Run, spec: JobSpec, stage: Pretrain) -> Validation:
-    """Decided once for the job, from its tasks and not from what was played."""
+    """Decide how the job is validated, once, from its tasks and not from what was played."""
     tasks = run.tasks("validation", stage.validation_tasks)
     ends = [reference(run.distribution, task) for task in tasks]
     scored = all(end is not None and end.tells for end in ends)
@@ -340,7 +340,7 @@ def _validation(run: Run, spec: JobSpec, stage: Pretrain) -> Validation:
 def _begin(
     run: Run, spec: JobSpec, trained: Trained, iterations: Iterations, initial: Arrays | None
 ) -> Progress:
-    """From the commit, or from the start."""
+    """Restore the job from the newest commit, or start it."""
     job = run.state["jobs"].get(spec.stage)
     if job is None:
         if initial is not None:
@@ -359,7 +359,7 @@ def _begin(
 
 
 def _place(reports: list[CollectReport], start: int, size: int) -> None:
-    """Count the rows' steps from the job's start: shards go side by side, each at its own pace."""
+    """Count the rows' steps from the job's start: shards run side by side, each at its own pace."""
     for report in reports:
         so_far = report.episodes["env_steps"]
         report.episodes["env_steps"] = start + so_far * size // max(1, report.env_steps)

@@ -1,4 +1,4 @@
-"""Algorithms of other libraries: what they must be able to do for stages to run them.
+"""Algorithms of other libraries, as stages run them.
 
     ours       workers: collect --> learner: update         two halves, in `control.train_loop`
     external   iterate: samples and learns, as the library does it
@@ -75,7 +75,7 @@ class ExternalAlgorithm(ABC):
 
     @abstractmethod
     def weights(self) -> Arrays:
-        """Of the policy, and of whatever learns beside it."""
+        """Weights of the policy, and of whatever learns beside it."""
 
     @abstractmethod
     def load_weights(self, weights: Arrays) -> None:
@@ -102,7 +102,7 @@ class ExternalAlgorithm(ABC):
         return Weights(self.version, self.weights())
 
     def train(self, weights: Arrays, updates: int) -> TrainReport:
-        """A small job whole, as `RolloutWorker.train` has it; the last iteration only samples."""
+        """Do a small job whole, as `RolloutWorker.train` does; the last iteration only samples."""
         self.load_weights(weights)
         parts: list[Columns] = []
         env_steps = 0

@@ -62,7 +62,7 @@ class WorkerEvent:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What a worker does."""
+    """The call that a worker makes."""
 
     worker: int  # its number
     pid: int | None  # None until it is up

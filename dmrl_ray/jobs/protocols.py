@@ -60,7 +60,7 @@ class Workers(Protocol):
         """Calls whose answers nobody waits for; those that have not begun are not made."""
 
     def states(self) -> list[WorkerState]:
-        """What each worker does, and since when."""
+        """The call that each worker makes, and since when."""
 
     def put(self, value: object) -> Stored:
         """Make a large argument ready to be used in many calls."""

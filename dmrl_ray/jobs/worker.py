@@ -1,7 +1,7 @@
 """Rollout workers: they play shards, evaluate policies and run small jobs whole.
 
-A worker is a carrier: what it returns depends on its arguments alone, so that any worker may do
-any call, and a call that was lost with its worker is simply made again.
+A worker's answer depends on the arguments of the call alone, so that any worker may make any call,
+and a call that was lost with its worker is simply made again.
 """
 
 from __future__ import annotations
@@ -74,27 +74,27 @@ class RolloutWorker:
         program = self._program(spec, weights, spec.rollout.device)
         sampler = self._sampler(spec, program, shard, iteration, state)
         algorithm = program.algorithm
-        columns = spec.rollout.num_envs
+        num_envs = spec.rollout.num_envs
         tasks = list(spec.fixed_tasks) or sample(
             program.distribution,
             random_stream(spec.seed, *spec.key, "tasks", shard, iteration),
-            columns // algorithm.envs_per_task,
+            num_envs // algorithm.envs_per_task,
             spec.split,
         )
-        # A job on fixed tasks goes on to learn from them; else each trial's agents are new.
+        # A job on fixed tasks continues to learn from them; else each trial's agents are new.
         task_updates = iteration if spec.fixed_tasks else 0
         stream = random_stream(spec.seed, *spec.key, "collect", shard, iteration)
         sampler.start(stream, weights.version, task_updates=task_updates)
         algorithm.progress = spec.spent(iteration, call.env_steps)
         open_before = sampler.open_episodes() if algorithm.continues_episodes else None
-        told = {task.id for task in sampler.episodes.begun()}  # by the iteration before
+        known = {task.id for task in sampler.episodes.begun()}  # by the iteration before
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
         episodes = episode_rows(
             rows, program.distribution, weights.version, scored=bool(spec.fixed_tasks)
         )
-        met = [t for t in (*rows["task"], *sampler.episodes.begun()) if t.id not in told]
+        met = [t for t in (*rows["task"], *sampler.episodes.begun()) if t.id not in known]
         made = steps_made(trial, program.distribution)
         # What is returned may be shorter than what was played, of which it is made.
         episodes["env_steps"] = made[np.minimum(rows["step"].astype(np.int64), len(made)) - 1]
@@ -106,7 +106,7 @@ class RolloutWorker:
                 [rollout.map(host) for rollout in trial],
                 tasks,
                 number=iteration,
-                first_env=columns * shard,
+                first_env=num_envs * shard,
                 open_before=open_before,
                 step_is_episode=algorithm.memory_spans_trial,
             )
@@ -134,7 +134,7 @@ class RolloutWorker:
         return evaluation_rows(sampler, trial=call.trial)
 
     def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
-        """The same, and every step."""
+        """The same rows, and every step."""
         sampler, trial = self._evaluate(call, weights)
         steps = transition_rows(
             list(trial),
@@ -147,9 +147,9 @@ class RolloutWorker:
         return evaluation_rows(sampler, trial=call.trial), steps
 
     def evaluate_steps(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, SinceChange]:
-        """The same with the number of the task among the call's as trial, and what every step got.
+        """The same rows with the number of the task in the call as trial, and every step's reward.
 
-        That is as `rows.since_change` says.
+        Rewards and regrets of steps are as `rows.since_change` returns them.
         """
         sampler, trial = self._evaluate(call, weights)
         since = since_change(list(trial), call.tasks, sampler.distribution)
@@ -161,7 +161,7 @@ class RolloutWorker:
         program = self._program(spec, weights)
         adaptation = program.adaptation(call.by)
         sampler = program.sampler(len(call.tasks) * adaptation.envs_per_task)
-        # The same in every stage and run: what is compared meets the same chances.
+        # The same in every stage and run: agents that are compared meet the same random numbers.
         stream = random_stream(spec.evaluation_seed, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         episodes = call.episodes or program.algorithm.evaluation_episodes
@@ -169,7 +169,7 @@ class RolloutWorker:
         return sampler, adaptation.play(sampler, agent, episodes, frozen=call.frozen)
 
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, list[SinceChange]]:
-        """Meet streams of changing tasks.
+        """Play streams of changing tasks.
 
         Returns the rows of the episodes, with the stream as their trial and episodes counted since
         the change; and for every change what `rows.since_change` says.
@@ -255,7 +255,7 @@ class RolloutWorker:
         return sampler
 
     def _read(self, state: Stored) -> Arrays:
-        """A shard's state, from the form in which it came."""
+        """Read a shard's state from the form in which it came."""
         return cast(Arrays, state)
 
     def _forget(self, spec: JobSpec) -> None:
@@ -265,7 +265,7 @@ class RolloutWorker:
 
 
 def _left_out(algorithm: Algorithm) -> tuple[LeftOut, ...]:
-    """What an algorithm does not learn from, of the data that it has opened."""
+    """The data that an algorithm has opened and does not learn from."""
     found = [dataset.left_out for dataset in algorithm.datasets]
     return tuple(left_out for left_out in found if left_out is not None)
 
@@ -321,7 +321,7 @@ class LocalWorkers:
             self._answers.pop(number, None)
 
     def states(self) -> list[WorkerState]:
-        """What this process does as a worker."""
+        """The call that this process makes, if it makes one, and since when."""
         return [WorkerState(0, os.getpid(), "", self._call, self._since)]
 
     def put(self, value: object) -> Stored:

@@ -160,7 +160,7 @@ class History:
         raise CorruptRun(f"{self.folder}: none of its {last} commits is complete: {why}")
 
     def file_problems(self, number: int) -> list[str]:
-        """What is wrong with the checkpoint files of a commit."""
+        """Faults of the checkpoint files of a commit."""
         files = self.commits[number].files.values() if number in self.commits else ()
         return [problem for file in files if (problem := difference(self.folder, file))]
 
@@ -176,7 +176,7 @@ def commit_name(number: int) -> str:
 
 
 def part_problems(folder: Path, commit: Commit) -> list[str]:
-    """What is wrong with the table parts of a commit, visible already or still hidden."""
+    """Faults of the table parts of a commit, visible already or still hidden."""
     found = []
     for part in commit.parts:
         problem = difference(folder, part)
@@ -215,7 +215,7 @@ def committed_parts(run: Path, table: str) -> list[Path]:
 
 
 def newest_commit(run: Path) -> Commit | None:
-    """The newest commit of a run that may be going on; None if there is none yet.
+    """The newest commit of a run that may be in progress; None if there is none yet.
 
     Raises:
         CorruptRun: it is damaged.
@@ -225,7 +225,7 @@ def newest_commit(run: Path) -> Commit | None:
 
 
 def read_committed(runs: Iterable[Path], table: str, read: Callable[[list[Path]], Read]) -> Read:
-    """What `read` makes of the committed parts of a table, run by run.
+    """Have `read` read the committed parts of a table, run by run.
 
     Raises:
         ValueError: a part is missing for good, and not only renamed since it was listed.
@@ -254,7 +254,7 @@ def as_overrides(changed: Mapping[str, object]) -> list[str]:
 
 
 def load_run_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that a run goes on with: the one it began with, and what was changed since.
+    """The config that a run continues with: the one it began with, and what was changed since.
 
     Raises:
         ConfigError: it, or an override, cannot be used.

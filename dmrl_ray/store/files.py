@@ -80,7 +80,7 @@ class Files(Protocol):
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Tell an operating system's error as a `StorageError` that names the path."""
+    """Raise an operating system's error as a `StorageError` that names the path."""
     try:
         yield
     except StorageError:
@@ -272,7 +272,7 @@ def _npz(arrays: Arrays, metadata: Mapping[str, str]) -> Data:
 
 
 def difference(run: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file of a commit, in a few words, or None."""
+    """The fault of a file of a commit, in a few words, or None."""
     path = run / record.path
     try:
         size_bytes = path.stat().st_size
