@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
@@ -170,7 +170,7 @@ def _env_steps(folder: Path, stage: str, version: int) -> int:
     return 0
 
 
-def facts(config: RunConfig) -> dict[str, Any]:
+def facts(config: RunConfig) -> dict[str, object]:
     """The software, the machine and the job that a run belongs to, as run.json has them."""
     packages = ("dmrl-ray", "ray", "torch", "gymnasium", "numpy", "pandas", "pyarrow")
     return {
