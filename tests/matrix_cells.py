@@ -20,7 +20,7 @@ from dmrl_ray.control import controller
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
 from dmrl_ray.store.commits import newest_commit
-from dmrl_ray.store.files import load_arrays
+from dmrl_ray.store.files import LocalFiles, load_arrays
 from dmrl_ray.types import Arrays
 from tests.matrix_family import EPISODES
 
@@ -358,7 +358,7 @@ def weights_of(folder: Path) -> dict[str, Arrays]:
     """Everything that the newest commit keeps, policies and the state of learners."""
     commit = newest_commit(folder)
     assert commit is not None
-    return {name: load_arrays(folder, record) for name, record in commit.files.items()}
+    return {name: load_arrays(LocalFiles(folder), record) for name, record in commit.files.items()}
 
 
 NULLABLE = ("score", "change", "next_obs")

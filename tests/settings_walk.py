@@ -24,6 +24,7 @@ from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.results.display import Display
+from dmrl_ray.store.writer import RunWriter
 
 Values = list[Any]
 
@@ -77,7 +78,7 @@ class Differs(Exception):
     """A run does something else than the one it is compared with."""
 
 
-class Log:
+class Log(RunWriter):
     """Stands where a run's writer does: what would be written, in order, as hashes.
 
     Args:
@@ -94,6 +95,7 @@ class Log:
         self.written: list[str] = []
         self.files: dict[str, Any] = {}
         self._arrays: dict[str, Any] = {}
+        self._tasks = None
 
     def add(self, table: str, columns: Any) -> None:
         rows = dict(columns)

@@ -10,10 +10,10 @@ import pytest
 from dmrl_ray.errors import StorageError
 from dmrl_ray.store.files import (
     FileRecord,
+    LocalFiles,
     atomic_file,
     is_numeric,
     load_arrays,
-    put_if_absent,
     save_arrays,
 )
 
@@ -46,15 +46,15 @@ def assert_same(found, expected):
     [("a.safetensors", NUMBERS), ("a.safetensors", {}), ("a.npz", ANYTHING), ("a.npz", {})],
 )
 def test_arrays_come_back_with_values_shapes_and_dtypes(tmp_path, path, arrays):
-    record = save_arrays(tmp_path, path, arrays, {"policy": "x"})
-    assert_same(load_arrays(tmp_path, record), arrays)
+    record = save_arrays(LocalFiles(tmp_path), path, arrays, {"policy": "x"})
+    assert_same(load_arrays(LocalFiles(tmp_path), record), arrays)
     assert record.size_bytes == (tmp_path / path).stat().st_size
 
 
 def test_the_same_arrays_make_the_same_file(tmp_path):
     for suffix, arrays in (("safetensors", NUMBERS), ("npz", ANYTHING)):
-        first = save_arrays(tmp_path, f"a.{suffix}", arrays)
-        assert save_arrays(tmp_path, f"b.{suffix}", arrays).sha256 == first.sha256
+        first = save_arrays(LocalFiles(tmp_path), f"a.{suffix}", arrays)
+        assert save_arrays(LocalFiles(tmp_path), f"b.{suffix}", arrays).sha256 == first.sha256
 
 
 def test_strings_and_complex_numbers_are_not_numeric():
@@ -66,43 +66,43 @@ def test_strings_and_complex_numbers_are_not_numeric():
 @pytest.mark.parametrize("path", ["a.npz", "a.safetensors"])
 def test_python_objects_are_refused(tmp_path, path):
     with pytest.raises(ValueError, match="'bad' holds Python objects"):
-        save_arrays(tmp_path, path, {"bad": np.array([{}, None])})
+        save_arrays(LocalFiles(tmp_path), path, {"bad": np.array([{}, None])})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", ["a.npz", "a.safetensors"])
 def test_every_flipped_bit_and_every_truncation_is_found(tmp_path, path):
-    record = save_arrays(tmp_path, path, {"w": np.arange(4.0)})
+    record = save_arrays(LocalFiles(tmp_path), path, {"w": np.arange(4.0)})
     data = (tmp_path / path).read_bytes()
     for bit in range(0, 8 * len(data), 7):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         (tmp_path / path).write_bytes(flipped)
         with pytest.raises(ValueError, match=f"{path}: its sha256 is not"):
-            load_arrays(tmp_path, record)
+            load_arrays(LocalFiles(tmp_path), record)
     for size in range(0, len(data), 5):
         (tmp_path / path).write_bytes(data[:size])
         with pytest.raises(ValueError, match=f"{path}: has {size} bytes instead of {len(data)}"):
-            load_arrays(tmp_path, record)
+            load_arrays(LocalFiles(tmp_path), record)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.npz: is missing"):
-        load_arrays(tmp_path, FileRecord("gone.npz", 1, ""))
+        load_arrays(LocalFiles(tmp_path), FileRecord("gone.npz", 1, ""))
 
 
 def test_a_record_cannot_lead_out_of_the_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    record = save_arrays(tmp_path, "secret.npz", {"a": np.ones(1)})
+    record = save_arrays(LocalFiles(tmp_path), "secret.npz", {"a": np.ones(1)})
     (run / "link.npz").symlink_to(tmp_path / "secret.npz")
     for path in ("../secret.npz", str(tmp_path / "secret.npz"), "link.npz"):
         with pytest.raises(ValueError, match="leads out of the run folder"):
-            load_arrays(run, FileRecord(path, record.size_bytes, record.sha256))
+            load_arrays(LocalFiles(run), FileRecord(path, record.size_bytes, record.sha256))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    save_arrays(tmp_path, "a.npz", {"a": np.ones(1)})
+    save_arrays(LocalFiles(tmp_path), "a.npz", {"a": np.ones(1)})
     before = (tmp_path / "a.npz").read_bytes()
 
     def fail():
@@ -122,7 +122,7 @@ def test_a_full_disk_is_a_storage_error_with_path_and_room(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=r"a\.npz.*No space left.*MiB free there") as caught:
-        save_arrays(tmp_path, "a.npz", {"a": np.ones(1)})
+        save_arrays(LocalFiles(tmp_path), "a.npz", {"a": np.ones(1)})
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
@@ -130,7 +130,7 @@ def test_a_full_disk_is_a_storage_error_with_path_and_room(tmp_path, monkeypatch
 def _race(folder, name, barrier, wins):
     for number in range(20):
         barrier.wait()
-        if put_if_absent(folder / f"{number}.json", name.encode()):
+        if LocalFiles(folder).put_if_absent(f"{number}.json", name.encode()):
             wins.put((number, name))
 
 

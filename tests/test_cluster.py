@@ -18,8 +18,10 @@ from dmrl_ray.control.run_state import Run
 from dmrl_ray.envs.point_goal import PointGoal, PointGoalVectorEnv
 from dmrl_ray.errors import ClusterError, Interrupted, JobLost
 from dmrl_ray.jobs.learner import LocalLearners
+from dmrl_ray.jobs.messages import Call, CollectCall, EvaluateCall
+from dmrl_ray.jobs.protocols import answers, map_calls
 from dmrl_ray.jobs.spec import JobSpec, Weights
-from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, LocalWorkers
+from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker, collect_calls
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import EnvironmentFault, storable
@@ -54,12 +56,20 @@ def make_spec(name, algorithm="ppo", tasks="point_goal", *, shards=2, num_envs=4
 
 
 def start(workers, spec, iteration, weights, states):
+    """Begin an iteration; `states` may be what the beginning of the one before returned."""
     calls = [CollectCall(spec, shard, iteration, 0) for shard in range(spec.rollout.shards)]
-    return workers.start_collect(calls, weights, states)
+    return [workers.submit(call) for call in collect_calls(calls, weights, states)]
+
+
+def finish(workers, started, check=lambda: None):
+    """Reports, trials and states by shard."""
+    on_event = getattr(workers, "events", []).append
+    found = {answer.id: answer for answer in answers(workers, started, check, on_event)}
+    return [(found[i].value, found[i].trial, found[i].state) for i in started]
 
 
 def collect(workers, spec, iteration, weights, states):
-    return workers.finish_collect(start(workers, spec, iteration, weights, states))
+    return finish(workers, start(workers, spec, iteration, weights, states))
 
 
 def undisturbed(spec, iterations):
@@ -98,27 +108,20 @@ def assert_same(answer, expected):
 def pool(ray_instance):
     from dmrl_ray.cluster.pool import RayWorkers
 
-    events, checks = [], []
-    workers = RayWorkers(
-        WorkerSettings(num=2, timeout_s=2, max_failures=100),
-        on_event=lambda event, detail: events.append((event, detail)),
-        check=lambda: [check() for check in checks],
-    )
-    yield workers, events, checks
+    workers = RayWorkers(WorkerSettings(num=2, timeout_s=2, max_failures=100))
+    yield workers
     workers.close()
 
 
 @pytest.fixture
 def workers(pool):
     """Two workers, both up; the events since the test began are `workers.events`."""
-    workers, events, _ = pool
     spec = make_spec("until both are up")
     end = time.monotonic() + 30
-    while workers.alive < 2 and time.monotonic() < end:
-        collect(workers, spec, 0, first_weights(spec), [{}, {}])
-    events.clear()
-    workers.events = events
-    return workers
+    while pool.alive < 2 and time.monotonic() < end:
+        collect(pool, spec, 0, first_weights(spec), [{}, {}])
+    pool.events = []
+    return pool
 
 
 def test_a_killed_workers_shard_is_played_again_and_ends_the_same(workers):
@@ -129,18 +132,14 @@ def test_a_killed_workers_shard_is_played_again_and_ends_the_same(workers):
     os.kill(pid, signal.SIGSTOP)  # So that it dies with its call in flight.
     started = start(workers, spec, 1, weights, states)
     os.kill(pid, signal.SIGKILL)
-    answers = workers.finish_collect(started)
+    answers = finish(workers, started)
     trials, states = undisturbed(spec, 2)
     assert_same([workers.fetch(trial) for _, trial, _ in answers], trials)
     stored = [storable(workers.fetch(state)) for _, _, state in answers]
     assert_same(stored, [storable(state) for state in states])
-    event, detail = workers.events[0]
-    assert (event, detail["worker"], detail["pid"], detail["shards"]) == (
-        "worker_lost",
-        0,
-        pid,
-        [0],
-    )
+    lost = workers.events[0]
+    assert lost.event == "worker_lost"
+    assert [lost.detail[key] for key in ("worker", "pid", "shards")] == [0, pid, [0]]
 
 
 def test_a_killed_worker_changes_nothing_where_iterations_are_in_flight_together(workers):
@@ -151,12 +150,12 @@ def test_a_killed_worker_changes_nothing_where_iterations_are_in_flight_together
     pid = workers.pids()[0]
     os.kill(pid, signal.SIGSTOP)  # So that it dies with its calls in flight.
     first = start(workers, spec, 1, weights, states)
-    second = start(workers, spec, 2, weights, workers.states_after(first))
-    third = start(workers, spec, 3, weights, workers.states_after(second))
+    second = start(workers, spec, 2, weights, first)
+    third = start(workers, spec, 3, weights, second)
     os.kill(pid, signal.SIGKILL)
     for started in (first, second, third):
-        answers = workers.finish_collect(started)
-    assert workers.events[0][1]["shards"] == [0, 2]
+        answers = finish(workers, started)
+    assert workers.events[0].detail["shards"] == [0, 2]
     trials, states = undisturbed(spec, 4)
     assert_same([workers.fetch(trial) for _, trial, _ in answers], trials)
     stored = [storable(workers.fetch(state)) for _, _, state in answers]
@@ -169,8 +168,8 @@ def test_a_hung_worker_is_replaced_after_the_timeout(workers):
     os.kill(pid, signal.SIGSTOP)
     answers = collect(workers, spec, 0, workers.put(first_weights(spec)), [{}, {}])
     assert_same([workers.fetch(trial) for _, trial, _ in answers], undisturbed(spec, 1)[0])
-    assert [event for event, _ in workers.events] == ["worker_lost"]
-    assert re.match(r"hung: no answer for 2\.\d s", workers.events[0][1]["reason"])
+    assert [event.event for event in workers.events] == ["worker_lost"]
+    assert re.match(r"hung: no answer for 2\.\d s", workers.events[0].detail["reason"])
 
 
 def test_the_late_answer_of_a_replaced_worker_is_dropped(workers, monkeypatch):
@@ -184,12 +183,13 @@ def test_the_late_answer_of_a_replaced_worker_is_dropped(workers, monkeypatch):
 
     os.kill(pid, signal.SIGSTOP)
     started = start(workers, spec, 0, weights, [{}, {}])
-    first_submission = started[0].refs[0]
+    request = workers._requests[started[0]]
+    first_submission = request.refs[0]
     monkeypatch.setattr(ray, "kill", spare)
-    states = [state for _, _, state in workers.finish_collect(started)]
+    states = [state for _, _, state in finish(workers, started)]
     monkeypatch.undo()
     assert ray.get(first_submission, timeout=30).env_steps == 40 * 128
-    assert started[0].refs[0] != first_submission
+    assert request.refs[0] != first_submission
     answers = collect(workers, spec, 1, weights, states)
     kill(spared[0])
     assert_same([workers.fetch(trial) for _, trial, _ in answers], undisturbed(spec, 2)[0])
@@ -200,14 +200,18 @@ def test_map_answers_every_call_once_though_a_worker_dies(workers):
     weights = first_weights(spec)
     tasks = tuple(PointGoal(PointGoal.Config()).sample(np.random.default_rng(0), 40, "test"))
     calls = [EvaluateCall(spec, tasks, 0, chunk, True, 0) for chunk in range(6)]
-    expected = dict(LocalWorkers().map("evaluate", [(call, weights) for call in calls]))
+
+    def evaluations(acting):
+        return [Call(RolloutWorker.evaluate, (call, acting)) for call in calls]
+
+    expected = dict(map_calls(LocalWorkers(), evaluations(weights)))
     on_ray = workers.put(weights)
     pid = workers.pids()[0]
     os.kill(pid, signal.SIGSTOP)
-    answers = workers.map("evaluate", [(call, on_ray) for call in calls])
-    answered = [next(answers)]
+    results = map_calls(workers, evaluations(on_ray))
+    answered = [next(results)]
     os.kill(pid, signal.SIGKILL)
-    answered += list(answers)
+    answered += list(results)
     assert sorted(i for i, _ in answered) == list(range(6))
     assert_same(dict(answered), expected)
 
@@ -219,18 +223,32 @@ def test_a_fault_of_an_environment_reaches_the_driver_and_is_not_retried(workers
     assert workers.events == []
 
 
-def test_a_wait_ends_when_the_check_raises(workers, pool):
-    spec = make_spec("interrupted")
+def test_a_wait_ends_when_the_check_raises(workers):
+    spec, weights = make_spec("interrupted"), workers.put(first_weights(make_spec("interrupted")))
 
     def interrupt():
         raise Interrupted(signal.SIGINT)
 
-    started = start(workers, spec, 0, first_weights(spec), [{}, {}])
-    pool[2].append(interrupt)
+    started = start(workers, spec, 0, weights, [{}, {}])
     with pytest.raises(Interrupted):
-        workers.finish_collect(started)
-    pool[2].clear()
-    assert len(workers.finish_collect(started)) == 2
+        finish(workers, started, interrupt)
+    answers = collect(workers, spec, 0, weights, [{}, {}])  # Others are answered.
+    assert_same([workers.fetch(trial) for _, trial, _ in answers], undisturbed(spec, 1)[0])
+
+
+def test_the_state_of_a_hung_worker_says_what_it_hangs_in(workers):
+    spec = make_spec("state")
+    while any(state.call for state in workers.states()):  # of tests before
+        workers.ready([], 0.1)
+    os.kill(workers.pids()[0], signal.SIGSTOP)
+    began = time.monotonic()
+    started = start(workers, spec, 0, workers.put(first_weights(spec)), [{}, {}])
+    hung = workers.states()[0]
+    assert (hung.call.name, hung.call.shard) == ("collect", 0)
+    assert began <= hung.since <= time.monotonic()
+    os.kill(hung.pid, signal.SIGCONT)
+    finish(workers, started)
+    assert [state.call for state in workers.states()] == [None, None]
 
 
 def test_more_shards_than_workers_end_the_same(workers):
@@ -243,7 +261,7 @@ def test_too_many_lost_workers_end_the_run(ray_instance):
     from dmrl_ray.cluster.pool import RayWorkers
 
     spec = make_spec("too many")
-    workers = RayWorkers(WorkerSettings(num=1, max_failures=0), on_event=lambda *_: None)
+    workers = RayWorkers(WorkerSettings(num=1, max_failures=0))
     workers.start()
     os.kill(workers.pids()[0], signal.SIGKILL)
     with pytest.raises(ClusterError, match=r"workers\.max_failures: 1 workers were lost"):

@@ -134,7 +134,7 @@ def test_the_choice_is_told_kept_and_not_made_again(tmp_path):
     )
     kept = load_config(folder / "config.yaml")
     assert (kept.workers.num, kept.learners.threads) == (0, 2)
-    assert messages[0].startswith("workers.num: 0, as a step of a column costs ")
+    assert messages[0].startswith("workers.num: 0, as a step of an environment costs ")
     events = load(folder, table="events")
     (detail,) = events[events["event"] == "placed"]["detail"]
     assert json.loads(detail)["message"] == messages[0]

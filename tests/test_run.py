@@ -43,7 +43,7 @@ def test_success_and_score_of_an_episode_do_not_depend_on_the_rows_beside_it(run
     zeros = {"trial": 0, "episode": 0, "adaptation_step": 0, "policy_version": 0, "env_steps": 0}
     cells = {"task_id": list("abc"), "split": "test", "length": 1, "greedy": True, **zeros}
     told = {"success": np.array([1, np.nan, 0.0]), "score": np.array([np.nan, 0.5, 1])}
-    run.add_episodes(spec, {**cells, "return": np.zeros(3), **told})
+    run.writer.add_episodes(spec, {**cells, "return": np.zeros(3), **told})
     run.commit()
     rows = load(run.writer.folder)
     assert rows["success"].isna().tolist() == [False, True, False]

@@ -13,7 +13,7 @@ from dmrl_ray.control import controller
 from dmrl_ray.control.train_loop import Validation, tasks_at_once
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.messages import CollectCall
-from dmrl_ray.jobs.spec import JobSpec, Weights, load_family
+from dmrl_ray.jobs.spec import JobSpec, Weights, build, load_family
 from dmrl_ray.jobs.worker import RolloutWorker
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
@@ -190,8 +190,8 @@ def test_models_are_chosen_by_what_all_environments_come_to_not_by_the_longest_l
         "return": np.array([1.0, 2.0, 4.0, 6.0]),
     }
     parts = (Component.model_validate(part) for part in (WALK, MLP, {"type": kind}))
-    spec = JobSpec("stage", "stage", 0, *parts, RolloutSettings())
-    assert Validation([], "return", greedy=True).value(spec, played) == score
+    spec = JobSpec("stage", "stage", 0, *parts, RolloutSettings(num_envs=20))
+    assert Validation([], "return", build(spec)).value(played) == score
 
 
 def test_episodes_name_the_version_that_acted(tmp_path):

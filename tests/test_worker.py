@@ -9,8 +9,10 @@ from dmrl_ray.config.schema import Adapt, Component, RolloutSettings
 from dmrl_ray.envs.cartpole import CartPole
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.messages import AdaptCall, Call, CollectCall, EvaluateCall
+from dmrl_ray.jobs.protocols import map_calls
 from dmrl_ray.jobs.spec import JobSpec, Weights
-from dmrl_ray.jobs.worker import AdaptCall, CollectCall, EvaluateCall, LocalWorkers, RolloutWorker
+from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker, collect_calls
 
 SMALL = {"type": "actor_critic", "encoder": {"type": "mlp", "hidden_sizes": [8]}}
 RECURRENT = {"type": "actor_critic", "encoder": {"type": "lstm", "hidden_size": 8}}
@@ -211,7 +213,8 @@ def test_a_small_job_whole_is_the_same_job_step_by_step():
     _, (task,) = tasks_of(PointGoal, 1, horizon=5)
     spec = make_spec({"type": "point_goal", "horizon": 5}, fixed_tasks=(task,), split="test")
     initial = weights(spec, 3).arrays
-    rows, trained, *_ = RolloutWorker().train(spec, initial, 2)
+    report = RolloutWorker().train(spec, initial, 2)
+    rows, trained = report.episodes, report.weights
     learner, worker, state = Learner(spec), RolloutWorker(), {}
     learner.load_weights(initial)
     for i in range(2):
@@ -229,9 +232,9 @@ def test_an_episode_counts_the_updates_before_it_began():
     spec = make_spec(
         VARIED, {"type": "ppo", "num_steps": 5}, fixed_tasks=tasks_of(CartPole, 1)[1], record=True
     )
-    rows, *_, steps = RolloutWorker().train_recorded(spec, Learner(spec).weights(), 9)
-    begun = {}
-    for part in steps:
+    report = RolloutWorker().train(spec, Learner(spec).weights(), 9)
+    rows, begun = report.episodes, {}
+    for part in report.steps:
         starts = part["t"] == 0
         keys = zip(part["environment"][starts], part["episode"][starts], strict=True)
         begun |= dict(zip(keys, part["adaptation_step"][starts], strict=True))
@@ -251,7 +254,7 @@ def test_schedules_of_a_small_job_run_over_its_updates():
     start = Learner(plain).weights()
 
     def trained(spec, updates):
-        return RolloutWorker().train(replace(spec, updates=updates), start, updates)[1]
+        return RolloutWorker().train(replace(spec, updates=updates), start, updates).weights
 
     def moved(one, other):
         return any(not np.array_equal(one[n], other[n]) for n in one if n.startswith("encoder"))
@@ -264,13 +267,11 @@ def test_a_small_job_is_the_same_on_a_worker_that_did_it_before():
     _, (task,) = tasks_of(PointGoal, 1, horizon=5)
     spec = make_spec({"type": "point_goal", "horizon": 5}, fixed_tasks=(task,), split="test")
     worker = RolloutWorker()
-    (rows, trained, *_), (again, trained_again, *_) = (
-        worker.train(spec, weights(spec, 0).arrays, 2) for _ in range(2)
-    )
-    for name in rows:
-        np.testing.assert_array_equal(rows[name], again[name], name)
-    for name in trained:
-        np.testing.assert_array_equal(trained[name], trained_again[name], name)
+    one, again = (worker.train(spec, weights(spec, 0).arrays, 2) for _ in range(2))
+    for name in one.episodes:
+        np.testing.assert_array_equal(one.episodes[name], again.episodes[name], name)
+    for name in one.weights:
+        np.testing.assert_array_equal(one.weights[name], again.weights[name], name)
 
 
 def test_rows_of_a_stream_count_episodes_since_the_change():
@@ -293,12 +294,18 @@ def test_rows_of_a_stream_count_episodes_since_the_change():
     assert since[1][1][:, 0].sum() == pytest.approx(lacks)
 
 
+def evaluations(num):
+    spec = SPECS["ppo"]
+    _, tasks = tasks_of(CartPole, num)
+    calls = [EvaluateCall(spec, (task,), 0, 0, True, 0) for task in tasks]
+    calls = [Call(RolloutWorker.evaluate, (call, weights(spec, 0))) for call in calls]
+    return calls, [task.id for task in tasks]
+
+
 def test_local_workers_answer_every_call_with_its_number():
-    spec, workers = SPECS["ppo"], LocalWorkers()
-    _, tasks = tasks_of(CartPole, 2)
-    calls = [(EvaluateCall(spec, (task,), 0, 0, True, 0), weights(spec, 0)) for task in tasks]
-    results = dict(workers.map("evaluate", calls))
-    assert [results[i]["task_id"][0] for i in range(2)] == [task.id for task in tasks]
+    calls, ids = evaluations(2)
+    results = dict(map_calls(LocalWorkers(), calls))
+    assert [results[i]["task_id"][0] for i in range(2)] == ids
 
 
 def test_a_pool_without_ray_stops_between_two_calls_when_asked():
@@ -309,10 +316,38 @@ def test_a_pool_without_ray_stops_between_two_calls_when_asked():
         if len(asked) == 2:
             raise KeyboardInterrupt
 
-    spec = SPECS["ppo"]
-    _, tasks = tasks_of(CartPole, 2)
-    calls = [(EvaluateCall(spec, tasks, 0, i, True, 0), weights(spec, 0)) for i in range(3)]
-    answers = LocalWorkers(check).map("evaluate", calls)
+    calls, _ = evaluations(3)
+    answers = map_calls(LocalWorkers(), calls, check)
     assert next(answers)[0] == 0
     with pytest.raises(KeyboardInterrupt):
         next(answers)
+
+
+def test_a_collection_in_flight_begins_with_the_state_that_the_one_before_leaves():
+    spec, workers = SPECS["ppo"], LocalWorkers()
+    acting, before = weights(spec, 0), [{}]
+    for iteration in range(3):
+        (call,) = collect_calls([CollectCall(spec, 0, iteration, 0)], acting, before)
+        before = [workers.submit(call)]
+    (last,), _ = workers.ready(before, 0.0)  # The others are made first.
+    worker, state = RolloutWorker(), {}
+    for iteration in range(3):
+        report, trial, state = worker.collect(CollectCall(spec, 0, iteration, 0), acting, state)
+    np.testing.assert_array_equal(last.value.episodes["return"], report.episodes["return"])
+    np.testing.assert_array_equal(last.trial[0].obs, trial[0].obs)
+    assert last.state.keys() == state.keys()
+
+
+def test_workers_say_what_they_do_and_since_when():
+    workers, seen = LocalWorkers(), []
+
+    def watched(worker, number):
+        seen.append(workers.states()[0])
+        return number
+
+    before = workers.states()[0]
+    call = Call(watched, (7,))
+    assert list(map_calls(workers, [call])) == [(0, 7)]
+    after = workers.states()[0]
+    assert (before.call, seen[0].call, after.call) == (None, call, None)
+    assert before.since <= seen[0].since <= after.since

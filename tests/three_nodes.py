@@ -20,7 +20,7 @@ os.environ.update(
 
 import ray
 from ray.cluster_utils import Cluster
-from test_cluster import assert_same, collect, make_spec, start, undisturbed
+from test_cluster import assert_same, collect, finish, make_spec, start, undisturbed
 
 from dmrl_ray.cluster.connection import connect
 from dmrl_ray.cluster.learners import RayLearners
@@ -52,7 +52,7 @@ def mid_collect(cluster, nodes, workers):
     node = nodes.pop(node_of_pid[victim.pid])
     started = start(workers, spec, 1, weights, states)
     wait_until_gone(cluster, node)
-    answers = workers.finish_collect(started)
+    answers = finish(workers, started)
     trials, states = undisturbed(spec, 2)
     assert_same([workers.fetch(trial) for _, trial, _ in answers], trials)
     after = [storable(workers.fetch(state)) for _, _, state in answers]
@@ -91,19 +91,18 @@ nodes = {node.node_id: node for node in added}
 stage = {"type": "pretrain", "env_steps": 1}
 config = RunConfig.model_validate({"tasks": "bandit", "stages": {"meta": stage}})
 facts = connect(cluster.address, config)
-events = []
-workers = RayWorkers(
-    WorkerSettings(num=3), on_event=lambda event, detail: events.append([event, detail])
-)
+workers = RayWorkers(WorkerSettings(num=3))
+workers.events = []
 workers.start()
 node_of_pid = {worker.pid: node_of(worker) for worker in workers.up()}
 result = {"facts": facts, "nodes": list(node_of_pid.values()), "small": list(nodes)}
 mid_collect(cluster, nodes, workers)
 while workers.alive < 3:
-    workers._pump()
+    workers._pump(0.2)
 result["after"] = [node_of(worker) for worker in workers.up()]
 result["lost"] = lost_data(cluster, nodes, workers)
-result["events"] = events
+more = workers.ready([], 0.0)[1]
+result["events"] = [[event.event, event.detail] for event in workers.events + more]
 (Path(sys.argv[1]) / "result.json").write_text(json.dumps(result))  # Ray prints, too.
 workers.close()
 ray.shutdown()

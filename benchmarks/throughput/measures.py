@@ -20,9 +20,9 @@ from benchmarks.throughput.probe import Probe, speed
 from benchmarks.throughput.rows import Row, Variant
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.control import controller
-from dmrl_ray.control.run_state import Run
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.results.reading import load
+from dmrl_ray.store.writer import RunWriter
 
 Figures: TypeAlias = dict[str, float | None]
 """By name; None where there is none, such as the time to a target that was not reached."""
@@ -136,7 +136,7 @@ def trained(row: Row, variant: Variant, probe: Probe) -> Iterator[Path]:
     config = parse_config(row.text, "row", list(variant.settings))
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "run"
-        with suppress(Interrupted), nullified(Run, _ROWS if not variant.write_rows else ()):
+        with suppress(Interrupted), nullified(RunWriter, _ROWS if not variant.write_rows else ()):
             controller.run(config, folder, display=probe)
         yield folder
 

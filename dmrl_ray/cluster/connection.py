@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -19,6 +19,9 @@ from ray.exceptions import RayError, RayTaskError
 from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
 from dmrl_ray.config.schema import RunConfig, resolve_auto
 from dmrl_ray.errors import ClusterError, JobLost
+
+RayObject: TypeAlias = Any
+"""An actor, a reference, or what a call of an actor returns: Ray gives none of them a type."""
 
 START_TIMEOUT_S = 60.0
 """Time for actors to be placed and to import what they need."""
@@ -37,7 +40,7 @@ NOT_SHIPPED = [
     "*.pem",
     "*.key",
 ]
-"""What no node of a cluster needs, or must not see, of the working directory."""
+"""Parts of the working directory that no node of a cluster needs, or that none must see."""
 
 
 def connect(address: str | None, config: RunConfig) -> dict[str, object]:
@@ -49,7 +52,7 @@ def connect(address: str | None, config: RunConfig) -> dict[str, object]:
         config: says how many processes there will be.
 
     Returns:
-        What the cluster is: version, address, nodes, cpus, gpus.
+        The facts of the cluster: version, address, nodes, cpus, gpus.
 
     Raises:
         ClusterError: there is no connection.
@@ -79,7 +82,7 @@ def where() -> tuple[int, str]:
 
 
 def cause_of(error: RayError) -> Exception:
-    """What an actor raised; or `JobLost` where it is data that is gone, or the actor itself."""
+    """The error that an actor raised; or `JobLost` where data are gone, or the actor itself."""
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayError):
         cause = JobLost(f"data or a process of the job was lost: {first_sentence(cause)}")
@@ -134,7 +137,7 @@ def _start_here(config: RunConfig) -> None:
 
 def _join(address: str, *, inside_job: bool) -> None:
     if inside_job:  # The job has a working directory, and variables that must not be given twice.
-        runtime_env: dict[str, Any] = {
+        runtime_env: dict[str, object] = {
             "env_vars": {k: v for k, v in ONE_THREAD.items() if k not in os.environ}
         }
     else:
@@ -164,7 +167,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+_QUIET: dict[str, object] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 def _own_paths() -> list[str]:

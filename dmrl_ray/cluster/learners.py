@@ -9,15 +9,22 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
-from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from dmrl_ray.cluster.connection import START_TIMEOUT_S, cause_of, no_room, nodes_are_coming, where
+from dmrl_ray.cluster.connection import (
+    START_TIMEOUT_S,
+    RayObject,
+    cause_of,
+    no_room,
+    nodes_are_coming,
+    where,
+)
 from dmrl_ray.config.schema import LearnerSettings, WorkerSettings, resolve_auto
 from dmrl_ray.errors import ClusterError, JobLost
 from dmrl_ray.jobs.learner import Learner
+from dmrl_ray.jobs.messages import Stored
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.types import Arrays, Trial
 
@@ -99,15 +106,15 @@ class RayLearners:
         self.version = 0
         self._timeout_s = workers.timeout_s
         self._seconds: deque[float] = deque(maxlen=100)
-        self._published: Any = None
+        self._published: RayObject = None
         gpus = self._gpus(settings)
-        actor: Any = ray.remote(LearnerActor).options(
+        actor: RayObject = ray.remote(LearnerActor).options(
             num_cpus=resolve_auto(settings.threads),
             num_gpus=gpus,
             max_restarts=0,
             max_task_retries=0,
         )
-        self._actors: list[Any] = [actor.remote() for _ in range(settings.num)]
+        self._actors: list[RayObject] = [actor.remote() for _ in range(settings.num)]
         try:
             meanwhile()
             places = self._start(settings, gpus)
@@ -121,7 +128,7 @@ class RayLearners:
             self.close()
             raise
 
-    def update(self, env_steps: int, trials: list[Any]) -> dict[str, float]:
+    def update(self, env_steps: int, trials: list[Stored]) -> dict[str, float]:
         """One update; what is `published` is new afterwards.
 
         Args:
@@ -139,7 +146,7 @@ class RayLearners:
         self.version += 1
         return {k: sum(a[k] for a in answers) / len(answers) for k in answers[0]}
 
-    def published(self) -> Any:
+    def published(self) -> Stored:
         """A reference of the policy's weights, as the workers take them."""
         if self._published is None:
             self._published = self._actors[0].publish.remote(self.version)
@@ -205,16 +212,16 @@ class RayLearners:
         refs = [a.join.remote(init_method, rank, size) for rank, a in enumerate(self._actors)]
         self._wait(refs, least_s=START_TIMEOUT_S)
 
-    def _on_all(self, method: str, *arguments: Any, least_s: float = 0.0) -> list[Any]:
+    def _on_all(self, method: str, *arguments: object, least_s: float = 0.0) -> list[RayObject]:
         refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
         return self._wait(refs, least_s)
 
-    def _wait(self, refs: list[Any], least_s: float = 0.0) -> list[Any]:
+    def _wait(self, refs: list[RayObject], least_s: float = 0.0) -> list[RayObject]:
         """Answers of the learners, all within the timeout, or `least_s` where that is later."""
         usual = 5 * median(self._seconds) if self._seconds else 0.0
         limit = max(self._timeout_s, usual, least_s)
         end = time.monotonic() + limit
-        answers: dict[Any, Any] = {}
+        answers: dict[RayObject, RayObject] = {}
         waiting = refs
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=max(0.0, end - time.monotonic()))
@@ -227,7 +234,7 @@ class RayLearners:
         return [answers[ref] for ref in refs]
 
 
-def _reason(error: RayError, waiting: list[Any]) -> Exception:
+def _reason(error: RayError, waiting: list[RayObject]) -> Exception:
     """Why a learner failed: another that lost its connection to a dead one says so before Ray."""
     if waiting:
         waiting, _ = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S)

@@ -1,4 +1,4 @@
-"""How a run is spread over the machine that it starts on, where its config leaves that open."""
+"""The placement of a run on the machine that it starts on, where its config leaves it open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEASURE_S = 0.25
 """Seconds from which on a rollout is long enough to be measured by."""
 
 WORTH_US = 20.0
-"""Cost of a column's step from which other processes roll out faster than the learner's own.
+"""Cost of an environment's step from which other processes roll out faster than the learner's own.
 
 A trial costs about 2 us a step to hand over, and Ray's calls 5 ms an iteration; on CartPole, whose
 step costs 2 us, two workers were slower than none.
@@ -33,7 +33,8 @@ def place(config: RunConfig, address: str | None) -> tuple[RunConfig, str]:
     """The config with `workers.num` and `learners.threads` resolved, and why so; "" if they were.
 
     On a cluster every shard gets a worker. On one machine a second of rolling out tells whether
-    workers pay. Results do not depend on the workers, and on the threads in their last bits.
+    workers are worth their start. Results do not depend on the workers, and on the threads only in
+    their last bits.
 
     Raises:
         ConfigError: a learner asks for a GPU that is not there.
@@ -88,13 +89,13 @@ def _workers(config: RunConfig, address: str | None, cores: int) -> tuple[int, s
         return most, f"{shards} shards are played on {cores} cores"
     cost = step_us(own[0])
     seconds = sum(s.env_steps for s in own) * cost * 1e-6
-    what = f"a step of a column costs {cost:.3g} us, {seconds:.3g} s in all"
-    pays = cost >= WORTH_US and seconds >= WORTH_S
-    return (most if pays else 0), what + ("" if pays else ", too little for other processes")
+    what = f"a step of an environment costs {cost:.3g} us, {seconds:.3g} s in all"
+    worth = cost >= WORTH_US and seconds >= WORTH_S
+    return (most if worth else 0), what + ("" if worth else ", too little for other processes")
 
 
 def step_us(spec: JobSpec) -> float:
-    """Microseconds that a step of one column costs while rolling out with one thread."""
+    """Microseconds that a step of one environment costs while rolling out with one thread."""
     program = build(spec)
     stream = random_stream(spec.seed, *spec.key, "placement")
     tasks = sample(program.distribution, stream, spec.rollout.num_envs, spec.split)

@@ -4,7 +4,7 @@
                   ^                                                        |
                   +---- replace: dead, or silent past its timeout --------+
                                                                            |
-    answers <-- take: the small result; large ones stay references <-------+
+    ready <---- take: the small result; large ones stay references <-------+
 
 What a call returns depends on its arguments alone, so that a call that was lost with its worker is
 simply made again. Its answer is taken through the reference of its newest submission and no other:
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -25,6 +25,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmrl_ray.cluster.connection import (
     START_TIMEOUT_S,
+    RayObject,
     cause_of,
     first_sentence,
     no_room,
@@ -33,12 +34,18 @@ from dmrl_ray.cluster.connection import (
 )
 from dmrl_ray.config.schema import WorkerSettings, resolve_auto
 from dmrl_ray.errors import ClusterError
-from dmrl_ray.jobs.messages import CollectCall, CollectReport
+from dmrl_ray.jobs.messages import (
+    Answer,
+    Call,
+    CallId,
+    Result,
+    Stored,
+    WorkerEvent,
+    WorkerState,
+)
+from dmrl_ray.jobs.protocols import POLL_S
 from dmrl_ray.jobs.worker import RolloutWorker
 from dmrl_ray.types import Arrays
-
-POLL_S = 0.2
-"""A wait for answers looks up this often, so that interrupts and timeouts are seen."""
 
 MAX_BAD_STARTS = 3
 """Workers in a row that die before they are up, after which the run stops."""
@@ -51,10 +58,9 @@ class WorkerActor(RolloutWorker):
         """Process id and node; answered once the worker is up."""
         return where()
 
-    def _read(self, state: Any) -> Arrays:
-        """A state that was not there yet when the call was made came as a reference in a list."""
-        arrays: Arrays = ray.get(state[0]) if isinstance(state, list) else state
-        return arrays
+    def _read(self, state: Stored) -> Arrays:
+        """Read a state, which came as a reference in a list if the call was made before it was."""
+        return super()._read(ray.get(state[0]) if isinstance(state, list) else state)
 
 
 @dataclass(eq=False)
@@ -62,41 +68,37 @@ class Request:
     """One call, wherever it is made, and however often.
 
     Attributes:
-        shard: whose collection it is; None for other calls.
-        state: of the shard, its last argument; or the request whose answer that state is part of.
+        before: the request whose answer the state of the call's shard is part of.
         refs: of the newest submission: report, trial and state of a collection, else the answer.
     """
 
-    method: str
-    arguments: tuple[Any, ...]
-    shard: int | None = None
-    state: Any = None
-    refs: list[Any] = field(default_factory=list)
-    answer: Any = None
+    call: Call[Any]
+    before: Request | None = None
+    refs: list[RayObject] = field(default_factory=list)
+    answer: object = None
     error: BaseException | None = None
     done: bool = False
 
     def waits_for(self) -> Request | None:
         """The request that must be answered before this one can be."""
-        before = self.state
-        return before if isinstance(before, Request) and not before.done else None
+        return self.before if self.before is not None and not self.before.done else None
 
-    def submit(self, actor: Any) -> None:
+    def submit(self, actor: RayObject) -> None:
         """Make the call, or make it again."""
-        method = getattr(actor, self.method)
-        if self.shard is None:
-            self.refs = [method.remote(*self.arguments)]
+        method = getattr(actor, self.call.name)
+        if self.call.shard is None:
+            self.refs = [method.remote(*self.call.arguments)]
             return
-        state = self.state
-        if isinstance(state, Request):
+        state = self.call.state
+        if self.before is not None:
             # Ray would hold the call back until the state is there. The worker that makes the
             # state needs no other, and in a list Ray does not look.
-            state = state.refs[2] if state.done else [state.refs[2]]
-        self.refs = method.options(num_returns=3).remote(*self.arguments, state)
+            state = self.before.refs[2] if self.before.done else [self.before.refs[2]]
+        self.refs = method.options(num_returns=3).remote(*self.call.arguments, state)
 
     def end(self) -> None:
-        """It has its answer, or its error."""
-        self.done, self.state = True, None
+        """Note that it has its answer, or its error."""
+        self.done, self.before = True, None
 
 
 @dataclass(eq=False)
@@ -104,7 +106,7 @@ class Worker:
     """One actor and the calls it has in flight."""
 
     index: int
-    actor: Any
+    actor: RayObject
     replaces: bool
     pid: int | None = None  # None until it is up
     node: str = ""
@@ -113,50 +115,46 @@ class Worker:
 
 
 class RayWorkers:
-    """The worker pool of a run on Ray, with the interface of `worker.LocalWorkers`.
-
-    Trials, shard states and weights are references here: the driver passes them on and never reads
-    them. Each call is made until it is answered once.
+    """The workers of a run on Ray: `protocols.Workers` whose stored values are references.
 
     Args:
         settings: how many workers, and when one counts as lost.
-        on_event: is told of every worker lost or replaced, with its details.
-        check: is called while waiting; what it raises ends the wait.
     """
 
-    def __init__(
-        self,
-        settings: WorkerSettings,
-        on_event: Callable[[str, dict[str, object]], None],
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._on_event = on_event
-        self._check = check
-        self._actor_class: Any = ray.remote(WorkerActor).options(
+        self._actor_class: RayObject = ray.remote(WorkerActor).options(
             num_cpus=1,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
             label_selector={"dmrl/pool": "!learner"},
         )
+        self._number = 0
+        self._requests: dict[CallId, Request] = {}  # whose answers were not given yet
         self._waiting: deque[Request] = deque()
-        self._listening: dict[Any, tuple[Worker, Request | None]] = {}
+        self._listening: dict[RayObject, tuple[Worker, Request | None]] = {}
+        self._events: list[WorkerEvent] = []  # since `ready` was called last
+        self._over: ClusterError | None = None  # why no call will be made any more
         self._seconds: dict[str, deque[float]] = {}
         self._failures = self._bad_starts = 0
         self.total = self._needed = resolve_auto(settings.num)
         self._complete_at = time.monotonic()
         self._workers = [self._spawn(index) for index in range(self.total)]
 
-    def start(self) -> None:
+    def start(self, check: Callable[[], None] = lambda: None) -> None:
         """Wait until all workers are up; or some, while a cluster launches nodes for the rest.
+
+        Args:
+            check: is called while waiting; what it raises ends the wait and the workers.
 
         Raises:
             ClusterError: the cluster has no room for the workers, or they cannot start.
         """
         try:
             while len(self.up()) < self._needed:
-                self._pump()
+                check()
+                self._pump(POLL_S)
         except BaseException:
             self.close()
             raise
@@ -175,51 +173,56 @@ class RayWorkers:
         """Process ids of the workers that are up."""
         return [worker.pid for worker in self.up() if worker.pid is not None]
 
-    def start_collect(
-        self, calls: list[CollectCall], weights: Any, states: list[Any]
-    ) -> list[Request]:
-        """Begin one iteration of every shard; the answer is for `finish_collect`."""
-        requests = [
-            Request("collect", (call, weights), call.shard, state)
-            for call, state in zip(calls, states, strict=True)
+    def submit(self, call: Call[Result]) -> CallId:
+        """Give a call to the first worker that has time for it."""
+        before = self._requests[call.state] if isinstance(call.state, CallId) else None
+        self._number += 1
+        number = CallId(self._number)
+        request = self._requests[number] = Request(call, before)
+        self._waiting.append(request)
+        if call.shard is not None:  # The driver may wait for something else next.
+            self._dispatch()
+        return number
+
+    def ready(
+        self, ids: Sequence[CallId], timeout_s: float
+    ) -> tuple[list[Answer[object]], list[WorkerEvent]]:
+        """The answers that have come; workers that are lost meanwhile are replaced."""
+        requests = {number: self._requests[number] for number in ids}
+        if not any(request.done for request in requests.values()):
+            self._pump(timeout_s)
+        answers: list[Answer[object]] = []
+        for number, request in requests.items():
+            if request.error is not None:
+                if answers:
+                    break  # They are given first.
+                raise request.error
+            if request.done:
+                answers.append(Answer(number, request.answer, *request.refs[1:]))
+                del self._requests[number]
+        events, self._events = self._events, []
+        return answers, events
+
+    def forget(self, ids: Sequence[CallId]) -> None:
+        """Calls whose answers nobody waits for; those that have not begun are not made."""
+        for number in ids:
+            request = self._requests.pop(number, None)
+            if request is not None and request in self._waiting:
+                self._waiting.remove(request)
+
+    def states(self) -> list[WorkerState]:
+        """The call that each worker makes, and since when."""
+        return [
+            WorkerState(w.index, w.pid, w.node, w.requests[0].call if w.requests else None, w.since)
+            for w in self._workers
         ]
-        self._make(requests)
-        return requests
 
-    def states_after(self, started: list[Request]) -> list[Any]:
-        """What the next iteration begins with, while this one may still be in flight."""
-        return list(started)
-
-    def finish_collect(self, started: list[Request]) -> list[tuple[CollectReport, Any, Any]]:
-        """Reports, and references of trials and states, by shard number.
-
-        Raises:
-            EnvironmentFault: an environment broke the contract; likewise whatever a worker raised.
-            JobLost: a shard's state or the weights were lost with their node.
-            ClusterError: too many workers were lost.
-        """
-        for _ in self._answers(started):
-            pass
-        return [(r.answer, r.refs[1], r.refs[2]) for r in started]
-
-    def map(self, method: str, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Results of a worker's method over many arguments, with their indices, as they come.
-
-        Raises the same as `finish_collect`.
-        """
-        requests = [Request(method, arguments) for arguments in calls]
-        index = {id(request): i for i, request in enumerate(requests)}
-        self._make(requests)
-        for request in self._answers(requests):
-            yield index[id(request)], request.answer
-            request.answer = None
-
-    def put(self, value: Any) -> Any:
-        """Make a large argument ready to be used in many calls."""
+    def put(self, value: object) -> Stored:
+        """Make a reference."""
         return ray.put(value)
 
-    def fetch(self, value: Any) -> Any:
-        """The value behind what a call returned as large.
+    def fetch(self, value: Stored) -> object:
+        """The value behind a reference.
 
         Raises:
             JobLost: it was lost with its node.
@@ -239,29 +242,6 @@ class RayWorkers:
         self._waiting.clear()
         self._listening.clear()
 
-    def _make(self, requests: list[Request]) -> None:
-        """Begin some calls."""
-        self._waiting.extend(requests)
-        self._dispatch()
-
-    def _answers(self, requests: list[Request]) -> Iterator[Request]:
-        """The requests as they are done; those left when the caller goes away are forgotten."""
-        left = list(requests)
-        try:
-            while left:
-                done = [request for request in left if request.done]
-                for request in done:
-                    if request.error is not None:
-                        raise request.error
-                    left.remove(request)
-                    yield request
-                if left and not done:
-                    self._pump()
-        finally:
-            for request in left:
-                if request in self._waiting:
-                    self._waiting.remove(request)
-
     def _check_room(self) -> None:
         """Workers that cannot be placed are waited for as long as others do the work."""
         now = time.monotonic()
@@ -277,11 +257,13 @@ class RayWorkers:
         self._listening[worker.actor.where.remote()] = (worker, None)
         return worker
 
-    def _pump(self) -> None:
+    def _pump(self, timeout_s: float) -> None:
         """Wait shortly for answers, take those that came, and keep the workers busy."""
-        self._check()
+        if self._over is not None:
+            raise self._over
         self._check_room()
-        ready, _ = ray.wait(list(self._listening), num_returns=1, timeout=POLL_S)
+        self._dispatch()
+        ready, _ = ray.wait(list(self._listening), num_returns=1, timeout=timeout_s)
         if ready:
             everything = list(self._listening)
             ready, _ = ray.wait(everything, num_returns=len(everything), timeout=0)
@@ -292,7 +274,7 @@ class RayWorkers:
             self._replace_if_overdue(worker)
         self._dispatch()
 
-    def _take(self, ref: Any) -> None:
+    def _take(self, ref: RayObject) -> None:
         worker, request = self._listening[ref]
         try:
             value = ray.get(ref)
@@ -315,14 +297,15 @@ class RayWorkers:
             request.end()
             worker.requests.remove(request)
             took = getattr(request.answer, "seconds", now - worker.since)
-            self._seconds.setdefault(request.method, deque(maxlen=100)).append(took)
+            self._seconds.setdefault(request.call.name, deque(maxlen=100)).append(took)
         worker.since = now
 
     def _up(self, worker: Worker, pid: int, node: str) -> None:
         worker.pid, worker.node = pid, node
         self._bad_starts = 0
         if worker.replaces:
-            self._on_event("worker_replaced", {"worker": worker.index, "pid": pid, "node": node})
+            detail: dict[str, object] = {"worker": worker.index, "pid": pid, "node": node}
+            self._events.append(WorkerEvent("worker_replaced", detail))
 
     def _dispatch(self) -> None:
         """Give waiting calls to workers that are up."""
@@ -338,7 +321,7 @@ class RayWorkers:
         if not up:
             return None
         least = min(up, key=lambda worker: len(worker.requests))
-        if request.shard is None:
+        if request.call.shard is None:
             # A second call in flight saves waiting for the driver, but only while all have work.
             return least if len(least.requests) < 1 + (len(self._waiting) >= len(up)) else None
         before = request.waits_for()
@@ -346,7 +329,7 @@ class RayWorkers:
             # Behind it at the same worker, so that no two workers wait for each other.
             up = [worker for worker in up if before in worker.requests]
             return next((worker for worker in up if len(worker.requests) < 2), None)
-        own = self._workers[request.shard % len(self._workers)]
+        own = self._workers[request.call.shard % len(self._workers)]
         if own.pid is not None and len(own.requests) < 2:
             return own
         return None if least.requests else least
@@ -361,7 +344,7 @@ class RayWorkers:
     def _replace_if_overdue(self, worker: Worker) -> None:
         if not worker.requests:
             return
-        past = self._seconds.get(worker.requests[0].method)
+        past = self._seconds.get(worker.requests[0].call.name)
         limit = max(self._settings.timeout_s, 5 * median(past) if past else 0.0)
         silent = time.monotonic() - worker.since
         if silent > limit:
@@ -371,22 +354,20 @@ class RayWorkers:
         """Another actor in this one's place; its calls are made again."""
         self._listening = {r: x for r, x in self._listening.items() if x[0] is not worker}
         ray.kill(worker.actor, no_restart=True)
-        self._on_event(
-            "worker_lost",
-            {
-                "worker": worker.index,
-                "pid": worker.pid,
-                "node": worker.node,
-                "reason": reason,
-                "shards": [r.shard for r in worker.requests if r.shard is not None],
-            },
-        )
+        detail: dict[str, object] = {
+            "worker": worker.index,
+            "pid": worker.pid,
+            "node": worker.node,
+            "reason": reason,
+            "shards": [r.call.shard for r in worker.requests if r.call.shard is not None],
+        }
+        self._events.append(WorkerEvent("worker_lost", detail))
         self._failures += 1
         self._bad_starts += worker.pid is None
         if self._bad_starts >= MAX_BAD_STARTS:
-            raise ClusterError(f"rollout workers cannot start: {reason}")
-        if self._failures > self._settings.max_failures:
-            raise ClusterError(
+            self._over = ClusterError(f"rollout workers cannot start: {reason}")
+        elif self._failures > self._settings.max_failures:
+            self._over = ClusterError(
                 f"workers.max_failures: {self._failures} workers were lost, the last one "
                 f"(process {worker.pid} on {worker.node}) because of {reason}"
             )

@@ -58,26 +58,26 @@ def resolve_auto(number: Processes | Threads) -> int:
 
 
 class RolloutSettings(Settings):
-    """What is rolled out in one iteration. These settings change results; `workers` does not."""
+    """The rollouts of one iteration. These settings change results; `workers` does not."""
 
     shards: Size = 2
     """Units of work: each has its own environments and random streams. At most this many workers
     are busy."""
 
     num_envs: Number = 64
-    """Environment columns per shard."""
+    """Environments per shard."""
 
     device: Literal["cpu", "cuda"] | None = None
     """Where pretraining steps environments and policy, as tensors that the learner takes as they
-    are; with ``workers: {num: 0}``. Thousands of columns are needed to keep a GPU busy. null, and
-    the other stages: in NumPy, in the workers."""
+    are; with ``workers: {num: 0}``. It takes thousands of environments to keep a GPU busy. null,
+    and the other stages: in NumPy, in the workers."""
 
 
 class TaskRollout(Settings):
-    """What a job on a single task rolls out in one iteration, in one shard and in NumPy."""
+    """The rollout of a job on a single task in one iteration, in one shard and in NumPy."""
 
     num_envs: Number = 64
-    """Environment columns."""
+    """Environments."""
 
 
 class WorkerSettings(Settings):
@@ -108,8 +108,9 @@ class LearnerSettings(Settings):
     """auto takes a GPU where there is one."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the layers below the heads, in gradient steps on minibatches. bfloat16 is faster on CPUs
-    and GPUs that have it, and learns less well where differences are small, as in long trials."""
+    """Precision of the layers below the heads in gradient steps on minibatches. bfloat16 is faster
+    on CPUs and GPUs that have it, and learns less well where differences are small, as in long
+    trials."""
 
     compile: bool = False
     """Gradients by compiled code, for policies without memory: twice as fast where networks are
@@ -193,8 +194,8 @@ class Pretrain(Training):
     """Tasks in each of those evaluations, always the same ones."""
 
     greedy: bool = True
-    """Take the most probable action in them. Where exploring pays, a policy that learned to do it
-    by chance is worth more with false, here and in the evaluation."""
+    """Take the most probable action in them. Where exploring brings reward, a policy that learned
+    to explore at random is worth more with false, here and in the evaluation."""
 
     init_from: str | None = None
     """Name of an earlier stage whose weights to start from, or ``rllib:PATH``, here and in other
@@ -255,7 +256,26 @@ By: TypeAlias = Literal["own"] | ContinuedTraining | None
 _BY = Discriminator(lambda value: "own" if value == "own" else "continued")  # one message, not two
 
 
-class Adapt(Starting):
+class Playing(Starting):
+    """Settings shared by the stages that play a policy and leave it as it is."""
+
+    init_from: str
+    """Name of the stage whose policy is played."""
+
+    algorithm: Component | None = None
+    """How the policy adapts; that stage's own algorithm if null."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Which of that stage's checkpoints."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    """Tasks that are played."""
+
+    greedy: bool = True
+    """Take the most probable action where the algorithm does not need to explore at random."""
+
+
+class Adapt(Playing):
     """Meet streams of tasks that change, and keep adapting.
 
     Beside the agent stand the same one restarted at each change (`JOB.restarted` in tables) and one
@@ -263,18 +283,6 @@ class Adapt(Starting):
     """
 
     type: Literal["adapt"] = "adapt"
-
-    init_from: str
-    """Name of the stage whose policy meets the streams."""
-
-    algorithm: Component | None = None
-    """Instead of that stage's own algorithm."""
-
-    checkpoint: Literal["best", "last"] = "best"
-    """Which of that stage's checkpoints."""
-
-    split: Literal["train", "validation", "test"] = "test"
-    """Tasks in the streams."""
 
     streams: Number = 64
     """Independent streams of tasks."""
@@ -286,8 +294,8 @@ class Adapt(Starting):
     """Episodes of each environment between changes."""
 
     change: Literal["ignore", "told"] = "ignore"
-    """ignore: the agent is not told that the task changes, and goes on with what it has become;
-    told: memory, belief, parameters and optimiser begin anew with every task."""
+    """ignore: the agent does not observe that the task changes, and continues as it has adapted;
+    told: memory, belief, parameters and optimiser start from scratch with every task."""
 
     by: Annotated[
         Annotated[Literal["own"], Tag("own")] | Annotated[ContinuedTraining, Tag("continued")], _BY
@@ -296,35 +304,17 @@ class Adapt(Starting):
     inner steps or a belief, or for algorithms without a trial continued training by their
     optimiser; ``{type: continued, ...}`` takes gradient steps on any differentiable policy."""
 
-    greedy: bool = True
-    """Take the most probable action where the algorithm does not need to explore by sampling."""
 
-
-class Evaluate(Starting):
+class Evaluate(Playing):
     """Run a policy on held-out tasks, without learning across them."""
 
     type: Literal["evaluate"] = "evaluate"
-
-    init_from: str
-    """Name of the stage whose policy is evaluated."""
-
-    algorithm: Component | None = None
-    """How the policy adapts; that stage's own algorithm if null."""
-
-    checkpoint: Literal["best", "last"] = "best"
-    """Which of that stage's checkpoints."""
-
-    split: Literal["train", "validation", "test"] = "test"
-    """Tasks to evaluate on."""
 
     tasks: Number = 256
     """Number of tasks."""
 
     trials: Number = 1
     """Trials on each task."""
-
-    greedy: bool = True
-    """Take the most probable action where the algorithm does not need to explore by chance."""
 
     record: bool = False
     """Keep every step in the transitions table."""
@@ -343,8 +333,8 @@ class RunConfig(Settings):
     """Fixes every random number of the run but the choice of evaluation tasks."""
 
     evaluation_seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Fixes which tasks are validated, fine-tuned, adapted to and evaluated on, and the chances
-    that evaluations and streams meet there. Runs of one study leave it as it is and differ in
+    """Fixes which tasks are validated, fine-tuned, adapted to and evaluated on, and the random
+    numbers of evaluations and streams. Runs of one study leave it as it is and differ in
     `seed`, so that they are compared on the same tasks."""
 
     tasks: Component

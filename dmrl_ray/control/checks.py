@@ -1,8 +1,8 @@
-"""What does not fit together in a config, found before anything starts."""
+"""Checks of a config before anything starts: its parts fit together and into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import nn
@@ -29,11 +29,9 @@ from dmrl_ray.jobs.spec import (
     JobSpec,
     Program,
     build,
-    get_weights,
     job_spec,
     load_family,
     outline,
-    set_weights,
     smoke_test,
 )
 from dmrl_ray.jobs.transfer import rllib_start
@@ -43,7 +41,7 @@ def check(config: RunConfig) -> list[Part]:
     """Find what does not fit together before anything starts.
 
     Returns:
-        What the stage that needs most memory holds.
+        The memory of the stage that needs most.
 
     Raises:
         Misfit: all that was found, each with its stage and setting.
@@ -69,8 +67,10 @@ def check(config: RunConfig) -> list[Part]:
         problems.setdefault(text, "" if setting.startswith("tasks.") else name)
     for name in names if not too_large else ():
         attempt(name, partial(_check_stage, config, name))
-    attempt("", partial(_check_learners, config))
-    attempt("", partial(_check_shared, config))
+    own: dict[str, Stage] = {}  # whose algorithm is no other library's
+    if attempt("", lambda: own.update(_own(config))):
+        attempt("", partial(_check_learners, config, own))
+        attempt("", partial(_check_shared, config, own))
     attempt("", partial(check_gpu, config))
     if problems:
         raise Misfit([(stage, text) for text, stage in problems.items()])
@@ -78,7 +78,7 @@ def check(config: RunConfig) -> list[Part]:
 
 
 def _measure(config: RunConfig, name: str, held: dict[str, list[Part]]) -> None:
-    """Note what a stage holds; of other libraries' algorithms nothing is known."""
+    """Note the memory of a stage; that of other libraries' algorithms is not known."""
     spec = job_spec(config, name)
     if external_of(spec) is None:
         held[name] = estimate(outline(spec), spec, config.stages[name], config.learners.num)
@@ -115,7 +115,7 @@ def _check_stage(config: RunConfig, name: str) -> None:
     smoke_test(program, spec, asked)
 
 
-def _check_learners(config: RunConfig) -> None:
+def _check_learners(config: RunConfig, own: Mapping[str, Stage]) -> None:
     """See that settings of learners are read by one."""
     learners = config.learners
     stages = [stage for stage in config.stages.values() if isinstance(stage, Pretrain)]
@@ -126,15 +126,14 @@ def _check_learners(config: RunConfig) -> None:
             f"learners.num: {learners.num} learners are processes beside workers, and {alone} "
             "keeps everything in this one; use 1"
         )
-    trains = any(isinstance(config.stages[name], Pretrain) for name in _own(config))
+    trains = any(isinstance(stage, Pretrain) for stage in own.values())
     for name in () if trains else ("num", "device", "compile"):
         if not at_default(learners, name):
             raise ValueError(f"learners.{name}: no stage pretrains with it; leave it out")
 
 
-def _check_shared(config: RunConfig) -> None:
-    """See that what the run sets for its stages is taken by one of them."""
-    own = {name: config.stages[name] for name in _own(config)}
+def _check_shared(config: RunConfig, own: Mapping[str, Stage]) -> None:
+    """See that every setting that the run has for its stages is read by one of them."""
     for setting in ("network", "algorithm"):
         taken = any(
             getattr(job_spec(config, name), setting) is getattr(config, setting)
@@ -150,9 +149,9 @@ def _check_shared(config: RunConfig) -> None:
             raise ValueError(f"rollout.{field}: no stage takes it from here; leave it out")
 
 
-def _own(config: RunConfig) -> list[str]:
-    """Stages whose algorithm is no other library's."""
-    return [name for name in config.stages if external_of(job_spec(config, name)) is None]
+def _own(config: RunConfig) -> dict[str, Stage]:
+    stages = config.stages.items()
+    return {name: stage for name, stage in stages if external_of(job_spec(config, name)) is None}
 
 
 def _check_learning(program: Program, spec: JobSpec, stage: Pretrain | Finetune) -> None:
@@ -188,13 +187,13 @@ def _check_acting(program: Program, spec: JobSpec, stage: Stage) -> None:
     acts = program.adaptation(stage.by) if isinstance(stage, Adapt) else algorithm
     greedy = "greedy" in type(stage).model_fields and not at_default(stage, "greedy")
     if greedy and not acts.acts_greedily:
-        raise ValueError("greedy: who adapts by gradients of returns always samples; leave it out")
+        raise ValueError("greedy: adaptation by gradients of returns always samples; leave it out")
 
 
 def _check_lag(program: Program, spec: JobSpec, lag: int) -> None:
     if lag and not program.algorithm.corrects_for_lag:
         raise ValueError(
-            f"max_policy_lag: {spec.algorithm_name} learns as if its newest policy had acted; use "
+            f"max_policy_lag: {spec.algorithm_name} updates as if its newest policy had acted; use "
             "0, or an algorithm that corrects for older ones, such as impala"
         )
 
@@ -225,17 +224,17 @@ def _check_data(config: RunConfig, name: str, program: Program) -> None:
 
 def _check_start(program: Program, spec: JobSpec, source: JobSpec) -> None:
     """See that a stage can begin with the policy that another stage leaves."""
-    start = build(source).policy
+    start = build(source)
     here, there = spec.algorithm_name, source.algorithm_name
-    if start.sees_previous != program.policy.sees_previous:
-        seeing, blind = (there, here) if start.sees_previous else (here, there)
+    if start.policy.sees_previous != program.policy.sees_previous:
+        seeing, blind = (there, here) if start.policy.sees_previous else (here, there)
         raise ValueError(
-            f"init_from: a policy of {seeing} is shown its last action and reward, one of {blind} "
-            f"is not, so {here} cannot go on with the policy of stage {source.stage!r}, which is "
-            f"{there}'s; use algorithm: {there} here, or start from another stage"
+            f"init_from: a policy of {seeing} observes its last action and reward, one of {blind} "
+            f"does not, so {here} cannot continue with the policy of stage {source.stage!r}, which "
+            f"is {there}'s; use algorithm: {there} here, or start from another stage"
         )
     try:
-        set_weights(program.policy, get_weights(start))
+        program.load(start.weights())
     except ValueError as error:
         raise ValueError(
             f"init_from: the policy of stage {source.stage!r} does not fit; leave network out, or "

@@ -1,8 +1,8 @@
-"""What a run may go on with that it was not started with, and what is played again for it.
+"""Settings that may change when a run is resumed, and the stages that are played again for it.
 
 Budgets of training may grow: a stage that is done is trained on, and later stages that start from
-it, or learn from what it recorded, begin anew. Settings that change the speed alone may change.
-Everything else would make one run of two, and is refused.
+it, or learn from what it recorded, start from scratch. Settings that change the speed alone may
+change. Everything else would make one run of two, and is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dmrl_ray.store.commits import as_overrides
 
 SPEED_ALONE = (
     "workers.*",  # A shard is the same whoever plays it.
-    "commit.*",  # A run goes on exactly from any commit.
+    "commit.*",  # A run continues exactly from any commit.
     "algorithm.*.memory_mb",  # What of recordings is kept in memory; the rest is read again.
     "stages.*.algorithm.*.memory_mb",
 )
@@ -37,7 +37,7 @@ _ABSENT = object()
 
 
 def changes(before: RunConfig, after: RunConfig, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in which a run may go on differently, by their dotted names.
+    """The settings in which a resumed run may differ, by their dotted names.
 
     Args:
         before: what the run has gone by.
@@ -80,7 +80,7 @@ def _differences(
 def _refusal(
     path: tuple[str, ...], old: Any, new: Any, before: RunConfig, state: Mapping[str, Any]
 ) -> str | None:
-    """Why a run cannot go on with this, or None."""
+    """The reason why a run cannot continue with this, or None."""
     if any(fnmatchcase(".".join(path), pattern) for pattern in SPEED_ALONE):
         return None
     found = f"found {_shown(new)}, and this run has {_shown(old)}"
@@ -172,5 +172,5 @@ def _deviations(run: Run, name: str) -> list[str]:
     if issubclass(algorithm.load(), ExternalAlgorithm):
         reasons.append("its library keeps a part of its state to itself")
     if stage.max_policy_lag:
-        reasons.append("rollouts in flight begin anew")
+        reasons.append("rollouts in flight start from scratch")
     return reasons

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
@@ -25,6 +25,7 @@ from dmrl_ray.control.continuation import change, changes
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
+from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.results.display import Display
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_ROLLBACKS = 10
-"""Times one run goes back to its newest commit, in one process, after losing a job."""
+"""Times one run returns to its newest commit, in one process, after losing a job."""
 
 
 def run(
@@ -75,14 +76,14 @@ def resume(
     address: str | None = None,
     display: Display,
 ) -> Path:
-    """Go on with a run from its newest complete commit, and return its folder.
+    """Continue a run from its newest complete commit, and return its folder.
 
     Args:
         folder: of the run.
         config: what it is to go by, as far as a run may change; its own config if None.
         overrides: settings of its own config to change, likewise.
         address: of a Ray cluster.
-        display: what is shown.
+        display: shows the progress.
 
     Raises:
         ConfigError: the folder is no run, or a newer version's.
@@ -143,9 +144,15 @@ def evaluate(
         policy = current.load_policy(f"{name}.{checkpoint}")
         spec = job_spec(config, name)
         drawn = current.tasks(split, tasks)
-        rows = evaluate_policy(
-            current, spec, policy, drawn, trials=trials, policy_version=policy.version
+        calls = evaluation_calls(
+            spec,
+            program_of(spec),
+            drawn,
+            trials=trials,
+            greedy=True,
+            policy_version=policy.version,
         )
+        rows = evaluate_policy(current, calls, policy)
         rows["env_steps"][:] = _env_steps(folder, name, policy.version)
         return pd.DataFrame(rows).assign(
             run_id=writer.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed
@@ -163,8 +170,8 @@ def _env_steps(folder: Path, stage: str, version: int) -> int:
     return 0
 
 
-def facts(config: RunConfig) -> dict[str, Any]:
-    """What run.json says of the software, the machine and the job it runs in."""
+def facts(config: RunConfig) -> dict[str, object]:
+    """The software, the machine and the job that a run belongs to, as run.json has them."""
     packages = ("dmrl-ray", "ray", "torch", "gymnasium", "numpy", "pandas", "pyarrow")
     return {
         "name": config.name,
@@ -180,7 +187,7 @@ def facts(config: RunConfig) -> dict[str, Any]:
 
 
 def _execute(run: Run) -> None:
-    """All stages that are not done yet; a lost job goes back to the newest commit."""
+    """Run all stages that are not done yet; a lost job returns to the newest commit."""
     run.catch_signals()
     rollbacks = 0
     try:
@@ -195,11 +202,11 @@ def _execute(run: Run) -> None:
                 run.rollback()
                 run.restart_workers()
                 run.event("rollback", commit=run.writer.number, reason=str(error))
-                run.display.message(f"{error}; going on from commit {run.writer.number}")
+                run.display.message(f"{error}; continuing from commit {run.writer.number}")
     except Interrupted as error:  # No failure: what was done is committed.
         _note_end(run, "interrupted", reason=str(error))
         raise
-    except Exception as error:  # Recorded, and told by whoever called.
+    except Exception as error:  # Recorded, and reported by the caller.
         told = {"error": type(error).__name__, "reason": str(error)}
         _note_end(run, "run_failed", **told, traceback="".join(format_exception(error)))
         raise
@@ -208,7 +215,7 @@ def _execute(run: Run) -> None:
 
 
 def _note_end(run: Run, event: str, **detail: str) -> None:
-    """Back to the newest commit, and one more that says why the run ends there."""
+    """Return to the newest commit, and add one that says why the run ends there."""
     run.rollback()
     run.event(event, run.next_stage(), **detail)
     with suppress(StorageError):

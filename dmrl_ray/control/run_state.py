@@ -1,4 +1,4 @@
-"""A run while it is going: its tables, its commits, its workers, and when to stop."""
+"""A run in progress: its commits, its workers, and when it stops."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import pyarrow as pa
 
 from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.jobs.learner import LocalLearners
+from dmrl_ray.jobs.messages import Answer, Call, CallId, Result, WorkerEvent
+from dmrl_ray.jobs.protocols import Learners, Workers, answers, map_calls
 from dmrl_ray.jobs.spec import JobSpec, Weights, load_family
 from dmrl_ray.jobs.worker import LocalWorkers
 from dmrl_ray.results.display import Display
-from dmrl_ray.rollout.rows import Steps, task_rows
-from dmrl_ray.store.commits import committed_parts
+from dmrl_ray.rollout.rows import task_rows
 from dmrl_ray.store.files import FileRecord
-from dmrl_ray.store.tables import read_columns
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.tasks.distribution import TaskDistribution
-from dmrl_ray.types import Arrays, Columns, Split, Task
+from dmrl_ray.types import Arrays, Split, Task
 
 if TYPE_CHECKING:
     from dmrl_ray.cluster.pool import RayWorkers
@@ -38,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """What stages and jobs need of the run they belong to.
+    """The run as its stages and jobs see it.
 
     Attributes:
         state: plain JSON values, part of every commit: the stages done, how far the jobs of
@@ -58,19 +56,20 @@ class Run:
         self.distribution: TaskDistribution = load_family(config.tasks)
         self.rollback()
         self._address = address
-        self._workers: Any = None
+        self._workers: Workers | None = None
         self._committed_at = time.monotonic()
         self._updates_since_commit = 0
         self._signal: int | None = None
         self._held = False
 
     @property
-    def workers(self) -> Any:
-        """The rollout workers, started on first use: `LocalWorkers` or `pool.RayWorkers`."""
+    def workers(self) -> Workers:
+        """The rollout workers, started on first use."""
         if self._workers is None and self.config.workers.num == 0:
-            self._workers = LocalWorkers(self.check)
+            self._workers = LocalWorkers()
         elif self._workers is None:
-            self._starting_workers().start()
+            self._starting_workers().start(self.check)
+        assert self._workers is not None
         return self._workers
 
     def connect(self) -> None:
@@ -79,27 +78,34 @@ class Run:
 
         connect(self._address, self.config)
 
-    def learners(self, spec: JobSpec) -> Any:
-        """Learners for a job: `LocalLearners` or `learners.RayLearners`."""
+    def learners(self, spec: JobSpec) -> Learners:
+        """Learners for a job."""
         if self.config.workers.num == 0:
             return LocalLearners(spec)
         from dmrl_ray.cluster.learners import RayLearners
 
         # Workers begin first, as there are places that only learners may take.
-        workers = self._starting_workers()
-        return RayLearners(spec, self.config.learners, self.config.workers, workers.start)
+        start = partial(self._starting_workers().start, self.check)
+        return RayLearners(spec, self.config.learners, self.config.workers, start)
 
     def _starting_workers(self) -> RayWorkers:
-        """The workers, which may not be up yet."""
+        """The workers on Ray, which may not be up yet."""
         from dmrl_ray.cluster.pool import RayWorkers
 
         if self._workers is None:
             self.connect()
-            self._workers = RayWorkers(
-                self.config.workers, on_event=self._worker_event, check=self.check
-            )
-        workers: RayWorkers = self._workers
-        return workers
+            self._workers = RayWorkers(self.config.workers)
+        assert isinstance(self._workers, RayWorkers)
+        return self._workers
+
+    def map(self, calls: Sequence[Call[Result]]) -> Iterator[tuple[int, Result]]:
+        """Results of calls of workers as they come, each with the number of its call."""
+        return map_calls(self.workers, calls, self.check, self._on_worker_event)
+
+    def collected(self, ids: Sequence[CallId]) -> list[Answer[object]]:
+        """The answers of the collections of an iteration, by shard."""
+        found = answers(self.workers, ids, self.check, self._on_worker_event)
+        return sorted(found, key=lambda answer: answer.id.number)
 
     def restart_workers(self) -> None:
         """After a loss that no single worker explains: begin again with new ones."""
@@ -113,99 +119,18 @@ class Run:
         A task that is drawn twice is there twice.
         """
         tasks = evaluation_tasks(self.distribution, self.config.evaluation_seed, split, n)
-        self.add_tasks(task_rows(tasks))
+        self.writer.add_tasks(task_rows(tasks))
         return tasks
 
-    def add_tasks(self, rows: dict[str, pa.Array], trained: str | None = None) -> None:
-        """Rows of the tasks table, as `task_rows` makes them, where they are not in it yet.
+    def event(self, event: str, stage: str = "", job: str = "", **detail: object) -> None:
+        """Add a row to the events table."""
+        self.writer.add_event(event, stage, job, detail)
 
-        Args:
-            rows: of tasks that are named in the run from here on.
-            trained: the stage that was trained on them, if one was.
-        """
-        names = _names(rows["task_id"].to_pylist(), rows["split"].to_pylist())
-        self._add_fresh("tasks", rows, names, self._known_tasks)
-        if trained is not None:
-            self._add_trained_on(trained, {key: rows[key] for key in ("task_id", "split")}, names)
-
-    def add_trained_on(self, stage: str, tasks: Collection[tuple[str, str]]) -> None:
-        """Ids and splits of tasks that a stage was trained on elsewhere."""
-        ids, splits = zip(*sorted(tasks), strict=True) if tasks else ((), ())
-        rows = {"task_id": pa.array(ids, pa.string()), "split": pa.array(splits, pa.string())}
-        self._add_trained_on(stage, rows, _names(ids, splits))
-
-    def _add_trained_on(self, stage: str, rows: dict[str, pa.Array], names: list[int]) -> None:
-        known = self._trained_on.setdefault(stage, set())
-        self._add_fresh("trained_on", rows, names, known, stage=stage)
-
-    def _add_fresh(
-        self,
-        table: str,
-        rows: dict[str, pa.Array],
-        names: list[int],
-        known: set[int],
-        **cells: str,
-    ) -> None:
-        """The rows whose names are not known, which they are from here on."""
-        if not known.isdisjoint(names):
-            fresh = np.flatnonzero([name not in known for name in names])
-            rows, names = {k: x.take(fresh) for k, x in rows.items()}, [names[i] for i in fresh]
-        if names:
-            known.update(names)
-            self.writer.add(table, {**rows, **cells})
-
-    def add_episodes(self, spec: JobSpec, rows: Columns) -> None:
-        """Rows of the episodes table."""
-        if len(rows["return"]) == 0:
-            return
-        success = pa.array(rows["success"] > 0, mask=np.isnan(rows["success"]))
-        score = None if np.isnan(rows["score"]).all() else rows["score"]
-        self.writer.add(
-            "episodes",
-            {
-                "change": None,
-                **rows,
-                "success": success,
-                "score": score,
-                "stage": spec.stage,
-                "job": spec.name,
-                "algorithm": spec.algorithm_name,
-                "seed": spec.seed,
-            },
-        )
-
-    def add_steps(self, spec: JobSpec, steps: Steps) -> None:
-        """Rows of the transitions table."""
-        self.writer.add("transitions", {**steps, "stage": spec.stage, "job": spec.name})
-
-    def add_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
-        """Say what a job does not learn from, as an event and on the screen."""
+    def note_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
+        """Say which data a job does not learn from, as an event and on the screen."""
         for found in left_out:
             self.event("data_skipped", spec.stage, spec.name, **asdict(found))
             self.display.message(f"{spec.stage}: left out of the data, as {found}")
-
-    def add_metrics(
-        self, spec: JobSpec, policy_version: int, env_steps: int, metrics: dict[str, float]
-    ) -> None:
-        """Rows of the metrics table."""
-        self.writer.add(
-            "metrics",
-            {
-                "stage": spec.stage,
-                "job": spec.name,
-                "policy_version": policy_version,
-                "env_steps": env_steps,
-                "name": list(metrics),
-                "value": np.array(list(metrics.values()), np.float64),
-            },
-        )
-
-    def event(self, event: str, stage: str = "", job: str = "", **detail: object) -> None:
-        """A row of the events table, and a line in the log."""
-        logger.info("%s %s %s %s", event, stage, job, detail)
-        self.writer.add(
-            "events", {"stage": stage, "job": job, "event": event, "detail": json.dumps(detail)}
-        )
 
     def save(self, name: str, arrays: Arrays) -> None:
         """Write a checkpoint file, in use from the next commit on."""
@@ -221,9 +146,9 @@ class Run:
         return Weights(self.state["versions"].get(name, 0), self.load(name))
 
     def play_again(self, stages: Collection[str]) -> None:
-        """Stages begin anew: from the next commit on, what they left is not part of the run.
+        """Have stages start from scratch: from the next commit on, the run has nothing of them.
 
-        The start that one read from elsewhere stays: it might not be there any more.
+        The start that a stage read from elsewhere stays: it might not be there any more.
         """
         for name in [*self.files, *self.state["versions"]]:
             kind = name.removeprefix(f"{(stage := self._owner(name))}.")
@@ -232,7 +157,6 @@ class Run:
                 self.state["versions"].pop(name, None)
         for stage in stages:
             self.state["jobs"].pop(stage, None)
-            self._trained_on.pop(stage, None)
         self.state["done"] = [name for name in self.state["done"] if name not in stages]
         self.writer.forget(stages)
 
@@ -256,7 +180,7 @@ class Run:
         self._updates_since_commit = 0
 
     def rollback(self) -> None:
-        """Back to the newest commit; rows added since are dropped."""
+        """Return to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
         self.state = {"done": [], "jobs": {}, "versions": {}, "changed": {}}
@@ -265,16 +189,6 @@ class Run:
         if job := self.state.pop("job", None):  # A folder may keep the job in progress alone.
             self.state["jobs"] = {self.next_stage(): job}
         self.files = dict(self.writer.files)
-        self._known_tasks: set[int] = set()
-        self._trained_on: dict[str, set[int]] = {}
-        for part in committed_parts(self.writer.folder, "tasks"):
-            rows = read_columns(part, "tasks", ("task_id", "split")).to_pydict()
-            self._known_tasks.update(_names(rows["task_id"], rows["split"]))
-        for part in committed_parts(self.writer.folder, "trained_on"):
-            rows = read_columns(part, "trained_on", ("stage", "task_id", "split")).to_pydict()
-            names = _names(rows["task_id"], rows["split"])
-            for stage, name in zip(rows["stage"], names, strict=True):
-                self._trained_on.setdefault(stage, set()).add(name)
 
     def tick(self, snapshot: Callable[[], None]) -> None:
         """Called after every update: commit if it is time, stop if it was asked for.
@@ -295,7 +209,7 @@ class Run:
 
     @contextmanager
     def committing(self, snapshot: Callable[[], None]) -> Iterator[None]:
-        """While waiting inside: if asked to stop, commit what `snapshot` puts together first."""
+        """Commit what `snapshot` puts together if the wait inside is interrupted."""
         try:
             yield
         except Interrupted:
@@ -305,7 +219,7 @@ class Run:
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """What is short and cannot be committed halfway is done before the run stops."""
+        """Finish what is inside, which is short and cannot be committed halfway, before a stop."""
         self._held = True
         try:
             yield
@@ -328,15 +242,10 @@ class Run:
             signal.raise_signal(number)
         self._signal = number
 
-    def _worker_event(self, event: str, detail: dict[str, object]) -> None:
-        self.event(event, "", "", **detail)
-        self.display.message(f"{event}: {detail}")
+    def _on_worker_event(self, event: WorkerEvent) -> None:
+        self.event(event.event, "", "", **event.detail)
+        self.display.message(f"{event.event}: {event.detail}")
 
     def close(self) -> None:
         """End the workers."""
         self.restart_workers()
-
-
-def _names(task_ids: Sequence[str], splits: Sequence[str]) -> list[int]:
-    """Tasks in their splits, as hashes: a long run draws millions of them."""
-    return list(map(hash, zip(task_ids, splits, strict=True)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -17,17 +16,23 @@ from dmrl_ray.config.schema import (
 )
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
-from dmrl_ray.control.train_loop import evaluation_calls, run_job, tasks_at_once
+from dmrl_ray.control.train_loop import (
+    evaluation_calls,
+    in_order,
+    program_of,
+    run_job,
+    tasks_at_once,
+)
 from dmrl_ray.data.lineage import learned_from
 from dmrl_ray.data.sources import recordings_of
 from dmrl_ray.jobs.external import external_of
-from dmrl_ray.jobs.messages import AdaptCall
-from dmrl_ray.jobs.spec import JobSpec, Weights, build, job_spec
+from dmrl_ray.jobs.messages import AdaptCall, Call, EvaluateCall, Stored
+from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build, job_spec
 from dmrl_ray.jobs.transfer import rllib_start
-from dmrl_ray.jobs.worker import SinceChange
+from dmrl_ray.jobs.worker import RolloutWorker, SinceChange
 from dmrl_ray.results.statistics import t_interval
 from dmrl_ray.rollout.rows import mean_of_known
-from dmrl_ray.types import Task
+from dmrl_ray.types import Columns, Task
 
 
 def run_stage(run: Run, name: str) -> None:
@@ -47,8 +52,8 @@ def run_stage(run: Run, name: str) -> None:
 
 
 def pretrain(run: Run, name: str, stage: Pretrain) -> None:
-    """One job on the training tasks; leaves the policies `best` and `last`, and all that training
-    on takes."""
+    """Train one job on the training tasks; leaves the policies `best` and `last`, and the state
+    that a larger budget continues from."""
     initial = None if stage.init_from is None else _policy(run, name, stage, "best").arrays
     spec = _placed(run, name)
     _note_data(run, spec)
@@ -66,7 +71,7 @@ def pretrain(run: Run, name: str, stage: Pretrain) -> None:
 
 
 def finetune(run: Run, name: str, stage: Finetune) -> None:
-    """One job for each held-out task, all of them side by side over the workers."""
+    """Train one job for each held-out task, all of them side by side over the workers."""
     weights = run.workers.put(_policy(run, name, stage, stage.checkpoint).arrays)
     spec = _placed(run, name)
     _note_data(run, spec)
@@ -79,23 +84,22 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
     def snapshot() -> None:
         run.state["jobs"][name] = list(finished)
 
-    calls = [(s, weights, stage.updates) for s in open_specs]
-    method = "train_recorded" if stage.record else "train"
+    calls = [Call(RolloutWorker.train, (s, weights, stage.updates)) for s in open_specs]
     if external_of(spec) is not None:
         run.connect()
     with run.committing(snapshot):
-        for i, (rows, trained, env_steps, left_out, *recorded) in run.workers.map(method, calls):
-            job = open_specs[i]
+        for i, report in run.map(calls):
+            job, rows = open_specs[i], report.episodes
             if job.name == specs[0].name:  # All learn from the same data.
-                run.add_left_out(job, left_out)
-            for part in recorded[0] if recorded else ():
-                run.add_steps(job, part)
-            run.add_episodes(job, rows)
-            run.save_policy(job.name, trained, stage.updates)
-            made = {"updates": stage.updates, "env_steps": env_steps}
+                run.note_left_out(job, report.left_out)
+            for part in report.steps:
+                run.writer.add_steps(job, part)
+            run.writer.add_episodes(job, rows)
+            run.save_policy(job.name, report.weights, stage.updates)
+            made = {"updates": stage.updates, "env_steps": report.env_steps}
             run.event("job_finished", name, job.name, **made)
             finished.append(job.name)
-            steps += env_steps
+            steps += report.env_steps
             at_the_end = rows["policy_version"] == stage.updates
             last = rows["return"][at_the_end]  # Empty if no episode ended then.
             run.display.update(
@@ -128,19 +132,21 @@ def task_spec(spec: JobSpec, number: int, task: Task) -> JobSpec:
 
 
 def adapt(run: Run, name: str, stage: Adapt) -> None:
-    """Streams of tasks, all of them at once over the workers, and the references beside them."""
+    """Play streams of tasks, all at once over the workers, and the references beside them."""
     spec = job_spec(run.config, name)
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
     tasks = run.tasks(stage.split, stage.streams * stage.tasks_per_stream)
-    returns: list[np.ndarray] = []
-    steps = 0
+    program = build(spec)
+    restarted, figures = spec.name, []
     if stage.change == "ignore":
-        returns.append(_play_streams(run, spec, stage, weights, policy.version, tasks))
-    restarted = spec.name if stage.change == "told" else f"{spec.name}.restarted"
+        met = _meet_streams(run, spec, program, stage, weights, tasks)
+        figures.append(_add_met(run, spec, stage, policy.version, *met))
+        restarted = f"{spec.name}.restarted"
     for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
         calls = evaluation_calls(
             spec,
+            program,
             tasks,
             greedy=stage.greedy,
             policy_version=policy.version,
@@ -148,44 +154,59 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
             episodes=stage.episodes_per_task,
             frozen=frozen,
         )
-        results = dict(run.workers.map("evaluate_steps", [(call, weights) for call in calls]))
-        number = 0
-        for i, call in enumerate(calls):
-            rows = results[i][0]
-            rows["change"], rows["trial"] = np.divmod(number + rows["trial"], stage.streams)
-            run.add_episodes(replace(spec, name=job), rows)
-            number += len(call.tasks)
-            returns.append(rows["return"])
-            steps += int(rows["length"].sum())
-        reward, regret = _joined([results[i][1] for i in range(len(calls))], stage)
-        _report_regret(run, replace(spec, name=job), policy.version, reward, regret)
-    run.display.update(name, steps, return_=float(returns[0].mean()))
+        met = _meet_one_by_one(run, stage, weights, calls)
+        figures.append(_add_met(run, replace(spec, name=job), stage, policy.version, *met))
+    steps, returns = zip(*figures, strict=True)
+    run.display.update(name, sum(steps), return_=returns[0])
 
 
-def _play_streams(
-    run: Run, spec: JobSpec, stage: Adapt, weights: Any, version: int, tasks: list[Task]
-) -> np.ndarray:
-    """The agent that nobody tells of changes; its returns."""
-    program = build(spec)
+def _meet_streams(
+    run: Run, spec: JobSpec, program: Program, stage: Adapt, weights: Stored, tasks: list[Task]
+) -> tuple[list[Columns], list[SinceChange]]:
+    """Episode rows of the agent that no change is announced to, and its steps since each."""
     copies = program.adaptation(stage.by).envs_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
     episodes = stage.tasks_per_stream * stage.episodes_per_task
     size = tasks_at_once(program.distribution, copies, episodes)
     starts = range(0, len(streams), size)
     calls = [
-        (AdaptCall(spec, tuple(streams[start : start + size]), stage, i), weights)
+        AdaptCall(spec, tuple(streams[start : start + size]), stage, i)
         for i, start in enumerate(starts)
     ]
-    results = dict(run.workers.map("adapt", calls))
-    for i, start in enumerate(starts):
-        rows = results[i][0]
+    played = in_order(run, [Call(RolloutWorker.adapt, (call, weights)) for call in calls])
+    for start, (rows, _) in zip(starts, played, strict=True):
         rows["trial"] = start + rows["trial"]
-        run.add_episodes(spec, rows)
-    returns = np.concatenate([results[i][0]["return"] for i in range(len(calls))])
-    by_change = zip(*(results[i][1] for i in range(len(calls))), strict=True)
-    reward, regret = _joined([part for parts in by_change for part in parts], stage)
+    by_change = zip(*(since for _, since in played), strict=True)
+    return [rows for rows, _ in played], [part for parts in by_change for part in parts]
+
+
+def _meet_one_by_one(
+    run: Run, stage: Adapt, weights: Stored, calls: list[EvaluateCall]
+) -> tuple[list[Columns], list[SinceChange]]:
+    """The same for an agent that starts from the policy with every task."""
+    played = in_order(run, [Call(RolloutWorker.evaluate_steps, (call, weights)) for call in calls])
+    number = 0
+    for call, (rows, _) in zip(calls, played, strict=True):
+        rows["change"], rows["trial"] = np.divmod(number + rows["trial"], stage.streams)
+        number += len(call.tasks)
+    return [rows for rows, _ in played], [since for _, since in played]
+
+
+def _add_met(
+    run: Run,
+    spec: JobSpec,
+    stage: Adapt,
+    version: int,
+    parts: list[Columns],
+    since: list[SinceChange],
+) -> tuple[int, float]:
+    """Add an agent's episodes and regret to the tables; returns its steps and mean return."""
+    for rows in parts:
+        run.writer.add_episodes(spec, rows)
+    reward, regret = _joined(since, stage)
     _report_regret(run, spec, version, reward, regret)
-    return returns
+    steps = sum(int(rows["length"].sum()) for rows in parts)
+    return steps, float(np.concatenate([rows["return"] for rows in parts]).mean())
 
 
 def _joined(parts: list[SinceChange], stage: Adapt) -> tuple[np.ndarray, np.ndarray]:
@@ -211,7 +232,7 @@ def _report_regret(
 ) -> None:
     """Reward and regret per step since a change, as metrics whose `env_steps` is that step.
 
-    The first task of a stream is met without a change before it: it has metrics of its own,
+    The first task of a stream has no change before it: it has metrics of its own,
     ``regret_first``, with the ends of 95 % intervals over streams, as all have.
     """
     parts = {"first": slice(0, 1), "since_change": slice(1, None)}
@@ -226,25 +247,24 @@ def _report_regret(
                 low, high = t_interval(known) if len(known) > 1 else (np.nan, np.nan)
                 name = f"{measure}_{part}"
                 figures = {name: float(known.mean()), f"{name}_low": low, f"{name}_high": high}
-                run.add_metrics(spec, version, u + 1, figures)
+                run.writer.add_metrics(spec, version, u + 1, figures)
 
 
 def evaluate(run: Run, name: str, stage: Evaluate) -> None:
-    """Trials on held-out tasks, without learning across them."""
+    """Play trials on held-out tasks, without learning across them."""
     spec = job_spec(run.config, name)
     policy = _policy(run, name, stage, stage.checkpoint)
     weights = run.workers.put(policy)
-    rows = evaluate_policy(
-        run,
+    calls = evaluation_calls(
         spec,
-        weights,
+        program_of(spec),
         run.tasks(stage.split, stage.tasks),
         trials=stage.trials,
         greedy=stage.greedy,
         policy_version=policy.version,
-        record=stage.record,
     )
-    run.add_episodes(spec, rows)
+    rows = evaluate_policy(run, calls, weights, record=stage.record)
+    run.writer.add_episodes(spec, rows)
     score = None if np.isnan(rows["score"]).any() else float(rows["score"].mean())
     run.display.update(
         name, int(rows["length"].sum()), return_=float(rows["return"].mean()), score=score
@@ -257,12 +277,12 @@ def _placed(run: Run, name: str) -> JobSpec:
 
 
 def _note_data(run: Run, spec: JobSpec) -> None:
-    """What a stage learns from besides what it plays: its tasks, and where it was recorded."""
+    """Note the recordings that a stage learns from: their tasks, and where they were made."""
     if spec.stage in run.state["jobs"]:  # It is noted already.
         return
     for field, data in recordings_of(spec.algorithm.settings).items():
         found = learned_from(data, run.writer.folder)
-        run.add_trained_on(spec.stage, found.tasks)
+        run.writer.add_trained_on(spec.stage, found.tasks)
         run.event(
             "learned_from",
             spec.stage,
@@ -275,7 +295,7 @@ def _note_data(run: Run, spec: JobSpec) -> None:
 
 
 def _policy(run: Run, name: str, stage: Stage, checkpoint: str) -> Weights:
-    """What a stage starts from; a checkpoint of RLlib is read once, and kept in the run."""
+    """The policy that a stage starts from; one of RLlib is read once, and kept in the run."""
     assert stage.init_from is not None
     if not stage.init_from.startswith(RLLIB):
         return run.load_policy(f"{stage.init_from}.{checkpoint}")

@@ -32,40 +32,49 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, Protocol, cast
 
 import numpy as np
 
 from dmrl_ray.algorithms.adaptation import Adaptation
-from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.config.schema import By, Pretrain, resolve_auto
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.jobs.external import ExternalAlgorithm, external_of
-from dmrl_ray.jobs.messages import CollectCall, CollectReport, EvaluateCall
-from dmrl_ray.jobs.spec import JobSpec, build
+from dmrl_ray.jobs.messages import (
+    Call,
+    CallId,
+    CollectCall,
+    CollectReport,
+    EvaluateCall,
+    Result,
+    Stored,
+)
+from dmrl_ray.jobs.protocols import Learners, Trained
+from dmrl_ray.jobs.spec import JobSpec, Program, build
+from dmrl_ray.jobs.worker import RolloutWorker, collect_calls
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import reference
 from dmrl_ray.types import Arrays, Columns, Task, storable
 
-EVALUATION_COLUMNS = 1024
-"""Environment columns of one evaluation call; fixed, so that results do not depend on workers."""
+EVALUATION_ENVS = 1024
+"""Environments of one evaluation call; fixed, so that results do not depend on workers."""
 
-SINGLE_COLUMNS = 32
-"""The same where environments step one by one, so that more of them take longer."""
+SINGLE_ENVS = 32
+"""The same number where environments step one by one, so that more of them take longer."""
 
 SINGLE_STEPS = 16_384
-"""There, also their steps in one call together: 16 seconds of steps that take a millisecond."""
+"""The steps of all of these in one call: 16 seconds, if a step takes a millisecond."""
 
 EVALUATION_BYTES = 256 << 20
-"""Observations of the trials of one call."""
+"""Bytes that the observations of the trials of one call may take."""
 
 
 @dataclass
 class Progress:
-    """How far a job has come; part of its commits."""
+    """The progress of a job, which is part of its commits."""
 
     updates: int = 0
     env_steps: int = 0
@@ -74,55 +83,122 @@ class Progress:
     seconds: float = 0.0  # of training, over all processes that worked on it in turn
 
 
+class Iterations(Protocol):
+    """The iterations of a job, one after the other."""
+
+    states: list[Stored]
+    """States of the shards after the newest iteration."""
+
+    def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
+        """Make the iteration that follows; returns the reports of its shards, and metrics."""
+
+
+class External:
+    """Iterations of an algorithm of another library, which samples and learns in one."""
+
+    def __init__(self, algorithm: ExternalAlgorithm) -> None:
+        self.states: list[Stored] = []
+        self._algorithm = algorithm
+
+    def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
+        """Sample and learn."""
+        report, metrics = self._algorithm.iterate(progress.env_steps)
+        return [report], metrics
+
+
+class CollectAndUpdate:
+    """Iterations of which workers collect the trials, and learners update with them."""
+
+    def __init__(self, run: Run, spec: JobSpec, stage: Pretrain, learners: Learners) -> None:
+        self.states: list[Stored] = [{} for _ in range(spec.rollout.shards)]
+        self._run, self._spec, self._stage, self._learners = run, spec, stage, learners
+        self._in_flight: deque[tuple[int, list[CallId]]] = deque()  # acting version and calls
+        self._size = stage.env_steps  # of an iteration: might be all, until the first has ended
+        self._updated_at: float | None = None
+
+    def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
+        """Wait for the oldest iteration in flight, with as many behind it as may lag, and learn."""
+        began = self._updated_at or time.monotonic()
+        self._fill(progress)
+        version, started = self._in_flight.popleft()
+        collected = self._run.collected(started)
+        waited = time.monotonic() - began
+        reports = [cast(CollectReport, answer.value) for answer in collected]
+        self.states = [answer.state for answer in collected]
+        self._size = sum(report.env_steps for report in reports)
+        _place(reports, progress.env_steps, self._size)
+        trials = [answer.trial for answer in collected]
+        start = time.monotonic()
+        metrics = self._learners.update(progress.env_steps, trials)
+        self._updated_at = time.monotonic()
+        metrics["policy_lag"] = float(progress.updates - version)
+        metrics["time/learner_wait_s"] = waited
+        metrics["time/learner_call_s"] = self._updated_at - start
+        return reports, metrics
+
+    def _fill(self, progress: Progress) -> None:
+        """Begin the iterations that may act with the newest weights."""
+        in_flight, lag = self._in_flight, self._stage.max_policy_lag
+        starts = range(progress.env_steps, self._stage.env_steps, self._size)[: lag + 1]
+        for env_steps in starts[len(in_flight) :]:
+            before = in_flight[-1][1] if in_flight else self.states
+            iteration = progress.updates + len(in_flight)
+            calls = [
+                CollectCall(self._spec, shard, iteration, env_steps)
+                for shard in range(self._spec.rollout.shards)
+            ]
+            on_workers = collect_calls(calls, self._learners.published(), before)
+            ids = [self._run.workers.submit(call) for call in on_workers]
+            in_flight.append((self._learners.version, ids))
+
+
 def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) -> Progress:
     """Train until the budget is spent, from the newest commit if it holds this job's state."""
     external = external_of(spec, resolve_auto(run.config.workers.num))
     if external is not None:
-        return _run_external(run, spec, stage, initial, external)
-    with closing(run.learners(spec)) as learners:
-        progress, states = _begin(run, spec, learners, initial)
-        validation = _validation(run, stage)
+        run.connect()
+        return _train(run, spec, stage, initial, external, External(external))
+    learners = run.learners(spec)
+    iterations = CollectAndUpdate(run, spec, stage, learners)
+    return _train(run, spec, stage, initial, learners, iterations)
+
+
+def _train(
+    run: Run,
+    spec: JobSpec,
+    stage: Pretrain,
+    initial: Arrays | None,
+    trained: Trained,
+    iterations: Iterations,
+) -> Progress:
+    with closing(trained):
+        progress = _begin(run, spec, trained, iterations, initial)
+        validation = _validation(run, spec, stage)
         clock = time.monotonic()
         spent = {"time/write_s": 0.0}  # by the driver, since the newest update
-        in_flight: deque[tuple[int, Any]] = deque()  # acting version and calls, oldest first
-        size = stage.env_steps  # of an iteration: might be all, until the first one has told
 
         def snapshot() -> None:
-            _snapshot(run, spec, learners, progress, states)
+            _snapshot(run, spec, trained, progress, iterations.states)
 
         while progress.env_steps < stage.env_steps:
-            starts = range(progress.env_steps, stage.env_steps, size)[: stage.max_policy_lag + 1]
-            for env_steps in starts[len(in_flight) :]:
-                before = run.workers.states_after(in_flight[-1][1]) if in_flight else states
-                iteration = progress.updates + len(in_flight)
-                in_flight.append(_start(run, spec, learners, iteration, env_steps, before))
-            version, started = in_flight.popleft()
             with run.committing(snapshot):
-                collected = run.workers.finish_collect(started)
-            waited = time.monotonic() - clock
-            reports: list[CollectReport] = [c[0] for c in collected]
-            states = [c[2] for c in collected]
-            size = sum(report.env_steps for report in reports)
-            _place(reports, progress.env_steps, size)
-            progress.env_steps += size
-            done = progress.env_steps >= stage.env_steps
-            with _timed(spent, "time/learner_call_s"):
-                metrics = learners.update(progress.env_steps - size, [c[1] for c in collected])
-            metrics["policy_lag"] = float(progress.updates - version)
+                reports, metrics = iterations.iterate(progress)
+            progress.env_steps += sum(report.env_steps for report in reports)
             progress.updates += 1
-            metrics |= {"time/learner_wait_s": waited, **spent}
+            metrics |= spent
             spent = {}
             elapsed, clock = time.monotonic() - clock, time.monotonic()
             progress.seconds += elapsed
             with _timed(spent, "time/write_s"):
                 _record(run, spec, progress, reports, metrics, elapsed)
+            done = progress.env_steps >= stage.env_steps
             if done or progress.updates % stage.validate_every == 0:
                 with run.uninterrupted(), _timed(spent, "time/validate_s"):
-                    _validate(run, spec, learners, progress, validation)
+                    _validate(run, spec, trained, progress, validation)
             with _timed(spent, "time/write_s"):
                 run.tick(snapshot)
-        _save_policy(run, spec, "last", learners)
-        snapshot()  # A larger budget can go on from here.
+        _save_policy(run, spec, "last", trained)
+        snapshot()  # A larger budget can continue from here.
     return progress
 
 
@@ -134,86 +210,60 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
 
 
-def _run_external(
-    run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None, external: ExternalAlgorithm
-) -> Progress:
-    """The same for an algorithm that samples and learns in one."""
-    run.connect()
-    with closing(external):
-        progress, _ = _begin(run, spec, external, initial)
-        validation = _validation(run, stage)
-        clock = time.monotonic()
-
-        def snapshot() -> None:
-            _snapshot(run, spec, external, progress, [])
-
-        while progress.env_steps < stage.env_steps:
-            report, metrics = external.iterate(progress.env_steps)
-            progress.env_steps += report.env_steps
-            progress.updates += 1
-            elapsed, clock = time.monotonic() - clock, time.monotonic()
-            progress.seconds += elapsed
-            _record(run, spec, progress, [report], metrics, elapsed)
-            done = progress.env_steps >= stage.env_steps
-            if done or progress.updates % stage.validate_every == 0:
-                with run.uninterrupted():
-                    _validate(run, spec, external, progress, validation)
-            run.tick(snapshot)
-        _save_policy(run, spec, "last", external)
-        snapshot()
-    return progress
+def in_order(run: Run, calls: Sequence[Call[Result]]) -> list[Result]:
+    """Results of calls of workers, in the order of the calls."""
+    results = dict(run.map(calls))
+    return [results[i] for i in range(len(calls))]
 
 
 def evaluate(
-    run: Run,
-    spec: JobSpec,
-    weights: Any,
-    tasks: list[Task],
-    *,
-    trials: int = 1,
-    greedy: bool = True,
-    policy_version: int = 0,
-    record: bool = False,
+    run: Run, calls: Sequence[EvaluateCall], weights: Stored, *, record: bool = False
 ) -> Columns:
     """Episode rows of a policy on some tasks, over all workers, in order of the tasks.
 
     Args:
+        calls: made by `evaluation_calls`.
         weights: of the policy, made ready by ``run.workers.put``.
         record: add every step to the transitions table.
     """
-    calls = [
-        (call, weights)
-        for trial in range(trials)
-        for call in evaluation_calls(
-            spec, tasks, trial=trial, greedy=greedy, policy_version=policy_version
-        )
-    ]
-    results = {}
-    for i, answer in run.workers.map("evaluate_recorded" if record else "evaluate", calls):
-        if record:
-            results[i], steps = answer
-            run.add_steps(spec, steps)
-        else:
-            results[i] = answer
-    parts = [results[i] for i in range(len(calls))]
+    if record:
+        parts: list[Columns] = [{}] * len(calls)
+        recorded = [Call(RolloutWorker.evaluate_recorded, (call, weights)) for call in calls]
+        for i, (rows, steps) in run.map(recorded):
+            parts[i] = rows
+            run.writer.add_steps(calls[i].spec, steps)
+    else:
+        parts = in_order(run, [Call(RolloutWorker.evaluate, (call, weights)) for call in calls])
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def program_of(spec: JobSpec) -> Program | None:
+    """The program of a job, made to be asked; None if its algorithm is another library's."""
+    return build(spec) if external_of(spec) is None else None
 
 
 def evaluation_calls(
     spec: JobSpec,
+    program: Program | None,
     tasks: list[Task],
     *,
-    trial: int = 0,
+    trials: int = 1,
     greedy: bool,
-    policy_version: int,
+    policy_version: int = 0,
     by: By = None,
     episodes: int | None = None,
     frozen: bool = False,
 ) -> list[EvaluateCall]:
-    """Calls that play one trial on each task, of bounded memory, as `EvaluateCall` has it."""
-    copies, size = 1, EVALUATION_COLUMNS
-    if external_of(spec) is None:
-        program = build(spec)
+    """Calls that play trials on each task, of bounded memory, as `EvaluateCall` has it.
+
+    Args:
+        spec: of the job.
+        program: of the job.
+        tasks: each of which is played in every trial.
+        trials: on each task.
+    """
+    copies, size = 1, EVALUATION_ENVS
+    if program is not None:
         copies = program.adaptation(by).envs_per_task
         played = episodes or program.algorithm.evaluation_episodes
         size = tasks_at_once(program.distribution, copies, played)
@@ -230,6 +280,7 @@ def evaluation_calls(
             episodes=episodes,
             frozen=frozen,
         )
+        for trial in range(trials)
         for start in range(0, len(tasks), size)
     ]
 
@@ -245,71 +296,70 @@ def tasks_at_once(family: TaskDistribution, copies: int, episodes: int) -> int:
     space = family.observation_space
     step_bytes = np.dtype(space.dtype).itemsize * math.prod(space.shape or ())
     longest = episodes * family.max_episode_steps
-    columns = min(EVALUATION_COLUMNS, EVALUATION_BYTES // max(1, longest * step_bytes))
+    envs = min(EVALUATION_ENVS, EVALUATION_BYTES // max(1, longest * step_bytes))
     if not family.vectorized:
-        columns = min(columns, SINGLE_COLUMNS, SINGLE_STEPS // longest)
-    return max(1, columns // copies)
+        envs = min(envs, SINGLE_ENVS, SINGLE_STEPS // longest)
+    return max(1, envs // copies)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a model is chosen by: scores on its tasks if every one has them, else returns."""
+    """How policies of a job are validated: by scores if every task has them, else by returns."""
 
-    tasks: list[Task]
+    calls: list[EvaluateCall]
     measure: Literal["score", "return"]
-    greedy: bool
+    program: Program | None
 
-    def value(self, spec: JobSpec, rows: Columns) -> float:
+    def value(self, rows: Columns) -> float:
         """The mean over the episodes of trials.
 
-        Of who takes steps of `adapt` the last episode of every environment counts alone: what they
-        make of a task, and not what finding it out costs.
+        Where an algorithm takes steps of `adapt`, the last episode of every environment counts
+        alone: it tells what was made of a task, and not what finding it out costs.
         """
-        values, kind = rows[self.measure], spec.algorithm.load()
-        if issubclass(kind, Algorithm) and kind.adapt is not Adaptation.adapt:
+        values = rows[self.measure]
+        if self.program is not None and takes_steps(self.program):
             values = values[rows["episode"] == rows["episode"].max()]
         return float(values.mean())
 
 
-def _validation(run: Run, stage: Pretrain) -> Validation:
-    """Decided once for the job, from its tasks and not from what was played."""
+def takes_steps(program: Program) -> bool:
+    """Whether the algorithm takes steps of `adapt` within a trial."""
+    return type(program.algorithm).adapt is not Adaptation.adapt
+
+
+def _validation(run: Run, spec: JobSpec, stage: Pretrain) -> Validation:
+    """Decide how the job is validated, once, from its tasks and not from what was played."""
     tasks = run.tasks("validation", stage.validation_tasks)
     ends = [reference(run.distribution, task) for task in tasks]
     scored = all(end is not None and end.tells for end in ends)
-    return Validation(tasks, "score" if scored else "return", stage.greedy)
+    program = program_of(spec)
+    calls = evaluation_calls(spec, program, tasks, greedy=stage.greedy)
+    return Validation(calls, "score" if scored else "return", program)
 
 
 def _begin(
-    run: Run, spec: JobSpec, learners: Any, initial: Arrays | None
-) -> tuple[Progress, list[Any]]:
-    """From the commit, or from the start."""
+    run: Run, spec: JobSpec, trained: Trained, iterations: Iterations, initial: Arrays | None
+) -> Progress:
+    """Restore the job from the newest commit, or start it."""
     job = run.state["jobs"].get(spec.stage)
     if job is None:
         if initial is not None:
-            learners.load_weights(initial)
+            trained.load_weights(initial)
         run.event("job_started", spec.stage, spec.name)
-        return Progress(), [{} for _ in range(spec.rollout.shards)]
+        return Progress()
     progress = Progress(**job)
-    learners.set_state(run.load(f"{spec.stage}.learner"), progress.updates)
+    trained.set_state(run.load(f"{spec.stage}.learner"), progress.updates)
     saved = run.load(f"{spec.stage}.shards") if f"{spec.stage}.shards" in run.files else {}
-    states: list[Arrays] = []
-    for shard in range(spec.rollout.shards):
+    for shard in range(len(iterations.states)):
         prefix = f"{shard}/"
-        states.append({k[len(prefix) :]: v for k, v in saved.items() if k.startswith(prefix)})
+        state = {k[len(prefix) :]: v for k, v in saved.items() if k.startswith(prefix)}
+        iterations.states[shard] = run.workers.put(state)
     run.event("job_resumed", spec.stage, spec.name, updates=progress.updates)
-    return progress, [run.workers.put(state) for state in states]
-
-
-def _start(
-    run: Run, spec: JobSpec, learners: Any, iteration: int, env_steps: int, states: list[Any]
-) -> tuple[int, Any]:
-    """Begin one iteration of all shards; also returns the version that acts in it."""
-    calls = [CollectCall(spec, shard, iteration, env_steps) for shard in range(spec.rollout.shards)]
-    return learners.version, run.workers.start_collect(calls, learners.published(), states)
+    return progress
 
 
 def _place(reports: list[CollectReport], start: int, size: int) -> None:
-    """Count the rows' steps from the job's start: shards go side by side, each at its own pace."""
+    """Count the rows' steps from the job's start: shards run side by side, each at its own pace."""
     for report in reports:
         so_far = report.episodes["env_steps"]
         report.episodes["env_steps"] = start + so_far * size // max(1, report.env_steps)
@@ -324,11 +374,11 @@ def _record(
     elapsed: float,
 ) -> None:
     for report in reports:
-        run.add_tasks(report.tasks, trained=spec.stage)
-        run.add_episodes(spec, report.episodes)
+        run.writer.add_tasks(report.tasks, trained=spec.stage)
+        run.writer.add_episodes(spec, report.episodes)
         if report.steps is not None:
-            run.add_steps(spec, report.steps)
-        run.add_left_out(spec, report.left_out)
+            run.writer.add_steps(spec, report.steps)
+        run.note_left_out(spec, report.left_out)
     metrics["time/collect_s"] = max(report.seconds for report in reports)
     metrics["time/shards_s"] = sum(report.seconds for report in reports)
     metrics["time/env_s"] = sum(report.env_s for report in reports)
@@ -340,7 +390,7 @@ def _record(
         metrics["return"] = float(returns.mean())
     if metrics.get("skipped_batches"):
         run.event("batch_skipped", spec.stage, spec.name, update=progress.updates)
-    run.add_metrics(spec, progress.updates, progress.env_steps, metrics)
+    run.writer.add_metrics(spec, progress.updates, progress.env_steps, metrics)
     run.display.update(
         spec.stage,
         progress.env_steps,
@@ -351,39 +401,40 @@ def _record(
 
 
 def _validate(
-    run: Run, spec: JobSpec, learners: Any, progress: Progress, validation: Validation
+    run: Run, spec: JobSpec, trained: Trained, progress: Progress, validation: Validation
 ) -> None:
     """Evaluate on the validation tasks; the best policy so far is kept."""
-    policy, version, greedy = learners.published(), progress.updates, validation.greedy
-    rows = evaluate(run, spec, policy, validation.tasks, greedy=greedy, policy_version=version)
-    score = validation.value(spec, rows)
+    version = progress.updates
+    calls = [replace(call, policy_version=version) for call in validation.calls]
+    rows = evaluate(run, calls, trained.published())
+    score = validation.value(rows)
     rows["env_steps"] = np.full(len(rows["return"]), progress.env_steps)
-    run.add_episodes(spec, rows)
+    run.writer.add_episodes(spec, rows)
     figures = {f"validation_{validation.measure}": score}
-    run.add_metrics(spec, version, progress.env_steps, figures)
+    run.writer.add_metrics(spec, version, progress.env_steps, figures)
     if validation.measure == "score":
         run.display.update(spec.stage, progress.env_steps, score=score)
     newest = not spec.algorithm.load().learns_to_act
     if newest or progress.best_score is None or score > progress.best_score:
         progress.best_score, progress.best_version = score, progress.updates
-        _save_policy(run, spec, "best", learners)
+        _save_policy(run, spec, "best", trained)
         run.event("best_policy", spec.stage, spec.name, update=progress.updates, score=score)
 
 
-def _save_policy(run: Run, spec: JobSpec, name: str, learners: Any) -> None:
-    run.save_policy(f"{spec.stage}.{name}", learners.weights(), learners.version)
+def _save_policy(run: Run, spec: JobSpec, name: str, trained: Trained) -> None:
+    run.save_policy(f"{spec.stage}.{name}", trained.weights(), trained.version)
 
 
 def _snapshot(
-    run: Run, spec: JobSpec, learners: Any, progress: Progress, states: list[Any]
+    run: Run, spec: JobSpec, trained: Trained, progress: Progress, states: list[Stored]
 ) -> None:
     """Put the job's whole state where the next commit finds it."""
     run.state["jobs"][spec.stage] = asdict(progress)
-    run.save(f"{spec.stage}.learner", learners.get_state())
+    run.save(f"{spec.stage}.learner", trained.get_state())
     shards = {
         f"{shard}/{name}": array
         for shard, state in enumerate(states)
-        for name, array in storable(run.workers.fetch(state)).items()
+        for name, array in storable(cast(Arrays, run.workers.fetch(state))).items()
     }
     if shards:
         run.save(f"{spec.stage}.shards", shards)

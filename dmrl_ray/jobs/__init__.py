@@ -1,1 +1,1 @@
-"""What a job is, and the workers and learners that do it, without Ray."""
+"""Jobs, and the workers and learners that do them, without Ray."""

@@ -1,4 +1,4 @@
-"""Algorithms of other libraries: what they must be able to do for stages to run them.
+"""Algorithms of other libraries, as stages run them.
 
     ours       workers: collect --> learner: update         two halves, in `control.train_loop`
     external   iterate: samples and learns, as the library does it
@@ -17,7 +17,7 @@ import numpy as np
 
 from dmrl_ray.config.components import Settings, at_default
 from dmrl_ray.config.schema import Adapt, Stage
-from dmrl_ray.jobs.messages import CollectReport, EvaluateCall
+from dmrl_ray.jobs.messages import CollectReport, EvaluateCall, TrainReport
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.types import Arrays, Columns
 
@@ -75,7 +75,7 @@ class ExternalAlgorithm(ABC):
 
     @abstractmethod
     def weights(self) -> Arrays:
-        """Of the policy, and of whatever learns beside it."""
+        """Weights of the policy, and of whatever learns beside it."""
 
     @abstractmethod
     def load_weights(self, weights: Arrays) -> None:
@@ -101,8 +101,8 @@ class ExternalAlgorithm(ABC):
         """The weights with their version."""
         return Weights(self.version, self.weights())
 
-    def train(self, weights: Arrays, updates: int) -> tuple[Columns, Arrays, int]:
-        """A small job whole, as `RolloutWorker.train` has it; the last iteration only samples."""
+    def train(self, weights: Arrays, updates: int) -> TrainReport:
+        """Do a small job whole, as `RolloutWorker.train` does; the last iteration only samples."""
         self.load_weights(weights)
         parts: list[Columns] = []
         env_steps = 0
@@ -114,7 +114,7 @@ class ExternalAlgorithm(ABC):
             parts.append(report.episodes)
             env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        return rows, self.weights(), env_steps
+        return TrainReport(rows, self.weights(), env_steps)
 
 
 def external_of(spec: JobSpec, processes: int = 0) -> ExternalAlgorithm | None:

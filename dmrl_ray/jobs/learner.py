@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.errors import ConfigError, NumericalError
-from dmrl_ray.jobs.spec import JobSpec, Weights, build, get_weights, set_weights
+from dmrl_ray.jobs.messages import Stored
+from dmrl_ray.jobs.spec import JobSpec, Weights, build
 from dmrl_ray.learn.all_reduce import gradient_average
 from dmrl_ray.learn.gradients import Compiled
 from dmrl_ray.types import Array, Arrays, Trial, join_shards, random_stream
@@ -35,9 +36,9 @@ class Learner:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        program = build(spec)
-        self.algorithm = program.algorithm
-        self.policy = program.policy.to(self.device)
+        self._program = build(spec)
+        self.algorithm = self._program.algorithm
+        self.policy = self._program.policy.to(self.device)
         self.algorithm.prepare_training(spec.trainable)
         self.algorithm.precision = getattr(torch, spec.precision)
         self._compiled = compiled(self.algorithm, spec) if spec.compile else None
@@ -95,7 +96,7 @@ class Learner:
 
     def weights(self) -> Arrays:
         """Parameters and normalisation statistics."""
-        return get_weights(self.policy)
+        return self._program.weights()
 
     def load_weights(self, weights: Arrays) -> None:
         """Start from a policy trained elsewhere.
@@ -103,7 +104,7 @@ class Learner:
         Raises:
             ValueError: the weights do not fit.
         """
-        set_weights(self.policy, weights)
+        self._program.load(weights)
 
     def get_state(self) -> Arrays:
         """Weights, optimiser and the algorithm's own: all that the next update depends on."""
@@ -116,7 +117,7 @@ class Learner:
 
     def set_state(self, state: Arrays) -> None:
         """Continue from `get_state`'s answer."""
-        set_weights(self.policy, _under("weights.", state))
+        self.load_weights(_under("weights.", state))
         self.algorithm.set_state(_under("algorithm.", state))
         self.algorithm.optimizer.state.clear()
         for name, array in state.items():
@@ -155,9 +156,9 @@ class LocalLearners:
         self._learner = Learner(spec)
         self.version = 0
 
-    def update(self, env_steps: int, trials: list[Any]) -> dict[str, float]:
+    def update(self, env_steps: int, trials: list[Stored]) -> dict[str, float]:
         """One update; `weights` are new afterwards."""
-        metrics = self._learner.update(self.version, env_steps, trials)
+        metrics = self._learner.update(self.version, env_steps, cast("list[Trial]", trials))
         self.version += 1
         return metrics
 

@@ -1,9 +1,9 @@
-"""What a run holds in memory, estimated before any of it is taken.
+"""The memory of a run, estimated before any of it is taken.
 
 Counted is what the learner's process surely holds at one time: its weights with their gradients
 and moments, the rollouts of an iteration, replay, the parameters of each task, the memory of a
 shard's environments, lists of tasks: what would fit is never refused. Activations, copies on the
-way and checkpoints take about as much again, which is what is shown; the programs, 0.4 GB, come on
+way and checkpoints take about as much again, which is displayed; the programs, 0.4 GB, come on
 top.
 """
 
@@ -27,7 +27,7 @@ from dmrl_ray.learn.per_task import ACTOR
 from dmrl_ray.learn.trainable import select
 
 TASK_BYTES = 128
-"""Of a task that is evaluated on, at least: its place in lists, and the rows of its episodes."""
+"""Least bytes of a task that is evaluated on: its place in lists, and its episodes' rows."""
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -58,7 +58,7 @@ def machine_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def group_limits(cgroups: Path, own: Path) -> Iterator[int]:
-    """Of this process's control group, of either version, and of those around it."""
+    """Limits of this process's control group, of either version, and of those around it."""
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -79,11 +79,11 @@ def refusal(parts: list[Part], limit_bytes: int) -> str | None:
     if total <= limit_bytes:
         return None
     largest = max(parts, key=lambda part: part.sure_bytes)
-    alone, both = told(largest.sure_bytes), told(total)
+    alone, both = size_text(largest.sure_bytes), size_text(total)
     rest = "" if alone == both else f", of {both} in all"
     return (
         f"{max(largest.factors)[1]}: {largest.made_of} take {alone}{rest}, and this machine has "
-        f"{told(limit_bytes)} of memory; lower it"
+        f"{size_text(limit_bytes)} of memory; lower it"
     )
 
 
@@ -94,10 +94,10 @@ def summary(parts: list[Part]) -> str:
     ordered = sorted(parts, key=lambda part: -part.about_bytes)
     shares = [(part.name, f"{part.about_bytes / 1024**unit:.1f}") for part in ordered]
     listed = ", ".join(f"{name} {share}" for name, share in shares if share != "0.0")
-    return f"about {told(total)} ({listed})"
+    return f"about {size_text(total)} ({listed})"
 
 
-def told(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
     """As in ``1.2 GiB``."""
     unit = _unit(size_bytes)
     return f"{size_bytes / 1024**unit:,.1f} {UNITS[unit]}"
@@ -108,7 +108,7 @@ def _unit(size_bytes: int) -> int:
 
 
 def estimate(program: Program, spec: JobSpec, stage: Stage, learners: int = 1) -> list[Part]:
-    """What a stage holds.
+    """The memory of a stage, by kind.
 
     Args:
         program: made by `outline`.
@@ -167,10 +167,10 @@ def _tasks(program: Program, spec: JobSpec, stage: Stage) -> Part:
 
 
 def _rollouts(program: Program, spec: JobSpec, shards: int) -> Part:
-    """Of one iteration, as they were collected and, joined, as the learner takes them."""
+    """Rollouts of one iteration, as collected and, joined, as the learner updates with them."""
     steps, envs = program.algorithm.collected_steps, spec.rollout.num_envs
-    shown, done = _step_bytes(program)
-    step = shown + done + 8 + 4  # reward and log-probability, four flags
+    obs, action = _step_bytes(program)
+    step = obs + action + 8 + 4  # reward and log-probability, four flags
     on_device = spec.rollout.device is not None
     copies = 0 if spec.rollout.device == "cuda" else 1 if on_device and shards == 1 else 2
     full = copies * steps * envs * shards * step
@@ -188,7 +188,7 @@ def _memory(program: Program, spec: JobSpec, shards: int) -> Part:
     with torch.device("meta"):
         size = program.policy.encoder.memory_bytes
     factors = ((envs, "rollout.num_envs"), _largest("network", spec.network))
-    made_of = f"the policy's memories of {envs:,} environments, {told(size)} each,"
+    made_of = f"the policy's memories of {envs:,} environments, {size_text(size)} each,"
     return Part("memory", made_of, factors, envs * size, 2 * shards * envs * size)
 
 
@@ -197,8 +197,8 @@ def _replay(program: Program) -> Part:
     replay = getattr(program.algorithm, "replay", None)
     slots = replay.capacity if isinstance(replay, TrialReplay) else 0
     steps = program.algorithm.collected_steps
-    shown, done = _step_bytes(program)
-    step = 2 * shown + done + 4 + 3  # reward, three flags
+    obs, action = _step_bytes(program)
+    step = 2 * obs + action + 4 + 3  # reward, three flags
     made_of = f"{slots:,} trials x {steps:,} steps of {step:,} bytes in the replay"
     full = slots * steps * step
     sure = full if _whole(program) else slots * step
@@ -207,7 +207,7 @@ def _replay(program: Program) -> Part:
 
 
 def _task_parameters(program: Program, spec: JobSpec, tasks: int) -> Part:
-    """Of the inner loop: those of every task after each step, and the gradient."""
+    """Parameters of every task in the inner loop: after each step, and the gradient."""
     inner_loop, moved = getattr(program.algorithm, "inner_loop", None), 0
     if isinstance(inner_loop, InnerLoop):
         named = program.policy.named_parameters()
@@ -215,7 +215,7 @@ def _task_parameters(program: Program, spec: JobSpec, tasks: int) -> Part:
         moved = sum(p.nbytes for n, p in named if n.startswith(ACTOR) and n.startswith(prefixes))
         moved *= 2 if inner_loop.within_trial else inner_loop.rollouts
     factors = ((tasks, "rollout.num_envs"), _largest("network", spec.network))
-    made_of = f"the parameters of {tasks:,} tasks at once, {told(moved)} each,"
+    made_of = f"the parameters of {tasks:,} tasks at once, {size_text(moved)} each,"
     return Part("tasks' parameters", made_of, factors, tasks * moved, 2 * tasks * moved)
 
 
@@ -225,7 +225,7 @@ def _whole(program: Program) -> bool:
 
 
 def _step_bytes(program: Program) -> tuple[int, int]:
-    """Of an observation, and of an action."""
+    """Bytes of an observation, and of an action."""
     seen, acts = program.distribution.observation_space, program.distribution.action_space
     action = (
         8 if np.issubdtype(np.dtype(acts.dtype), np.integer) else 4 * math.prod(acts.shape or ())

@@ -1,8 +1,10 @@
-"""What is asked of workers, and the small part of what they answer."""
+"""The calls of workers and learners, and what they answer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -10,12 +12,68 @@ from dmrl_ray.config.schema import Adapt, By
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.jobs.spec import JobSpec
 from dmrl_ray.rollout.rows import Steps
-from dmrl_ray.types import Columns, Task
+from dmrl_ray.types import Arrays, Columns, Task
+
+Stored: TypeAlias = object
+"""A large value where it lies: in one process the value itself, on Ray a reference to it."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CallId:
+    """The number of a call that was submitted."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Call(Generic[Result]):
+    """A call of a method of `RolloutWorker`; its answer depends on its arguments alone."""
+
+    method: Callable[..., Result]
+    arguments: tuple[Stored, ...]
+    shard: int | None = None  # that it collects, if it does
+    state: Stored | CallId = None  # of that shard, or the call whose answer that state is part of
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method.__name__
+
+
+@dataclass(frozen=True)
+class Answer(Generic[Result]):
+    """The answer of a call; the large parts of a collection's stay where they are."""
+
+    id: CallId
+    value: Result
+    trial: Stored = None
+    state: Stored = None
+
+
+@dataclass(frozen=True)
+class WorkerEvent:
+    """A worker was lost, or another one stands in its place."""
+
+    event: str  # worker_lost, worker_replaced
+    detail: dict[str, object]
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """The call that a worker makes."""
+
+    worker: int  # its number
+    pid: int | None  # None until it is up
+    node: str
+    call: Call[object] | None  # None is idle
+    since: float  # of `time.monotonic`, when it began this, or has been idle
 
 
 @dataclass(frozen=True)
 class CollectCall:
-    """One iteration of one shard; the call's identity, so that an answer is used once."""
+    """One iteration of one shard."""
 
     spec: JobSpec
     shard: int
@@ -61,3 +119,14 @@ class CollectReport:
     tasks: dict[str, pa.Array]  # rows of those that are played and were not before
     steps: Steps | None = None  # where the job is recorded
     left_out: tuple[LeftOut, ...] = ()  # of data, from the collection of a job that is made first
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """The answer of a small job that was done whole."""
+
+    episodes: Columns
+    weights: Arrays  # at its end
+    env_steps: int
+    left_out: tuple[LeftOut, ...] = ()  # of data
+    steps: tuple[Steps, ...] = ()  # in the order of learning, where the job is recorded

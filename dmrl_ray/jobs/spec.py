@@ -1,4 +1,4 @@
-"""What a job is, and the objects that play it: the same in workers and learners."""
+"""A job's specification, and the program that is built from it in workers and learners."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Program:
     device: str | None = None  # where it rolls out; None is in NumPy
 
     def adaptation(self, by: By) -> Adaptation:
-        """Who adapts within a trial; None is the algorithm as it evaluates.
+        """The adaptation within a trial; None is the algorithm's as it evaluates.
 
         Raises:
             ValueError: it cannot adapt so.
@@ -137,6 +137,18 @@ class Program:
             return self.algorithm.own_adaptation()
         gamma = float(getattr(self.algorithm.config, "gamma", 0.99))
         return continued(self.algorithm, gamma, by)
+
+    def weights(self) -> Arrays:
+        """The policy's parameters and normalisation statistics by name, copied."""
+        return get_weights(self.policy)
+
+    def load(self, weights: Arrays) -> None:
+        """Give the policy these weights.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        set_weights(self.policy, weights)
 
     def sampler(self, num_envs: int) -> Sampler:
         """Environments of the family, with memory as the algorithm has it."""
@@ -194,11 +206,11 @@ def _assemble(spec: JobSpec, distribution: TaskDistribution) -> Program:
         algorithm = kind(spec.algorithm.settings, distribution, policy)
     algorithm.run_folder = spec.run_folder
     policy.eval()
-    columns = algorithm.envs_per_task
-    if spec.rollout.num_envs % columns:
+    per_task = algorithm.envs_per_task
+    if spec.rollout.num_envs % per_task:
         raise ValueError(
-            f"rollout.num_envs: {spec.rollout.num_envs} columns cannot be dealt to tasks of "
-            f"{columns} columns each; use a multiple of {columns}"
+            f"rollout.num_envs: {spec.rollout.num_envs} environments cannot be divided into tasks "
+            f"of {per_task} environments each; use a multiple of {per_task}"
         )
     _check_device(spec, distribution, kind)
     return Program(distribution, policy, algorithm)
@@ -255,7 +267,7 @@ def _load(setting: str, component: Component, base: type) -> Any:
 
 
 def smoke_test(program: Program, spec: JobSpec, asked: str | None = None) -> None:
-    """Two steps in one column: most families that are broken show it here, before anything starts.
+    """Make two steps in one environment: most broken families show it, before anything starts.
 
     Args:
         program: of the job.

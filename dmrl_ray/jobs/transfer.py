@@ -45,7 +45,7 @@ _CONSTANT = "log_std_clip_param_const"
 
 @dataclass(frozen=True)
 class Start:
-    """What a policy starts from, and where it came from."""
+    """The weights that a policy starts from, and where they came from."""
 
     weights: Arrays  # of the whole policy of ours
     matched: dict[str, str]  # our name: theirs
@@ -129,7 +129,9 @@ def _check(path: Path, policy: ActorCritic, own: Arrays, new: Arrays) -> None:
     if wrong:
         layer = "policy_head.layer.bias"
         twice = layer in new and len(new[layer]) == 2 * len(own[layer])
-        hint = "; only RLlib's free_log_std: True has one spread, as here" if twice else ""
+        hint = (
+            "; only RLlib's free_log_std: True has one standard deviation, as here" if twice else ""
+        )
         raise ValueError(
             f"init_from: {path}: does not fit the network; set its sizes alike: "
             + "; ".join(wrong)

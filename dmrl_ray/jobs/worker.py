@@ -1,15 +1,17 @@
 """Rollout workers: they play shards, evaluate policies and run small jobs whole.
 
-A worker is a carrier: what it returns depends on its arguments alone, so that any worker may do
-any call, and a call that was lost with its worker is simply made again.
+A worker's answer depends on the arguments of the call alone, so that any worker may make any call,
+and a call that was lost with its worker is simply made again.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,8 +22,21 @@ from dmrl_ray.backend import host
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.jobs.external import external_of
 from dmrl_ray.jobs.learner import Learner
-from dmrl_ray.jobs.messages import AdaptCall, CollectCall, CollectReport, EvaluateCall
-from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build, set_weights
+from dmrl_ray.jobs.messages import (
+    AdaptCall,
+    Answer,
+    Call,
+    CallId,
+    CollectCall,
+    CollectReport,
+    EvaluateCall,
+    Result,
+    Stored,
+    TrainReport,
+    WorkerEvent,
+    WorkerState,
+)
+from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build
 from dmrl_ray.rollout.rows import (
     Steps,
     episode_rows,
@@ -59,27 +74,27 @@ class RolloutWorker:
         program = self._program(spec, weights, spec.rollout.device)
         sampler = self._sampler(spec, program, shard, iteration, state)
         algorithm = program.algorithm
-        columns = spec.rollout.num_envs
+        num_envs = spec.rollout.num_envs
         tasks = list(spec.fixed_tasks) or sample(
             program.distribution,
             random_stream(spec.seed, *spec.key, "tasks", shard, iteration),
-            columns // algorithm.envs_per_task,
+            num_envs // algorithm.envs_per_task,
             spec.split,
         )
-        # A job on fixed tasks goes on to learn from them; else each trial's agents are new.
+        # A job on fixed tasks continues to learn from them; else each trial's agents are new.
         task_updates = iteration if spec.fixed_tasks else 0
         stream = random_stream(spec.seed, *spec.key, "collect", shard, iteration)
         sampler.start(stream, weights.version, task_updates=task_updates)
         algorithm.progress = spec.spent(iteration, call.env_steps)
         open_before = sampler.open_episodes() if algorithm.continues_episodes else None
-        told = {task.id for task in sampler.episodes.begun()}  # by the iteration before
+        known = {task.id for task in sampler.episodes.begun()}  # by the iteration before
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
         episodes = episode_rows(
             rows, program.distribution, weights.version, scored=bool(spec.fixed_tasks)
         )
-        met = [t for t in (*rows["task"], *sampler.episodes.begun()) if t.id not in told]
+        met = [t for t in (*rows["task"], *sampler.episodes.begun()) if t.id not in known]
         made = steps_made(trial, program.distribution)
         # What is returned may be shorter than what was played, of which it is made.
         episodes["env_steps"] = made[np.minimum(rows["step"].astype(np.int64), len(made)) - 1]
@@ -91,7 +106,7 @@ class RolloutWorker:
                 [rollout.map(host) for rollout in trial],
                 tasks,
                 number=iteration,
-                first_env=columns * shard,
+                first_env=num_envs * shard,
                 open_before=open_before,
                 step_is_episode=algorithm.memory_spans_trial,
             )
@@ -119,7 +134,7 @@ class RolloutWorker:
         return evaluation_rows(sampler, trial=call.trial)
 
     def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
-        """The same, and every step."""
+        """The same rows, and every step."""
         sampler, trial = self._evaluate(call, weights)
         steps = transition_rows(
             list(trial),
@@ -132,9 +147,9 @@ class RolloutWorker:
         return evaluation_rows(sampler, trial=call.trial), steps
 
     def evaluate_steps(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, SinceChange]:
-        """The same with the number of the task among the call's as trial, and what every step got.
+        """The same rows with the number of the task in the call as trial, and every step's reward.
 
-        That is as `rows.since_change` says.
+        Rewards and regrets of steps are as `rows.since_change` returns them.
         """
         sampler, trial = self._evaluate(call, weights)
         since = since_change(list(trial), call.tasks, sampler.distribution)
@@ -146,7 +161,7 @@ class RolloutWorker:
         program = self._program(spec, weights)
         adaptation = program.adaptation(call.by)
         sampler = program.sampler(len(call.tasks) * adaptation.envs_per_task)
-        # The same in every stage and run: what is compared meets the same chances.
+        # The same in every stage and run: agents that are compared meet the same random numbers.
         stream = random_stream(spec.evaluation_seed, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         episodes = call.episodes or program.algorithm.evaluation_episodes
@@ -154,7 +169,7 @@ class RolloutWorker:
         return sampler, adaptation.play(sampler, agent, episodes, frozen=call.frozen)
 
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, list[SinceChange]]:
-        """Meet streams of changing tasks.
+        """Play streams of changing tasks.
 
         Returns the rows of the episodes, with the stream as their trial and episodes counted since
         the change; and for every change what `rows.since_change` says.
@@ -187,24 +202,12 @@ class RolloutWorker:
         episodes["trial"] = rows["environment"].astype(np.int64) // (sampler.num_envs // num)
         return episodes
 
-    def train(
-        self, spec: JobSpec, weights: Arrays, updates: int
-    ) -> tuple[Columns, Arrays, int, tuple[LeftOut, ...]]:
-        """A small job whole: a shard collected and learned from, `updates` times.
-
-        Returns the rows of its episodes, the weights at its end, the environment steps that it
-        made, and what it left out of data.
-        """
+    def train(self, spec: JobSpec, weights: Arrays, updates: int) -> TrainReport:
+        """Do a small job whole: collect a shard and learn from it, `updates` times."""
         external = external_of(spec)
         if external is not None:
             with closing(external):
-                return (*external.train(weights, updates), ())
-        return self.train_recorded(spec, weights, updates)[:4]
-
-    def train_recorded(
-        self, spec: JobSpec, weights: Arrays, updates: int
-    ) -> tuple[Columns, Arrays, int, tuple[LeftOut, ...], list[Steps]]:
-        """The same, and every step in the order of learning, if the job is recorded."""
+                return external.train(weights, updates)
         learner = Learner(spec)
         learner.load_weights(weights)
         parts: list[Columns] = []
@@ -225,7 +228,7 @@ class RolloutWorker:
             env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
-        return rows, learner.weights(), env_steps, left_out, steps
+        return TrainReport(rows, learner.weights(), env_steps, left_out, tuple(steps))
 
     def _program(self, spec: JobSpec, weights: Weights, device: str | None = None) -> Program:
         key = spec.key if device is None else (*spec.key, device)
@@ -236,7 +239,7 @@ class RolloutWorker:
             self._programs[key] = build(spec, device)
         program = self._programs[key]
         if self._loaded.get(key) != weights.version:
-            set_weights(program.policy, weights.arrays)
+            program.load(weights.arrays)
             self._loaded[key] = weights.version
         return program
 
@@ -251,9 +254,9 @@ class RolloutWorker:
             sampler.set_state(self._read(state))
         return sampler
 
-    def _read(self, state: Arrays) -> Arrays:
-        """A shard's state, from the form in which it came."""
-        return state
+    def _read(self, state: Stored) -> Arrays:
+        """Read a shard's state from the form in which it came."""
+        return cast(Arrays, state)
 
     def _forget(self, spec: JobSpec) -> None:
         for cache in (self._programs, self._samplers, self._loaded):
@@ -262,53 +265,90 @@ class RolloutWorker:
 
 
 def _left_out(algorithm: Algorithm) -> tuple[LeftOut, ...]:
-    """What an algorithm does not learn from, of the data that it has opened."""
+    """The data that an algorithm has opened and does not learn from."""
     found = [dataset.left_out for dataset in algorithm.datasets]
     return tuple(left_out for left_out in found if left_out is not None)
 
 
-class LocalWorkers:
-    """The worker pool of a run without Ray: one worker, in this process.
+def collect_calls(
+    calls: list[CollectCall], weights: Stored, states: Sequence[Stored | CallId]
+) -> list[Call[object]]:
+    """The calls of one iteration of every shard.
 
     Args:
-        check: called between two calls of `map`; what it raises ends the map.
+        calls: by shard.
+        weights: that act.
+        states: of the shards, or the calls before these, which may still be in flight.
     """
+    return [
+        Call(RolloutWorker.collect, (call, weights), call.shard, state)
+        for call, state in zip(calls, states, strict=True)
+    ]
+
+
+class LocalWorkers:
+    """The workers of a run without Ray: one, in this process, that works while it is waited for."""
 
     total = alive = 1
 
-    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self._worker = RolloutWorker()
-        self._check = check
+        self._number = 0
+        self._waiting: dict[CallId, Call[Any]] = {}
+        self._answers: dict[CallId, Answer[object]] = {}
+        self._call: Call[object] | None = None
+        self._since = time.monotonic()
 
-    def start_collect(
-        self, calls: list[CollectCall], weights: Any, states: list[Any]
-    ) -> list[tuple[CollectReport, Any, Any]]:
-        """Begin one iteration of every shard; the answer is for `finish_collect`."""
-        return [self._worker.collect(c, weights, s) for c, s in zip(calls, states, strict=True)]
+    def submit(self, call: Call[Result]) -> CallId:
+        """Note a call, which `ready` makes."""
+        self._number += 1
+        number = CallId(self._number)
+        self._waiting[number] = call
+        return number
 
-    def states_after(self, started: list[tuple[CollectReport, Any, Any]]) -> list[Any]:
-        """What the next iteration begins with, while this one may still be in flight."""
-        return [state for _, _, state in started]
+    def ready(
+        self, ids: Sequence[CallId], timeout_s: float
+    ) -> tuple[list[Answer[object]], list[WorkerEvent]]:
+        """The answer of the first of these calls, however long it takes."""
+        if ids[0] not in self._answers:
+            self._make(ids[0])
+        return [self._answers.pop(ids[0])], []
 
-    def finish_collect(
-        self, started: list[tuple[CollectReport, Any, Any]]
-    ) -> list[tuple[CollectReport, Any, Any]]:
-        """Reports, trials and states by shard number."""
-        return started
+    def forget(self, ids: Sequence[CallId]) -> None:
+        """Calls that are not made."""
+        for number in ids:
+            self._waiting.pop(number, None)
+            self._answers.pop(number, None)
 
-    def map(self, method: str, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Results of a worker's method over many arguments, with their indices, as they come."""
-        for i, arguments in enumerate(calls):
-            self._check()
-            yield i, getattr(self._worker, method)(*arguments)
+    def states(self) -> list[WorkerState]:
+        """The call that this process makes, if it makes one, and since when."""
+        return [WorkerState(0, os.getpid(), "", self._call, self._since)]
 
-    def put(self, value: Any) -> Any:
-        """Make a large argument ready to be used in many calls."""
+    def put(self, value: object) -> Stored:
+        """The value."""
         return value
 
-    def fetch(self, value: Any) -> Any:
-        """The value behind what a call returned as large."""
+    def fetch(self, value: Stored) -> object:
+        """The value."""
         return value
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _make(self, number: CallId) -> None:
+        before = self._waiting[number].state
+        if isinstance(before, CallId):
+            self._make(before)
+        call = self._waiting.pop(number)
+        self._call, self._since = call, time.monotonic()
+        try:
+            if call.shard is None:
+                answer = Answer(number, call.method(self._worker, *call.arguments))
+            else:
+                answer = Answer(number, *call.method(self._worker, *call.arguments, call.state))
+        finally:
+            self._call, self._since = None, time.monotonic()
+        self._answers[number] = answer
+        for other, after in self._waiting.items():
+            if after.state == number:
+                self._waiting[other] = replace(after, state=answer.state)

@@ -30,7 +30,7 @@ from dmrl_ray.networks.base import Memory
 from dmrl_ray.networks.heads import SquashedGaussianHead
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.store.commits import load_run_config, newest_commit, run_facts
-from dmrl_ray.store.files import atomic_folder, load_arrays
+from dmrl_ray.store.files import LocalFiles, atomic_folder, load_arrays
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays
 
@@ -160,7 +160,7 @@ def export_policy(
     commit = newest_commit(run)
     files = commit.files if commit is not None else {}
     name, owner = _choose(run, config, list(files), stage, checkpoint)
-    module = _module(config, owner, load_arrays(run, files[name]))
+    module = _module(config, owner, load_arrays(LocalFiles(run), files[name]))
     with atomic_folder(folder) as there:
         module.save_to_path(str(there))
         facts = {"run": run.name, "policy": name, "model_config": module.model_config}

@@ -29,7 +29,7 @@ from typing import TypeAlias, TypeVar
 from dmrl_ray.config.loading import load_config
 from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.errors import ConfigError, CorruptRun
-from dmrl_ray.store.files import FileRecord, difference
+from dmrl_ray.store.files import FileRecord, LocalFiles, difference
 
 FORMAT_VERSION = 3
 Json: TypeAlias = dict[str, object]
@@ -117,7 +117,7 @@ class History:
     @classmethod
     def read(cls, folder: Path) -> History:
         """Read and check all records and all table parts they name."""
-        names = [_NAME.fullmatch(path.name) for path in (folder / "commits").iterdir()]
+        names = [_NAME.fullmatch(name) for name in LocalFiles(folder).list("commits")]
         paths = {int(m[1]): folder / "commits" / m[0] for m in names if m}
         history = cls(folder, {}, {})
         for number in range(1, max(paths, default=0) + 1):
@@ -160,18 +160,23 @@ class History:
         raise CorruptRun(f"{self.folder}: none of its {last} commits is complete: {why}")
 
     def file_problems(self, number: int) -> list[str]:
-        """What is wrong with the checkpoint files of a commit."""
+        """Faults of the checkpoint files of a commit."""
         files = self.commits[number].files.values() if number in self.commits else ()
         return [problem for file in files if (problem := difference(self.folder, file))]
 
 
 def commit_path(folder: Path, number: int) -> Path:
     """Where commit `number` is recorded."""
-    return folder / "commits" / f"{number:08d}.json"
+    return folder / commit_name(number)
+
+
+def commit_name(number: int) -> str:
+    """The same within the run folder."""
+    return f"commits/{number:08d}.json"
 
 
 def part_problems(folder: Path, commit: Commit) -> list[str]:
-    """What is wrong with the table parts of a commit, visible already or still hidden."""
+    """Faults of the table parts of a commit, visible already or still hidden."""
     found = []
     for part in commit.parts:
         problem = difference(folder, part)
@@ -210,7 +215,7 @@ def committed_parts(run: Path, table: str) -> list[Path]:
 
 
 def newest_commit(run: Path) -> Commit | None:
-    """The newest commit of a run that may be going on; None if there is none yet.
+    """The newest commit of a run that may be in progress; None if there is none yet.
 
     Raises:
         CorruptRun: it is damaged.
@@ -220,7 +225,7 @@ def newest_commit(run: Path) -> Commit | None:
 
 
 def read_committed(runs: Iterable[Path], table: str, read: Callable[[list[Path]], Read]) -> Read:
-    """What `read` makes of the committed parts of a table, run by run.
+    """Have `read` read the committed parts of a table, run by run.
 
     Raises:
         ValueError: a part is missing for good, and not only renamed since it was listed.
@@ -249,7 +254,7 @@ def as_overrides(changed: Mapping[str, object]) -> list[str]:
 
 
 def load_run_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that a run goes on with: the one it began with, and what was changed since.
+    """The config that a run continues with: the one it began with, and what was changed since.
 
     Raises:
         ConfigError: it, or an override, cannot be used.

@@ -1,8 +1,8 @@
-"""Named arrays on disk: written whole or not at all, and never read back wrong.
+"""Files and named arrays: written whole or not at all, and never read back wrong.
 
-Everything a run writes goes through `synced_file`, which is the only place that opens a file for
-writing. Numbers are stored as safetensors, anything else (strings, too) as ``.npz``; nothing on
-disk is a pickle.
+Everything a run writes on a disk goes through `synced_file`, which is the only place that opens a
+file for writing. Numbers are stored as safetensors, anything else (strings, too) as ``.npz``;
+nothing on disk is a pickle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import safetensors.numpy
@@ -28,6 +28,9 @@ from dmrl_ray.errors import StorageError
 from dmrl_ray.types import Arrays
 
 CHUNK_BYTES = 1 << 20
+
+Data: TypeAlias = bytes | memoryview
+"""The content of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,33 +41,46 @@ class FileRecord:
     size_bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: str, data: Data) -> FileRecord:
+        """The record of a file with this content."""
+        return cls(path, memoryview(data).nbytes, hashlib.sha256(data).hexdigest())
 
-class HashingFile(io.RawIOBase):
-    """A file being written, and the size and checksum of what was written."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._sha256 = hashlib.sha256()
-        self.size_bytes = 0
+class Files(Protocol):
+    """Where the files of a run lie; paths are relative to it, with slashes."""
 
-    def writable(self) -> bool:
-        return True
+    def put_if_absent(self, path: str, data: Data) -> bool:
+        """Write a file durably unless it exists; of several processes, exactly one gets True."""
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def]
-        view = memoryview(data).cast("B")
-        self._raw.write(view)
-        self._sha256.update(view)
-        self.size_bytes += len(view)
-        return len(view)
+    def put(self, path: str, data: Data) -> None:
+        """Write a file durably, whole or not at all.
 
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
+        Raises:
+            StorageError: it is not written, and what was there before is still there.
+        """
+
+    def read(self, path: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: it cannot be read.
+        """
+
+    def list(self, folder: str) -> list[str]:
+        """The names of the files in a folder, sorted."""
+
+    def rename(self, path: str, other: str) -> None:
+        """Give a file another name in its folder; may be repeated."""
+
+    def delete(self, path: str) -> None:
+        """Delete a file, if there is one and it can be deleted."""
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Tell an operating system's error as a `StorageError` that names the path."""
+    """Raise an operating system's error as a `StorageError` that names the path."""
     try:
         yield
     except StorageError:
@@ -84,15 +100,14 @@ def _room(path: Path) -> str:
 
 
 @contextmanager
-def synced_file(path: Path) -> Iterator[HashingFile]:
+def synced_file(path: Path) -> Iterator[BinaryIO]:
     """A new file whose content is on the disk when the block ends; removed if the block fails."""
     with storage_errors(path):
         try:
-            with open(path, "wb") as raw:
-                file = HashingFile(raw)
+            with open(path, "wb") as file:
                 yield file
-                raw.flush()
-                os.fsync(raw.fileno())
+                file.flush()
+                os.fsync(file.fileno())
         except BaseException:
             with suppress(OSError):
                 os.unlink(path)
@@ -134,7 +149,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[HashingFile]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write `path` whole or not at all: temporary name, fsync, rename, fsync of the folder."""
     temporary = _temporary(path)
     with synced_file(temporary) as file:
@@ -144,52 +159,100 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
     sync_folder(path.parent)
 
 
-def put_if_absent(path: Path, data: bytes) -> bool:
-    """Write `path` durably unless it exists; of several processes, exactly one gets True."""
-    temporary = _temporary(path)
-    with synced_file(temporary) as file:
-        file.write(data)
-    try:
-        with storage_errors(path):
-            os.link(temporary, path)
-    except StorageError as error:
-        # A network file system may do the link, lose its answer, and be asked again.
-        if not (error.errno == errno.EEXIST and os.path.samefile(temporary, path)):
-            os.unlink(temporary)
-            if error.errno == errno.EEXIST:
-                return False
-            raise
-    try:
-        sync_folder(path.parent)
-    except BaseException:
-        os.unlink(path)  # it may not be durable, so it must not be there
-        raise
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
-    return True
-
-
 def _temporary(path: Path) -> Path:
     return path.with_name(f"_{path.name}.{os.getpid()}.tmp")
 
 
+class LocalFiles:
+    """Files of a folder of this machine, or of a file system that machines share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put_if_absent(self, path: str, data: Data) -> bool:
+        """Link a temporary file to the name, which one process alone can do."""
+        target = self.folder / path
+        temporary = _temporary(target)
+        with synced_file(temporary) as file:
+            file.write(data)
+        try:
+            with storage_errors(target):
+                os.link(temporary, target)
+        except StorageError as error:
+            # A network file system may do the link, lose its answer, and be asked again.
+            if not (error.errno == errno.EEXIST and os.path.samefile(temporary, target)):
+                os.unlink(temporary)
+                if error.errno == errno.EEXIST:
+                    return False
+                raise
+        try:
+            sync_folder(target.parent)
+        except BaseException:
+            os.unlink(target)  # it may not be durable, so it must not be there
+            raise
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+        return True
+
+    def put(self, path: str, data: Data) -> None:
+        """Write under a temporary name, and rename."""
+        with atomic_file(self.folder / path) as file:
+            file.write(data)
+
+    def read(self, path: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            ValueError: the path leads out of the folder.
+        """
+        file = (self.folder / path).resolve()
+        if not file.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{path}: leads out of the run folder {self.folder}")
+        return (self.folder / path).read_bytes()
+
+    def list(self, folder: str) -> list[str]:
+        """The names of the files in a folder, sorted."""
+        return sorted(os.listdir(self.folder / folder))
+
+    def rename(self, path: str, other: str) -> None:
+        """Rename durably."""
+        before, after = self.folder / path, self.folder / other
+        with storage_errors(after):
+            try:
+                os.rename(before, after)
+            except FileNotFoundError:
+                if not after.exists():
+                    raise
+        sync_folder(after.parent)
+
+    def delete(self, path: str) -> None:
+        """Unlink, if possible."""
+        with suppress(OSError):
+            os.unlink(self.folder / path)
+
+    def __str__(self) -> str:
+        """The folder, for messages."""
+        return str(self.folder)
+
+
 def save_arrays(
-    run: Path, path: str, arrays: Arrays, metadata: Mapping[str, str] | None = None
+    files: Files, path: str, arrays: Arrays, metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """Write arrays to ``run / path``, a ``.safetensors`` (numbers only) or ``.npz`` file."""
+    """Write arrays to a ``.safetensors`` (numbers only) or ``.npz`` file."""
     metadata = {"format": "dmrl.arrays.1", **(metadata or {})}
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise ValueError(f"{path}: array {name!r} holds Python objects, which are not stored")
-    with atomic_file(run / path) as file:
-        if path.endswith(".safetensors"):
-            plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-            file.write(safetensors.numpy.save(plain, metadata))
-        else:
-            assert path.endswith(".npz"), path
-            _write_npz(file, arrays, metadata)
-    return FileRecord(path, file.size_bytes, file.sha256)
+    if path.endswith(".safetensors"):
+        plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        data: Data = safetensors.numpy.save(plain, metadata)
+    else:
+        assert path.endswith(".npz"), path
+        data = _npz(arrays, metadata)
+    record = FileRecord.of(path, data)
+    files.put(path, data)
+    return record
 
 
 def is_numeric(arrays: Arrays) -> bool:
@@ -197,17 +260,19 @@ def is_numeric(arrays: Arrays) -> bool:
     return all(array.dtype.kind in "biuf" and array.itemsize <= 8 for array in arrays.values())
 
 
-def _write_npz(file: HashingFile, arrays: Arrays, metadata: Mapping[str, str]) -> None:
+def _npz(arrays: Arrays, metadata: Mapping[str, str]) -> Data:
     # np.savez cannot store an array named "file" and allows pickles.
+    file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.comment = json.dumps(metadata).encode()
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+    return file.getbuffer()
 
 
 def difference(run: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file of a commit, in a few words, or None."""
+    """The fault of a file of a commit, in a few words, or None."""
     path = run / record.path
     try:
         size_bytes = path.stat().st_size
@@ -231,18 +296,25 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_arrays(run: Path, record: FileRecord) -> Arrays:
+def load_arrays(files: Files, record: FileRecord) -> Arrays:
     """Read arrays back.
 
     Raises:
         ValueError: the file is missing or is not the one that was recorded.
     """
-    path = (run / record.path).resolve()
-    if not path.is_relative_to(run.resolve()):
-        raise ValueError(f"{record.path}: leads out of the run folder {run}")
-    if problem := difference(run, record):
-        raise ValueError(problem)
-    if path.suffix == ".safetensors":
-        return dict(safetensors.numpy.load_file(path))
-    with np.load(path, allow_pickle=False) as archive:
+    try:
+        data = files.read(record.path)
+    except FileNotFoundError:
+        raise ValueError(f"{files}/{record.path}: is missing") from None
+    except OSError as error:
+        raise ValueError(f"{files}/{record.path}: cannot be read: {error.strerror}") from error
+    if len(data) != record.size_bytes:
+        raise ValueError(
+            f"{files}/{record.path}: has {len(data)} bytes instead of {record.size_bytes}"
+        )
+    if FileRecord.of(record.path, data) != record:
+        raise ValueError(f"{files}/{record.path}: its sha256 is not the committed one")
+    if record.path.endswith(".safetensors"):
+        return dict(safetensors.numpy.load(data))
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}

@@ -218,6 +218,8 @@ def _tidy_table(folder: Path, history: History, number: int) -> None:
     named = {part.path for commit in commits for part in commit.parts}
     removed = commits[-1].removed if commits else ()
     damaged = any(history.problems[n] for n in range(1, number + 1))
+    for path in folder.glob("_*.tmp"):
+        os.unlink(path)
     for path in sorted(folder.iterdir()):
         match = _PART.fullmatch(path.name)
         if not match:

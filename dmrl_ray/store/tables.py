@@ -113,14 +113,14 @@ _UNLIKE = {"tasks": ("task_id", "params"), "trained_on": ("task_id",)}
 """Columns without a dictionary in Parquet, as hardly a cell is like another."""
 
 _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
-"""What a column may be instead, by the task family; it is the same in all rows of a run."""
+"""Other types that a column may have, by the task family; the same in all rows of a run."""
 
 
 HISTORY = ("run_id", "stage", "job", "environment")
 """Columns of transitions that say whose history a row belongs to ..."""
 
 IN_HISTORY = ("trial", "episode", "t")
-"""... and where in it, in the order in which it was lived."""
+"""... and where in it, in the order in which it was collected."""
 
 
 def fits(table: str, column: str, kind: pa.DataType) -> bool:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -31,7 +33,7 @@ from dmrl_ray.errors import FolderInUse
 from dmrl_ray.store.commits import (
     Commit,
     Json,
-    commit_path,
+    commit_name,
     committed_parts,
     hidden,
     hidden_path,
@@ -39,22 +41,49 @@ from dmrl_ray.store.commits import (
 )
 from dmrl_ray.store.files import (
     FileRecord,
+    Files,
+    LocalFiles,
     is_numeric,
     load_arrays,
-    put_if_absent,
     save_arrays,
-    storage_errors,
-    sync_folder,
-    synced_file,
 )
 from dmrl_ray.store.run_folder import FolderLock, local_path, make_run, recover
-from dmrl_ray.store.tables import SCHEMAS, Cells, TableBuffer, check_columns, schema_of
-from dmrl_ray.types import Arrays
+from dmrl_ray.store.tables import (
+    SCHEMAS,
+    Cells,
+    TableBuffer,
+    check_columns,
+    read_columns,
+    schema_of,
+)
+from dmrl_ray.types import Arrays, Columns
+
+logger = logging.getLogger(__name__)
 
 SPILL_BYTES = 64 << 20
 """Transitions are written, hidden, before their commit when they fill this much memory."""
 
 _FILE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
+
+
+class Job(Protocol):
+    """The job that rows are of."""
+
+    @property
+    def stage(self) -> str:
+        """The stage's name."""
+
+    @property
+    def name(self) -> str:
+        """The job's."""
+
+    @property
+    def algorithm_name(self) -> str:
+        """As it stands in the tables."""
+
+    @property
+    def seed(self) -> int:
+        """The run's."""
 
 
 class RunWriter:
@@ -69,6 +98,7 @@ class RunWriter:
 
     def __init__(self, folder: Path, lock: FolderLock, record: Json, keep: int) -> None:
         self.folder = folder
+        self._files: Files = LocalFiles(folder)
         self.run_id = str(record["run_id"])
         self.keep = keep
         self.number = 0
@@ -82,6 +112,7 @@ class RunWriter:
         self._config_sha256 = str(record["config_sha256"])
         self._previous_sha256: str | None = None
         self._buffers = {table: TableBuffer(table) for table in SCHEMAS}
+        self._tasks: tuple[set[int], dict[str, set[int]]] | None = None  # see `_known`
         self._spilled: list[FileRecord] = []  # parts for the next commit, written already
         self._forgotten: list[str] = []  # parts that are not in the next commit
         self._removed: list[str] = []  # parts that are not in the newest commit
@@ -161,12 +192,102 @@ class RunWriter:
             self._spilled.append(self._write_part(table, self.number + 1, buffer))
             buffer.clear()
 
+    def add_tasks(self, rows: Mapping[str, pa.Array], trained: str | None = None) -> None:
+        """Rows of the tasks table, where they are not in it yet.
+
+        Args:
+            rows: of tasks that are named in the run from here on.
+            trained: the stage that was trained on them, if one was.
+        """
+        known, trained_on = self._known()
+        names = _names(rows["task_id"].to_pylist(), rows["split"].to_pylist())
+        self._add_fresh("tasks", rows, names, known)
+        if trained is not None:
+            rows = {key: rows[key] for key in ("task_id", "split")}
+            seen = trained_on.setdefault(trained, set())
+            self._add_fresh("trained_on", rows, names, seen, stage=trained)
+
+    def add_trained_on(self, stage: str, tasks: Collection[tuple[str, str]]) -> None:
+        """Ids and splits of tasks that a stage was trained on elsewhere."""
+        ids, splits = zip(*sorted(tasks), strict=True) if tasks else ((), ())
+        rows = {"task_id": pa.array(ids, pa.string()), "split": pa.array(splits, pa.string())}
+        seen = self._known()[1].setdefault(stage, set())
+        self._add_fresh("trained_on", rows, _names(ids, splits), seen, stage=stage)
+
+    def _add_fresh(
+        self,
+        table: str,
+        rows: Mapping[str, pa.Array],
+        names: list[int],
+        known: set[int],
+        **cells: str,
+    ) -> None:
+        """Add the rows whose names are not known, which they are from here on."""
+        if not known.isdisjoint(names):
+            fresh = np.flatnonzero([name not in known for name in names])
+            rows, names = {k: x.take(fresh) for k, x in rows.items()}, [names[i] for i in fresh]
+        if names:
+            known.update(names)
+            self.add(table, {**rows, **cells})
+
+    def _known(self) -> tuple[set[int], dict[str, set[int]]]:
+        """Names of the tasks in the tasks table, and in trained_on by stage."""
+        if self._tasks is None:
+            self._tasks = set(), {}
+            for part in committed_parts(self.folder, "tasks"):
+                rows = read_columns(part, "tasks", ("task_id", "split")).to_pydict()
+                self._tasks[0].update(_names(rows["task_id"], rows["split"]))
+            for part in committed_parts(self.folder, "trained_on"):
+                rows = read_columns(part, "trained_on", ("stage", "task_id", "split")).to_pydict()
+                names = _names(rows["task_id"], rows["split"])
+                for stage, name in zip(rows["stage"], names, strict=True):
+                    self._tasks[1].setdefault(stage, set()).add(name)
+        return self._tasks
+
+    def add_episodes(self, job: Job, rows: Columns) -> None:
+        """Rows of the episodes table."""
+        if len(rows["return"]) == 0:
+            return
+        cells: dict[str, Cells] = {
+            "change": None,
+            **rows,
+            "success": pa.array(rows["success"] > 0, mask=np.isnan(rows["success"])),
+            "score": None if np.isnan(rows["score"]).all() else rows["score"],
+            "algorithm": job.algorithm_name,
+            "seed": job.seed,
+        }
+        self.add("episodes", {**cells, "stage": job.stage, "job": job.name})
+
+    def add_steps(self, job: Job, steps: Mapping[str, Cells]) -> None:
+        """Rows of the transitions table."""
+        self.add("transitions", {**steps, "stage": job.stage, "job": job.name})
+
+    def add_metrics(
+        self, job: Job, policy_version: int, env_steps: int, metrics: Mapping[str, float]
+    ) -> None:
+        """Rows of the metrics table."""
+        cells: dict[str, Cells] = {
+            "policy_version": policy_version,
+            "env_steps": env_steps,
+            "name": list(metrics),
+            "value": np.array(list(metrics.values()), np.float64),
+        }
+        self.add("metrics", {**cells, "stage": job.stage, "job": job.name})
+
+    def add_event(self, event: str, stage: str, job: str, detail: Mapping[str, object]) -> None:
+        """Add a row to the events table, and a line to the log."""
+        logger.info("%s %s %s %s", event, stage, job, detail)
+        cells = {"stage": stage, "job": job, "event": event, "detail": json.dumps(detail)}
+        self.add("events", cells)
+
     def forget(self, stages: Collection[str]) -> None:
         """Leave out all rows of these stages so far, from the next commit on.
 
         Parts that hold them stay in the folder under a hidden name, so that a commit before can
         still be gone back to; what they hold of other stages is written again.
         """
+        for stage in stages:
+            self._known()[1].pop(stage, None)
         for table, schema in SCHEMAS.items():
             for path in committed_parts(self.folder, table) if "stage" in schema.names else ():
                 file = pq.ParquetFile(path)
@@ -198,7 +319,7 @@ class RunWriter:
         while path + suffix in self._saved:
             attempt += 1
             path = f"{base}-{attempt}"
-        record = save_arrays(self.folder, path + suffix, arrays, metadata)
+        record = save_arrays(self._files, path + suffix, arrays, metadata)
         self._saved[record.path] = self.number + 1
         return record
 
@@ -207,7 +328,7 @@ class RunWriter:
         if name not in self.files:
             known = ", ".join(self.files) or "none"
             raise ValueError(f"{self.folder}: no checkpoint {name!r} in use; there are: {known}")
-        return load_arrays(self.folder, self.files[name])
+        return load_arrays(self._files, self.files[name])
 
     def commit(self, state: Json, files: Mapping[str, FileRecord]) -> int:
         """Make the buffered rows, the state and the saved files durable, all or nothing.
@@ -232,7 +353,7 @@ class RunWriter:
         data = record.to_bytes()
         won = False
         try:
-            won = put_if_absent(commit_path(self.folder, number), data)
+            won = self._files.put_if_absent(commit_name(number), data)
         finally:
             if not won:
                 self._delete([hidden(part).path for part in parts])
@@ -277,24 +398,18 @@ class RunWriter:
         return parts
 
     def _write_part(self, table: str, number: int, buffer: TableBuffer) -> FileRecord:
-        data = buffer.to_parquet({"dmrl.writer": self._name})
-        digest = hashlib.sha256(data).hexdigest()
+        data = memoryview(buffer.to_parquet({"dmrl.writer": self._name}))
         order = len(self._spilled)  # Readers sort by name, and rows shall come as they were added.
+        digest = hashlib.sha256(data).hexdigest()
         name = f"part-{number:08d}-{order:04d}-{digest[:16]}.parquet"
-        part = FileRecord(f"{table}/{name}", data.size, digest)
-        path = self.folder / hidden(part).path
-        with synced_file(path) as file:
-            file.write(data)
-        sync_folder(path.parent)
+        part = FileRecord(f"{table}/{name}", data.nbytes, digest)
+        self._files.put(hidden(part).path, data)
         return part
 
     def _publish(self) -> None:
         while self._renames:
-            before, after = (self.folder / path for path in self._renames[0])
-            with storage_errors(after):
-                os.rename(before, after)
+            self._files.rename(*self._renames[0])
             self._renames.pop(0)
-            sync_folder(after.parent)
 
     def _prune(self) -> None:
         self._kept = [{file.path for file in self.files.values()}, *self._kept][: self.keep]
@@ -305,14 +420,14 @@ class RunWriter:
             del self._saved[path]
 
     def _delete(self, paths: list[str]) -> None:
-        for path in paths:
-            with suppress(OSError):  # What is left over is deleted when the run is opened next.
-                os.unlink(self.folder / path)
+        for path in paths:  # What is left over is deleted when the run is opened next.
+            self._files.delete(path)
 
     def discard(self) -> None:
         """Drop the rows that were not committed, and keep those that were to be forgotten."""
         self._delete([hidden(part).path for part in self._spilled])
         self._spilled, self._forgotten = [], []
+        self._tasks = None
         for buffer in self._buffers.values():
             buffer.clear()
 
@@ -330,3 +445,8 @@ class RunWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _names(task_ids: Sequence[str], splits: Sequence[str]) -> list[int]:
+    """Tasks in their splits, as hashes: a long run draws millions of them."""
+    return list(map(hash, zip(task_ids, splits, strict=True)))

@@ -16,7 +16,7 @@ from dmrl_ray.rllib import register
 from dmrl_ray.rllib.environments import EnvSettings, TaskEnv
 from dmrl_ray.rllib.policies import ActorCriticModule, export_policy, exported, module_spec
 from dmrl_ray.store.commits import newest_commit
-from dmrl_ray.store.files import load_arrays
+from dmrl_ray.store.files import LocalFiles, load_arrays
 from dmrl_ray.types import random_stream
 
 KINDS = {
@@ -46,7 +46,7 @@ def policies(tmp_path_factory):
 def program_of(run):
     """What trained the run's policy, with its best weights."""
     program = build(job_spec(load_config(run / "config.yaml"), "meta"))
-    set_weights(program.policy, load_arrays(run, newest_commit(run).files["meta.best"]))
+    set_weights(program.policy, load_arrays(LocalFiles(run), newest_commit(run).files["meta.best"]))
     return program
 
 
