@@ -115,6 +115,19 @@ class TorsoEncoder(Encoder):
         return self.torso(obs, extra, (), None)[0]
 
 
+def select_memory(mask: Tensor, new: Memory, old: Memory) -> Memory:
+    """The memory `new` of the environments where `mask` (B,) is true, and `old` of the others."""
+    return tuple(
+        torch.where(mask.view(-1, *[1] * (b.dim() - 1)), a, b)
+        for a, b in zip(new, old, strict=True)
+    )
+
+
+def reset_memory(memory: Memory, reset: Tensor) -> Memory:
+    """The memory with zeros for the environments where `reset` (B,) is true."""
+    return tuple(leaf.masked_fill(reset.view(-1, *[1] * (leaf.dim() - 1)), 0) for leaf in memory)
+
+
 def join(x: Tensor, extra: Tensor | None) -> Tensor:
     return x if extra is None else torch.cat([x, extra], -1)
 

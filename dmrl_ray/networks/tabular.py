@@ -13,7 +13,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from dmrl_ray.networks.base import Memory
+from dmrl_ray.networks.base import Memory, reset_memory
 from dmrl_ray.networks.symmetric import CellConfig, Symmetric
 
 
@@ -65,7 +65,7 @@ class Tabular(Symmetric):
         hidden, pooled = [], []
         for t in range(len(obs)):
             if reset is not None:
-                cells = cells * (~reset[t])[:, None, None]
+                (cells,) = reset_memory((cells,), reset[t])
             at = (columns, before * self.actions + action[t])
             old = cells[at]
             now = torch.gru_cell(x[t], old, *weights)
