@@ -71,3 +71,18 @@ def host(x: Array) -> np.ndarray:
 def as_kind_of(array: Array, x: Tensor) -> Array:
     """A tensor, as an array where `array` is one."""
     return x if isinstance(array, Tensor) else x.numpy()
+
+
+def copy_of(x: Array) -> Array:
+    """The same numbers in memory of their own."""
+    return x.clone() if isinstance(x, Tensor) else x.copy()
+
+
+def resized(x: Array, length: int) -> Array:
+    """The first `length` rows of x, a view; where x has fewer, a copy with rows of zeros behind."""
+    if length <= len(x):
+        return x[:length]
+    shape = (length, *x.shape[1:])
+    longer = x.new_zeros(shape) if isinstance(x, Tensor) else np.zeros(shape, x.dtype)
+    longer[: len(x)] = x
+    return longer

@@ -493,7 +493,7 @@ def test_a_value_that_is_not_finite_names_column_step_and_task(what, discrete):
     step = 1 if what == "obs" else 0  # an observation is the input of the step after
     match = f"walk.*{what} of column 1 at step {step} .*nan.* task bad"
     with pytest.raises(EnvironmentFault, match=match):
-        sampler.rollout(policy, 2)
+        sampler.rollout(policy, 2, with_value=False)
 
 
 def test_the_task_at_fault_is_named_also_when_the_column_has_another_since():

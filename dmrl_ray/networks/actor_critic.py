@@ -7,6 +7,7 @@ tuple of tensors (B, ...), empty for encoders without memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
@@ -27,7 +28,7 @@ from dmrl_ray.networks.heads import (
 )
 from dmrl_ray.networks.norm import RunningNorm
 from dmrl_ray.tasks.spaces import Packed, scaled_columns
-from dmrl_ray.types import Rollout
+from dmrl_ray.types import Array, Rollout
 
 OBS_BOUND = 10.0
 """Standard deviations at which scaled observations are clipped; value targets never are."""
@@ -203,6 +204,17 @@ class ActorCritic(nn.Module):
             extra = self.extra(previous, obs)
             features = self.value_encoder(self.scale(obs), extra, memory, reset)[0]
         return exactly(self.value_head, features).squeeze(-1)
+
+    def bootstrap_value(self, inputs: Sequence[Array], memory: Memory) -> Tensor:
+        """Values (N,) of observations that no action follows, in units of `value_norm`.
+
+        Args:
+            inputs: (N, ...) observations, resets, previous actions, rewards and dones.
+            memory: leaves (N, ...), before those observations.
+        """
+        obs, reset, action, reward, done = (torch.as_tensor(x).unsqueeze(0) for x in inputs)
+        _, features, _ = self(obs, mask_previous(action, reward, done, reset), memory, reset)
+        return self.value(features, obs)[0]
 
     def denormalize_value(self, value: Tensor) -> Tensor:
         """From the critic's units to returns."""

@@ -113,9 +113,18 @@ class Episodes:
         self.playing = np.ones(self.num_envs, np.bool_)
         self.all_playing = self.any_playing = True
 
-    def steps_left(self, longest: int) -> int:
-        """Steps until every environment has played its episodes, at most `longest` each."""
-        return int(((self._left * longest - self._length) * self.playing).max())
+    def steps_left(self, longest: int, num_steps: int | None) -> int:
+        """Steps until every environment has played its episodes, but not above `num_steps`.
+
+        Args:
+            longest: steps of an episode at most.
+            num_steps: needed where no quota was set.
+        """
+        if self.unlimited:
+            assert num_steps is not None, "there is no quota of episodes"
+            return num_steps
+        left = int(((self._left * longest - self._length) * self.playing).max())
+        return left if num_steps is None else min(left, num_steps)
 
     def adapted(self, adaptation_step: np.ndarray | int | None) -> None:
         """Adaptation steps in this trial so far, (B,); None counts the episodes in memory."""

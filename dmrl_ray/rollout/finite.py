@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
+from dmrl_ray.backend import host
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.rollout.episodes import Episodes
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import name_of
-from dmrl_ray.types import EnvironmentFault, Rollout
+from dmrl_ray.types import Array, EnvironmentFault
+
+
+class Observed(Protocol):
+    """The numbers that environments gave in a rollout, with the names of `Rollout`."""
+
+    obs: Array
+    reward: Array
+    final_step: Array
+    final_env: Array
+    final_obs: Array
 
 
 def check_finite(
-    family: TaskDistribution, rollout: Rollout, episodes: Episodes, steps: int
+    family: TaskDistribution, rollout: Observed, episodes: Episodes, steps: int
 ) -> None:
     """See that everything in a rollout is a finite number.
 
@@ -50,11 +63,11 @@ def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -
     )
 
 
-def _first_not_finite(rollout: Rollout) -> tuple[str, int, int, float] | None:
+def _first_not_finite(rollout: Observed) -> tuple[str, int, int, float] | None:
     """Name, step, column and value of an observation or reward that is not finite, if any."""
-    ends = np.stack([rollout.final_step, rollout.final_env], 1)
+    ends = np.stack([host(rollout.final_step), host(rollout.final_env)], 1)
     for name in ("obs", "reward", "final_obs"):
-        array = getattr(rollout, name)
+        array = host(getattr(rollout, name))
         if np.isfinite(array.sum()):
             continue
         where = np.argwhere(~np.isfinite(array))
