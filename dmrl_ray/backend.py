@@ -1,4 +1,4 @@
-"""What the same code needs for arrays in NumPy and tensors on a device."""
+"""Operations that are the same for arrays in NumPy and tensors on a device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TensorStream:
         return self._empty(size, torch.float64).uniform_(generator=self._generator)
 
     def standard_normal(self, size: int | tuple[int, ...], dtype: Any = np.float64) -> Tensor:
-        """Mean 0 and deviation 1."""
+        """Mean 0 and standard deviation 1."""
         return self._empty(size, _TYPES[dtype]).normal_(generator=self._generator)
 
     def standard_exponential(self, size: int | tuple[int, ...], dtype: Any = np.float64) -> Tensor:

@@ -265,7 +265,7 @@ def test_what_is_not_finite_is_told_with_its_task():
 
     sampler.env.step = broken
     with pytest.raises(
-        EnvironmentFault, match=r"reward of column 2 at step 2 is nan, on task [0-9a-f]{16};"
+        EnvironmentFault, match=r"reward of environment 2 at step 2 is nan, on task [0-9a-f]{16};"
     ):
         sampler.rollout(network, 4)
 

@@ -275,7 +275,7 @@ def _validation(run: Run, stage: Pretrain) -> Validation:
     """Decided once for the job, from its tasks and not from what was played."""
     tasks = run.tasks("validation", stage.validation_tasks)
     ends = [reference(run.distribution, task) for task in tasks]
-    scored = all(end is not None and end.tells for end in ends)
+    scored = all(end is not None and end.is_scorable for end in ends)
     return Validation(tasks, "score" if scored else "return", stage.greedy)
 
 

@@ -17,7 +17,7 @@ from dmrl_ray.networks.base import Memory, reset_memory
 def step_by_step(
     cell: nn.RNNBase, x: Tensor, memory: Memory, reset: Tensor | None
 ) -> tuple[Tensor, Memory]:
-    """What one layer of `nn.LSTM`, `nn.GRU` or `nn.RNN` computes.
+    """The outputs of one layer of `nn.LSTM`, `nn.GRU` or `nn.RNN`.
 
     Args:
         cell: whose weights are used.

@@ -127,7 +127,7 @@ class RNN(_Recurrent):
 
     class Config(_Recurrent.Config):
         activation: Literal["tanh", "relu"] = "tanh"
-        """Of the memory."""
+        """Activation of the memory."""
 
     leaves = 1
 

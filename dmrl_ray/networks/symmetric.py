@@ -39,12 +39,12 @@ class CellConfig(Settings):
     """Features of each action (F)."""
 
     ordered: bool = True
-    """Show each action the memory of the one before it, so that equal ones can be told apart: of 50
+    """Give each action the memory of the one before it, so that equal ones can be told apart: of 50
     arms never pulled each deserves a fiftieth of what their sort does, and a worse one that was
     pulled would be the mode. Now the first of them can have it all."""
 
     activation: Activation = "relu"
-    """Of the features."""
+    """Activation of the features."""
 
 
 class Symmetric(Encoder):

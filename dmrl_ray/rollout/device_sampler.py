@@ -92,12 +92,12 @@ class DeviceSampler(Sampler):
         *rows, totals, pi_sums = host(torch.stack([*returns, *success, *sums]))
         successes = iter(rows[len(spans) :])
         for i, (start, stop) in enumerate(spans):
-            self.episodes.add(rows[i], stop - start)
+            self.episodes.add_reward(rows[i], stop - start)
             if steps[i]:
-                self.episodes.see(next(successes))
+                self.episodes.add_success(next(successes))
             if i < len(ends):
                 envs, step = np.arange(self.num_envs), self._steps_done + stop
-                self.episodes.end(envs, step, self._pending_task_of, greedy=storage.greedy)
+                self.episodes.end_episodes(envs, step, self._pending_task_of, greedy=storage.greedy)
         if np.isnan(pi_sums[0]) and self._diverged_first(storage, pi):
             raise diverged(self.policy_version, storage.adaptation_step)
         if not np.isfinite(totals[0]):

@@ -195,7 +195,7 @@ class Sampler:
         self._greedy = greedy
         self._steps_done = 0
         self.env_s = self.inference_s = 0.0
-        self.episodes.start(task_updates)
+        self.episodes.begin_collection(task_updates)
 
     def begin_trial(
         self,
@@ -220,12 +220,12 @@ class Sampler:
         From here on each plays `episodes`, a number that does not depend on what happens: those
         with short ones wait for the others, and steps after the last one do not count.
         """
-        if self.fresh:  # Nothing was played since the last reset, which is as good as another.
-            self.episodes.limit(episodes)
+        if self.fresh:  # No step was taken since the last reset: another would change nothing.
+            self.episodes.set_quota(episodes)
             return
         obs = first_obs(self.distribution, self.env)
         self.fresh = True
-        self.episodes.begin(self._pending_task_of, episodes, forget=forget)
+        self.episodes.begin_episodes(self._pending_task_of, episodes, forget=forget)
         done = np.ones(self.num_envs, np.bool_)
         if forget:
             shape, none = (self.num_envs, *self._action_shape), -1 if self._discrete else 0
@@ -294,7 +294,7 @@ class Sampler:
             EnvironmentFault: the family raised, or an observation or reward is not finite.
             NumericalError: these are finite, but the policy's actions are not.
         """
-        self.episodes.adapted(None if self.memory_spans_trial else adaptation_step)
+        self.episodes.set_adaptation_step(None if self.memory_spans_trial else adaptation_step)
         longest = self.distribution.max_episode_steps
         most = self.episodes.steps_left(longest, num_steps)
         # Where episodes may end early, storage for the longest of them could fill the memory.
@@ -423,9 +423,9 @@ class Sampler:
             storage.reward[t] = reward
             storage.terminated[t] = terminated
             storage.truncated[t] = truncated
-            self.episodes.add(reward)
+            self.episodes.add_reward(reward)
             if "success" in info:
-                self.episodes.see(info["success"])
+                self.episodes.add_success(info["success"])
             done = storage.done[t]
             np.logical_or(terminated, truncated, out=done)
             if not done.any():
@@ -437,7 +437,7 @@ class Sampler:
         except Exception as error:  # A family may raise anything.
             raise fault(self.distribution, "step", error) from error
         step = self._steps_done + t + 1
-        self.episodes.end(ended, step, self._pending_task_of, greedy=storage.greedy)
+        self.episodes.end_episodes(ended, step, self._pending_task_of, greedy=storage.greedy)
         return ended
 
     def _carry(self, storage: Storage, memory: Memory) -> None:
