@@ -33,7 +33,7 @@ class TensorStream:
         return self._empty(size, torch.float64).uniform_(generator=self._generator)
 
     def standard_normal(self, size: int | tuple[int, ...], dtype: Any = np.float64) -> Tensor:
-        """Mean 0 and deviation 1."""
+        """Mean 0 and standard deviation 1."""
         return self._empty(size, _TYPES[dtype]).normal_(generator=self._generator)
 
     def standard_exponential(self, size: int | tuple[int, ...], dtype: Any = np.float64) -> Tensor:
@@ -112,3 +112,18 @@ def compile_graph(graph: fx.GraphModule, tensors: list[Tensor]) -> Callable[...,
         return public
     compiled: Callable[..., list[Tensor]] = compile(graph, [*tensors])
     return compiled
+
+
+def copy_of(x: Array) -> Array:
+    """The same numbers in memory of their own."""
+    return x.clone() if isinstance(x, Tensor) else x.copy()
+
+
+def resized(x: Array, length: int) -> Array:
+    """The first `length` rows of x, a view; where x has fewer, a copy with rows of zeros behind."""
+    if length <= len(x):
+        return x[:length]
+    shape = (length, *x.shape[1:])
+    longer = x.new_zeros(shape) if isinstance(x, Tensor) else np.zeros(shape, x.dtype)
+    longer[: len(x)] = x
+    return longer

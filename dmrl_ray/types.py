@@ -1,6 +1,6 @@
 """The data that travels between environments, workers, learners and tables.
 
-Axes: T time steps, B environment columns. Every per-step array is (T, B, ...).
+Axes: T time steps, B environments. Every per-step array is (T, B, ...).
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ class Reference:
         """0 where an episode's return equals the random policy's, 1 where the oracle's.
 
         Episodes beyond the last of a trial are measured against the last. NaN where the oracle is
-        no better than the random policy: there is nothing to tell them apart by.
+        no better than the random policy: the score has no scale.
         """
         index = np.minimum(episode, len(self.random) - 1)
         return np.asarray((episode_return - self.random[index]) / self._span()[index])
 
     @property
-    def tells(self) -> bool:
+    def is_scorable(self) -> bool:
         """Whether every episode has a score."""
         return bool(np.isfinite(self._span()).all())
 
@@ -111,18 +111,18 @@ class Reference:
 
 @dataclass
 class Rollout:
-    """T steps of B environment columns.
+    """T steps of B environments.
 
     Made of NumPy arrays in a rollout worker, or of tensors where that is on a device, and of
     tensors in a learner.
     """
 
-    task_index: Array  # (B,) int, into the tasks of the trial; columns of one task are contiguous
+    task_index: Array  # (B,) int, into the tasks of the trial; envs of a task are contiguous
     policy_version: int  # Learner updates done before these actions were chosen.
     adaptation_step: Array  # (B,) int, adaptation steps done before; 0 = not adapted
     obs: Array  # (T + 1, B, *obs_shape), the last row is what follows the last step
     final_step: Array  # (N,) int, steps at which an episode ended ...
-    final_env: Array  # (N,) int, ... in these columns ...
+    final_env: Array  # (N,) int, ... in these environments ...
     final_obs: Array  # (N, *obs_shape), ... and the true successor there, before the auto-reset
     action: Array  # (T, B, *action_shape)
     reward: Array  # (T, B) float32
@@ -130,17 +130,17 @@ class Rollout:
     truncated: Array  # (T, B) bool
     mask: Array  # (T, B) bool, steps that count: not those after an environment's last episode
     all_count: bool  # No step is masked, as where all episodes have one length.
-    reset: Array  # (T, B) bool, policy state is zeroed before this step
+    reset: Array  # (T, B) bool, the policy's memory is reset before this step
     log_prob: Array  # (T, B), under the policy that acted
     value: Array  # (T, B), V(obs[t]) under the policy that acted
     next_value: Array  # (T, B), V of the true successor; 0 where terminated
     advantage: Array  # (T, B), set by the algorithm's collect
     value_target: Array  # (T, B), set by the algorithm's collect
-    expert_action: Array  # (T, B, *action_shape), what the oracle would have done, if asked
+    expert_action: Array  # (T, B, *action_shape), the expert's actions, where recorded
     previous_action: Array  # (B, *action_shape), before step 0; -1 or 0 where there is none
     previous_reward: Array  # (B,), before step 0
     previous_done: Array  # (B,) bool, before step 0; True at the start of a trial
-    initial_memory: Memory  # leaves (B, ...), policy state before step 0
+    initial_memory: Memory  # leaves (B, ...), before step 0
 
     @property
     def num_steps(self) -> int:
@@ -154,30 +154,30 @@ class Rollout:
 
     @property
     def num_tasks(self) -> int:
-        """N, of the tasks that the columns play."""
+        """N, of the tasks that the environments play."""
         return int(self.task_index[-1]) + 1
 
     def envs_of(self, start: int, stop: int) -> slice:
-        """The columns that play the tasks `start` to `stop`."""
+        """The environments that play the tasks `start` to `stop`."""
         return slice(*(int((self.task_index < task).sum()) for task in (start, stop)))
 
     def of_tasks(self, start: int, stop: int) -> Rollout:
         """The rollout of the tasks `start` to `stop` alone; its arrays are views where they can."""
-        columns = self.envs_of(start, stop)
-        ended = (self.final_env >= columns.start) & (self.final_env < columns.stop)
+        envs = self.envs_of(start, stop)
+        ended = (self.final_env >= envs.start) & (self.final_env < envs.stop)
         cut: dict[str, Any] = {}
         for field in fields(Rollout):
             name, value = field.name, getattr(self, field.name)
             if name.startswith("final_"):
                 cut[name] = value[ended]
             elif name in ("task_index", "adaptation_step") or name.startswith("previous_"):
-                cut[name] = value[columns]
+                cut[name] = value[envs]
             elif name == "initial_memory":
-                cut[name] = tuple(leaf[columns] for leaf in value)
+                cut[name] = tuple(leaf[envs] for leaf in value)
             elif hasattr(value, "dtype"):
-                cut[name] = value[:, columns]
+                cut[name] = value[:, envs]
         cut["task_index"] = cut["task_index"] - start
-        cut["final_env"] = cut["final_env"] - columns.start
+        cut["final_env"] = cut["final_env"] - envs.start
         return replace(self, **cut)
 
     def counted(self, array: Array) -> Array:
@@ -185,15 +185,15 @@ class Rollout:
         rows = array.reshape(-1, *array.shape[2:])
         return rows if self.all_count else rows[self.mask.reshape(-1)]
 
-    def tells(self) -> np.ndarray:
-        """(B,) bool, columns of the tasks of which any column has a step that counts."""
+    def has_experience(self) -> np.ndarray:
+        """(B,) bool, environments on whose task a step counts, in any of its environments."""
         if self.all_count:
             return np.ones(self.num_envs, np.bool_)
         counted = np.bincount(self.task_index, self.mask.any(0)) > 0
         return np.asarray(counted[self.task_index])
 
     def mean_return(self) -> float:
-        """Counted reward per episode, or per environment where episodes go on in later rollouts.
+        """Counted reward per episode, or per environment where episodes continue in later rollouts.
 
         Environments that had played all their episodes before are left out.
         """
@@ -204,7 +204,7 @@ class Rollout:
         return float(total.mean()) * (self.num_envs / max(ended, played, 1))
 
     def padded(self, num_steps: int) -> Rollout:
-        """The same with steps that do not count behind it, up to `num_steps`."""
+        """The same, followed by steps that do not count, up to `num_steps` in all."""
         extra = num_steps - self.num_steps
         if extra == 0:
             return self
@@ -217,8 +217,8 @@ class Rollout:
                 longer[field.name] = np.pad(value, [(0, extra), *[(0, 0)] * (value.ndim - 1)])
         return replace(self, **longer, all_count=False)
 
-    def uncounted(self) -> Rollout:
-        """The same with no step that counts: stands for a rollout that was not needed."""
+    def fully_masked(self) -> Rollout:
+        """The same with no step that counts: stands in for a rollout that was not needed."""
         return replace(self, mask=np.zeros_like(self.mask), all_count=False)
 
     def next_obs(self) -> Array:
@@ -288,7 +288,7 @@ _NOT_BY_STEP = {
 
 
 Trial: TypeAlias = list[Rollout]
-"""What a shard's columns lived through, each on one task: the rollouts in order."""
+"""The rollouts of one trial in order: each environment stays on one task."""
 
 
 def join_shards(trials: list[Trial]) -> Trial:
@@ -297,7 +297,7 @@ def join_shards(trials: list[Trial]) -> Trial:
     Where a shard needed fewer rollouts than another, ones that do not count stand in their place.
     """
     most = max(map(len, trials))
-    filled = [[*trial, *[trial[-1].uncounted()] * (most - len(trial))] for trial in trials]
+    filled = [[*trial, *[trial[-1].fully_masked()] * (most - len(trial))] for trial in trials]
     return [Rollout.concatenate(list(shards)) for shards in zip(*filled, strict=True)]
 
 

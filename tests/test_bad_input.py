@@ -389,8 +389,8 @@ def test_a_family_that_is_broken_from_the_start_is_found_before_the_run_begins(f
 @pytest.mark.parametrize(
     ("fault", "parts"),
     [
-        ("nan", ["obs of column 3 at step ", " is nan, on task "]),
-        ("inf", ["reward of column 2 at step ", " is inf, on task "]),
+        ("nan", ["obs of environment 3 at step ", " is nan, on task "]),
+        ("inf", ["reward of environment 2 at step ", " is inf, on task "]),
         ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 28)"]),
         ("late reset", ["step raised KeyError: 'no goal' (", "family.py, line 12)"]),
         ("late shape", ["the answer of step cannot be used", "(8, 1) instead of (8, 2)"]),

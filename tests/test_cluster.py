@@ -218,7 +218,7 @@ def test_map_answers_every_call_once_though_a_worker_dies(workers):
 
 def test_a_fault_of_an_environment_reaches_the_driver_and_is_not_retried(workers):
     spec = make_spec("broken", tasks="test_cluster:Broken")
-    with pytest.raises(EnvironmentFault, match="obs of column 0 at step 0"):
+    with pytest.raises(EnvironmentFault, match="obs of environment 0 at step 0"):
         collect(workers, spec, 0, workers.put(first_weights(spec)), [{}, {}])
     assert workers.events == []
 

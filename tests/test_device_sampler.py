@@ -239,14 +239,15 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize(("family", "policy"), PAIRS)
 def test_the_host_asks_for_nothing_while_it_acts(family, policy):
     family, network, sampler = made(family, policy)
-    act_on, found = sampler._act_on, []
+    act_on, found = sampler._act, []
 
     def watched(*arguments):
         with Asked() as asked:
-            act_on(*arguments)
+            answer = act_on(*arguments)
         found.append(asked)
+        return answer
 
-    sampler._act_on = watched
+    sampler._act = watched
     sampler.rollout(network, 2 * family.max_episode_steps + 1)
     (asked,) = found
     assert asked.seen > 10 * family.max_episode_steps
@@ -264,7 +265,7 @@ def test_what_is_not_finite_is_told_with_its_task():
 
     sampler.env.step = broken
     with pytest.raises(
-        EnvironmentFault, match=r"reward of column 2 at step 2 is nan, on task [0-9a-f]{16};"
+        EnvironmentFault, match=r"reward of environment 2 at step 2 is nan, on task [0-9a-f]{16};"
     ):
         sampler.rollout(network, 4)
 

@@ -125,16 +125,16 @@ def test_the_host_does_not_wait_while_the_gpu_acts(case):
     sampler.start(np.random.default_rng(0), 0)
     tasks = program.distribution.sample(np.random.default_rng(0), 64, "train")
     sampler.begin_trial(tasks, program.policy)
-    act_on = sampler._act_on
+    act_on = sampler._act
 
     def strictly(*arguments):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            act_on(*arguments)
+            return act_on(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    sampler._act_on = strictly
+    sampler._act = strictly
     for _ in range(2):
         sampler.rollout(program.policy, program.distribution.max_episode_steps)
 

@@ -491,9 +491,9 @@ def test_a_value_that_is_not_finite_names_column_step_and_task(what, discrete):
     tasks = [task("fine"), task("bad", limit=3)]
     sampler = make_sampler(family, tasks, policy)
     step = 1 if what == "obs" else 0  # an observation is the input of the step after
-    match = f"walk.*{what} of column 1 at step {step} .*nan.* task bad"
+    match = f"walk.*{what} of environment 1 at step {step} .*nan.* task bad"
     with pytest.raises(EnvironmentFault, match=match):
-        sampler.rollout(policy, 2)
+        sampler.rollout(policy, 2, with_value=False)
 
 
 def test_the_task_at_fault_is_named_also_when_the_column_has_another_since():
@@ -509,7 +509,9 @@ def test_a_last_observation_that_is_not_finite_is_found_before_the_reset_hides_i
     family = Walk(broken=(2, 1, "obs"))
     policy = make_policy(family)
     sampler = make_sampler(family, [task("fine"), task("bad", limit=3)], policy)
-    with pytest.raises(EnvironmentFault, match=r"final_obs of column 1 at step 2 .*nan.* task bad"):
+    with pytest.raises(
+        EnvironmentFault, match=r"final_obs of environment 1 at step 2 .*nan.* task bad"
+    ):
         sampler.rollout(policy, 5)
 
 

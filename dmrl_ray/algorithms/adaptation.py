@@ -94,7 +94,7 @@ class Adaptation(ABC):
             while sampler.playing:
                 if agent.unused is not None and not frozen:
                     agent.state = self.adapt(agent.state, agent.unused.map(torch.as_tensor))
-                    agent.adaptation_step = agent.adaptation_step + agent.unused.tells()
+                    agent.adaptation_step = agent.adaptation_step + agent.unused.has_experience()
                 agent.unused = self.act(sampler, agent)
                 yield agent.unused
 

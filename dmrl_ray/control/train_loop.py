@@ -331,7 +331,7 @@ def _validation(run: Run, spec: JobSpec, stage: Pretrain) -> Validation:
     """Decide how the job is validated, once, from its tasks and not from what was played."""
     tasks = run.tasks("validation", stage.validation_tasks)
     ends = [reference(run.distribution, task) for task in tasks]
-    scored = all(end is not None and end.tells for end in ends)
+    scored = all(end is not None and end.is_scorable for end in ends)
     program = program_of(spec)
     calls = evaluation_calls(spec, program, tasks, greedy=stage.greedy)
     return Validation(calls, "score" if scored else "return", program)

@@ -87,14 +87,14 @@ class RolloutWorker:
         sampler.start(stream, weights.version, task_updates=task_updates)
         algorithm.progress = spec.spent(iteration, call.env_steps)
         open_before = sampler.open_episodes() if algorithm.continues_episodes else None
-        known = {task.id for task in sampler.episodes.begun()}  # by the iteration before
+        known = {task.id for task in sampler.episodes.open_tasks()}  # by the iteration before
         trial = algorithm.collect(sampler, tasks)
         self._samplers[(*spec.key, shard)] = (iteration + 1, sampler)
         rows = take_episodes(sampler)
         episodes = episode_rows(
             rows, program.distribution, weights.version, scored=bool(spec.fixed_tasks)
         )
-        met = [t for t in (*rows["task"], *sampler.episodes.begun()) if t.id not in known]
+        met = [t for t in (*rows["task"], *sampler.episodes.open_tasks()) if t.id not in known]
         made = steps_made(trial, program.distribution)
         # What is returned may be shorter than what was played, of which it is made.
         episodes["env_steps"] = made[np.minimum(rows["step"].astype(np.int64), len(made)) - 1]

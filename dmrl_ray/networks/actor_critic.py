@@ -7,6 +7,7 @@ tuple of tensors (B, ...), empty for encoders without memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
@@ -27,7 +28,7 @@ from dmrl_ray.networks.heads import (
 )
 from dmrl_ray.networks.norm import RunningNorm
 from dmrl_ray.tasks.spaces import Packed, scaled_columns
-from dmrl_ray.types import Rollout
+from dmrl_ray.types import Array, Rollout
 
 OBS_BOUND = 10.0
 """Standard deviations at which scaled observations are clipped; value targets never are."""
@@ -44,9 +45,9 @@ class ActorCritic(nn.Module):
 
     Args:
         sees_previous: the previous action, reward and episode end join the input.
-        latent: width of a vector for each column that joins the input, such as a guess of its task.
-        squashed: continuous actions are squashed into their box, with a spread that depends on the
-            observation; else they are clipped there.
+        latent: width of a vector that joins the input of each environment, such as a latent task.
+        squashed: continuous actions are squashed into their box, with a standard deviation that
+            depends on the observation; else they are clipped there.
 
     Normalisation statistics are buffers: they travel with the weights, and only the learner
     updates them, after its gradient steps, so that a policy version means one function.
@@ -65,14 +66,14 @@ class ActorCritic(nn.Module):
         not needed to act, and knows more with them (Pinto et al. 2017, arXiv:1710.06542)."""
 
         blind_to: tuple[Literal["action", "reward", "done"], ...] = ()
-        """What a policy that sees its previous step shall not see of it."""
+        """Parts of the previous step that are hidden from a policy that observes it."""
 
         context: int = Field(default=0, ge=0, le=LARGEST_SIZE)
         """Width of a vector of parameters that joins the input: what CAVIA adapts."""
 
         squashed: bool = False
-        """Squash continuous actions into their box, with a spread that depends on the observation,
-        as sac and pearl always do; else they are clipped there, with one spread for all."""
+        """Squash continuous actions into their box, with a standard deviation that depends on the
+        observation, as sac and pearl always do; else they are clipped, with one for all."""
 
         normalize_obs: bool = True
         """Scale observations by their running mean and deviation (never images)."""
@@ -97,7 +98,7 @@ class ActorCritic(nn.Module):
             actions = math.prod(action_space.shape or ())
         if config.blind_to and not sees_previous:
             raise ValueError(
-                "network.blind_to: a policy of this algorithm is not shown its previous step; "
+                "network.blind_to: a policy of this algorithm does not observe its previous step; "
                 "leave it out"
             )
         extra = config.context + latent + (actions + 2 if sees_previous else 0)
@@ -204,6 +205,17 @@ class ActorCritic(nn.Module):
             features = self.value_encoder(self.scale(obs), extra, memory, reset)[0]
         return exactly(self.value_head, features).squeeze(-1)
 
+    def bootstrap_value(self, inputs: Sequence[Array], memory: Memory) -> Tensor:
+        """Values (N,) of observations that no action follows, in units of `value_norm`.
+
+        Args:
+            inputs: (N, ...) observations, resets, previous actions, rewards and dones.
+            memory: leaves (N, ...), before those observations.
+        """
+        obs, reset, action, reward, done = (torch.as_tensor(x).unsqueeze(0) for x in inputs)
+        _, features, _ = self(obs, mask_previous(action, reward, done, reset), memory, reset)
+        return self.value(features, obs)[0]
+
     def denormalize_value(self, value: Tensor) -> Tensor:
         """From the critic's units to returns."""
         return value if self.value_norm is None else self.value_norm.denormalize(value)
@@ -225,13 +237,13 @@ class ActorCritic(nn.Module):
             self.get_parameter(name).clamp_(*bounds)
 
     def update_norms(self, rollout: Rollout, value_target: Tensor | None) -> None:
-        """Take a rollout's statistics in; called by the learner after its gradient steps."""
+        """Update the statistics with a rollout; the learner calls it after its gradient steps."""
         self.update_obs_norm(rollout.counted(rollout.obs[:-1]))
         if value_target is not None:
             self.update_value_norm(rollout.counted(value_target))
 
     def begin_value_norm(self, target: Tensor) -> bool:
-        """Take the first value targets in before the first gradient step; whether they were.
+        """Update with the first value targets before any gradient step; returns whether it did.
 
         In units of an untrained norm, large targets would drown the policy's gradient.
         """
@@ -243,12 +255,12 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def update_value_norm(self, target: Tensor) -> None:
-        """Take value targets (N,) in, and leave every value as it is.
+        """Update with value targets (N,), and leave every value as it is.
 
         The last layer makes up for the new scale (PopArt, van Hasselt et al. 2016,
         arXiv:1602.07714, eq. 6). Values that moved with it would move the next targets, which
-        bootstrap from them, and so the scale, without end. The first scale replaces none: taking
-        it on is a better guess than what an untrained critic says.
+        bootstrap from them, and so the scale, without end. The first scale replaces none: adopting
+        it is better than keeping the values of an untrained critic.
         """
         norm = self.value_norm
         head = self.value_head
@@ -263,7 +275,7 @@ class ActorCritic(nn.Module):
             layer.bias.mul_(std).add_(mean - norm.mean).div_(norm.std)
 
     def update_obs_norm(self, obs: Tensor) -> None:
-        """Take observations (N, ...) in, as `update_norms` does.
+        """Update with observations (N, ...), as `update_norms` does.
 
         The input of frozen layers stays scaled as it is: they would no longer be the same function.
         """
@@ -293,13 +305,13 @@ class ActorCritic(nn.Module):
         if self.sees_previous:
             assert previous is not None
             action, reward, done = previous
-            shown = {
+            observed = {
                 "action": self.policy_head.encode(action),
                 "reward": reward.unsqueeze(-1),
                 "done": done.to(reward.dtype).unsqueeze(-1),
             }
             parts += [
-                torch.zeros_like(x) if name in self.blind_to else x for name, x in shown.items()
+                torch.zeros_like(x) if name in self.blind_to else x for name, x in observed.items()
             ]
         if self.context is not None:
             parts.append(self.context.expand(*obs.shape[:2], -1))
@@ -317,7 +329,7 @@ def mask_previous(action: Tensor, reward: Tensor, done: Tensor, reset: Tensor) -
 
 
 def previous_inputs(rollout: Rollout) -> Previous:
-    """What the policy saw of the step before each step of a rollout: tensors (T, B, ...)."""
+    """The policy's inputs from the step before each step of a rollout: tensors (T, B, ...)."""
     done = rollout.terminated | rollout.truncated
     before = (rollout.previous_action, rollout.previous_reward, rollout.previous_done)
     during = (rollout.action, rollout.reward, done)

@@ -46,7 +46,7 @@ class Encoder(nn.Module):
     """
 
     class Config(Settings):
-        """What a YAML file may set for this encoder."""
+        """Settings of this encoder in YAML."""
 
     out_dim: int
     """Width of the features."""
@@ -64,14 +64,14 @@ class Encoder(nn.Module):
 
     @property
     def memory_bytes(self) -> int:
-        """Of an environment's memory, once it has acted."""
+        """Bytes of the memory of one environment, once it has acted."""
         return sum(leaf.nbytes for leaf in self.initial_memory(1))
 
     def use_plain_operations(self) -> None:
         """From now on, compute by what `torch.func.vmap` and second derivatives can take.
 
         Raises:
-            ValueError: it has memory, and is not known to be able to.
+            ValueError: it has memory, and no such operations.
         """
         if self.initial_memory(1):
             raise ValueError(
@@ -109,10 +109,23 @@ class TorsoEncoder(Encoder):
             self.torso, self.in_dim = torso, torso.out_dim
 
     def read(self, obs: Tensor, extra: Tensor | None) -> Tensor:
-        """(T, B, in_dim): what the memory is fed."""
+        """(T, B, in_dim) inputs of the memory."""
         if self.torso is None:
             return join(obs.flatten(2), extra)
         return self.torso(obs, extra, (), None)[0]
+
+
+def select_memory(mask: Tensor, new: Memory, old: Memory) -> Memory:
+    """The memory `new` of the environments where `mask` (B,) is true, and `old` of the others."""
+    return tuple(
+        torch.where(mask.view(-1, *[1] * (b.dim() - 1)), a, b)
+        for a, b in zip(new, old, strict=True)
+    )
+
+
+def reset_memory(memory: Memory, reset: Tensor) -> Memory:
+    """The memory with zeros for the environments where `reset` (B,) is true."""
+    return tuple(leaf.masked_fill(reset.view(-1, *[1] * (leaf.dim() - 1)), 0) for leaf in memory)
 
 
 def join(x: Tensor, extra: Tensor | None) -> Tensor:

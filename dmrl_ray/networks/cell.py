@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dmrl_ray.networks.base import Memory
+from dmrl_ray.networks.base import Memory, reset_memory
 
 
 def step_by_step(
     cell: nn.RNNBase, x: Tensor, memory: Memory, reset: Tensor | None
 ) -> tuple[Tensor, Memory]:
-    """What one layer of `nn.LSTM`, `nn.GRU` or `nn.RNN` computes.
+    """The outputs of one layer of `nn.LSTM`, `nn.GRU` or `nn.RNN`.
 
     Args:
         cell: whose weights are used.
@@ -34,8 +34,7 @@ def step_by_step(
     out = []
     for t in range(x.shape[0]):
         if reset is not None:
-            keep = (~reset[t]).to(x.dtype).unsqueeze(-1)
-            memory = tuple(leaf * keep for leaf in memory)
+            memory = reset_memory(memory, reset[t])
         from_memory = linear(memory[0], weights["weight_hh_l0"], weights["bias_hh_l0"])
         memory = step(from_input[t], from_memory, memory)
         out.append(memory[0])

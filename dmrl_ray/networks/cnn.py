@@ -81,7 +81,7 @@ class CNN(ImageEncoder):
         """Step of the kernels, in pixels; one for all, or one for each convolution."""
 
         pool: Literal["none", "max", "average"] = "none"
-        """What is kept of each square of `pool_size` pixels behind a convolution."""
+        """The value that is kept of each square of `pool_size` pixels behind a convolution."""
 
         pool_size: Size = 2
         """Side of those squares."""

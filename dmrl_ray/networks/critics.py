@@ -57,7 +57,7 @@ class CriticEnsemble(nn.Module):
 
 
 class Temperature(nn.Module):
-    """What a nat of entropy is worth: a positive scalar."""
+    """The reward of a nat of entropy: a positive scalar."""
 
     def __init__(self, value: float) -> None:
         super().__init__()

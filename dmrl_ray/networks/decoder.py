@@ -1,4 +1,4 @@
-"""Decoders: what a belief about the task foretells of the steps of a trial.
+"""Decoders: predictions of the steps of a trial from a belief about the task.
 
 Source: Zintgraf et al., "VariBAD: A Very Good Method for Bayes-Adaptive Deep RL via
 Meta-Learning", 2020, section 3.1 (arXiv:1910.08348).
@@ -19,20 +19,20 @@ from dmrl_ray.networks.base import linear, stack
 
 
 class TrialDecoder(nn.Module):
-    """Foretells the rewards of a whole trial, and if asked its observations, from each belief.
+    """Predicts the rewards of a whole trial, and optionally its observations, from each belief.
 
     Args:
-        config: what is foretold, and how.
+        config: the predictions and their networks.
         latent: L, dimensions of the latent task.
         width: D, of an observation.
         actions: A, of an encoded action.
     """
 
     class Config(Settings):
-        """What is foretold, and how."""
+        """The predictions and their networks."""
 
         rewards: Literal["squared", "binary"] = "squared"
-        """The reward, by its squared error, or the chance of a positive one, by its
+        """The reward, by its squared error, or the probability of a positive one, by its
         log-likelihood."""
 
         heads: Literal["action", "next_obs"] | None = None
@@ -83,16 +83,16 @@ class TrialDecoder(nn.Module):
         else:
             step = action if config.heads == "action" else next_obs
         target, binary = reward.unsqueeze(-1), config.rewards == "binary"
-        guess = self.reward(latent, step)
-        losses = {"reward_loss": forecast_loss(guess, target, binary=binary, mask=mask)}
+        predicted = self.reward(latent, step)
+        losses = {"reward_loss": forecast_loss(predicted, target, binary=binary, mask=mask)}
         if self.obs is not None:
-            foretold = self.obs(latent, torch.cat([obs, action], -1))
-            losses["obs_loss"] = forecast_loss(foretold, next_obs, binary=False, mask=mask)
+            predicted_obs = self.obs(latent, torch.cat([obs, action], -1))
+            losses["obs_loss"] = forecast_loss(predicted_obs, next_obs, binary=False, mask=mask)
         return losses
 
 
 class StepDecoder(nn.Module):
-    """Foretells something of every step from every belief, by layers that see both.
+    """Predicts a quantity of every step from every belief, by layers that read both.
 
     The first layer's halves for belief and step are computed once each and added in pairs.
     """
@@ -114,7 +114,7 @@ class StepDecoder(nn.Module):
 
 
 class HeadDecoder(nn.Module):
-    """Foretells one number of every step by a head for each entry of a one-hot vector.
+    """Predicts one number of every step by a head for each entry of a one-hot vector.
 
     Heads depend on the belief alone: much cheaper than `StepDecoder`, where it applies.
     """

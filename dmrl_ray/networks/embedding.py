@@ -24,7 +24,7 @@ class Embedding(Encoder):
         """Width of the vector of a symbol, and of the features."""
 
         pool: Literal["mean", "gru"] = "mean"
-        """What joins several tokens: mean forgets their order, gru reads them in it."""
+        """Joins several tokens: mean ignores their order, gru reads them in it."""
 
     def __init__(self, config: Config, obs_space: gym.Space[Any], extra: int) -> None:
         super().__init__()

@@ -39,9 +39,9 @@ class CategoricalHead(nn.Module):
         logits: Tensor = self.layer(features)
         return logits
 
-    def noise(self, rng: Stream, steps: int, columns: int) -> Tensor:
+    def noise(self, rng: Stream, num_steps: int, num_envs: int) -> Tensor:
         """Gumbel noise for `sample`, for a whole rollout at once."""
-        shape = (steps, columns, self.num_actions)
+        shape = (num_steps, num_envs, self.num_actions)
         exponential = rng.standard_exponential(shape, dtype=np.float32)
         log = namespace(exponential).log
         return torch.as_tensor(-log(exponential + 1e-30))
@@ -94,9 +94,9 @@ class GaussianHead(nn.Module):
         log_std = self.log_std.clamp(*LOG_STD_BOUNDS)
         return torch.cat([mean, log_std.expand_as(mean)], -1)
 
-    def noise(self, rng: Stream, steps: int, columns: int) -> Tensor:
+    def noise(self, rng: Stream, num_steps: int, num_envs: int) -> Tensor:
         """Standard normal noise for `sample`, for a whole rollout at once."""
-        normal = rng.standard_normal((steps, columns, self.num_actions), dtype=np.float32)
+        normal = rng.standard_normal((num_steps, num_envs, self.num_actions), dtype=np.float32)
         return torch.as_tensor(normal)
 
     def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ class SquashedGaussianHead(nn.Module):
         mean, log_std = self.layer(features).chunk(2, -1)
         return torch.cat([mean, log_std.clamp(*SQUASHED_LOG_STD_BOUNDS)], -1)
 
-    def noise(self, rng: Stream, steps: int, columns: int) -> Tensor:
+    def noise(self, rng: Stream, num_steps: int, num_envs: int) -> Tensor:
         """Standard normal noise for `sample`, for a whole rollout at once."""
-        normal = rng.standard_normal((steps, columns, self.num_actions), dtype=np.float32)
+        normal = rng.standard_normal((num_steps, num_envs, self.num_actions), dtype=np.float32)
         return torch.as_tensor(normal)
 
     def sample(self, pi: Tensor, noise: Tensor) -> Tensor:

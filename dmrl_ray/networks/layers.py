@@ -1,4 +1,4 @@
-"""What dense and convolutional encoders are made of, with what can stand between the layers.
+"""Layers of dense and convolutional encoders, and what can stand between them.
 
 Modules that are put between layers have names of their own, so that weights fit whether a network
 has them or not.
@@ -45,14 +45,14 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class ImageBatchNorm(nn.BatchNorm2d):
-    """Of feature maps (N, C, H, W); statistics stand still where the weights are frozen."""
+    """Normalizes feature maps (N, C, H, W); statistics stand still where the weights are frozen."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _normalized(self, super().forward, input)
 
 
 class ImageLayerNorm(nn.Module):
-    """Of feature maps (N, C, H, W), over all but N; `nn.GroupNorm` cannot be vmapped."""
+    """Normalizes feature maps (N, C, H, W) over all but N; `nn.GroupNorm` cannot be vmapped."""
 
     def __init__(self, maps: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def dense(width: int, sizes: tuple[int, ...], config: LayerConfig) -> nn.Sequent
 
 
 def map_norms(maps: int, config: LayerConfig) -> OrderedDict[str, nn.Module]:
-    """What normalises feature maps (N, C, H, W), by name."""
+    """Normalization of feature maps (N, C, H, W), by name."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     if config.layer_norm:
         modules["layer_norm"] = ImageLayerNorm(maps)

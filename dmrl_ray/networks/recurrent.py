@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.config.components import Size
-from dmrl_ray.networks.base import Memory, TorsoEncoder
+from dmrl_ray.networks.base import Memory, TorsoEncoder, reset_memory
 from dmrl_ray.networks.cell import step_by_step
 
 
@@ -29,11 +29,12 @@ def over_segments(
     """
     if reset is None:
         return run(x, memory)
+    if len(x) == 1:  # Acting on a device does not wait for where the resets are.
+        return run(x, reset_memory(memory, reset[0]))
     starts = [0, *(reset[1:].any(1).nonzero().flatten() + 1).tolist(), x.shape[0]]
     parts = []
     for start, stop in pairwise(starts):
-        keep = (~reset[start]).to(x.dtype).unsqueeze(-1)
-        part, memory = run(x[start:stop], tuple(leaf * keep for leaf in memory))
+        part, memory = run(x[start:stop], reset_memory(memory, reset[start]))
         parts.append(part)
     return (parts[0] if len(parts) == 1 else torch.cat(parts)), memory
 
@@ -126,7 +127,7 @@ class RNN(_Recurrent):
 
     class Config(_Recurrent.Config):
         activation: Literal["tanh", "relu"] = "tanh"
-        """Of the memory."""
+        """Activation of the memory."""
 
     leaves = 1
 

@@ -17,7 +17,15 @@ from gymnasium.spaces import Box
 from torch import Tensor, nn
 
 from dmrl_ray.config.schema import Settings, Size
-from dmrl_ray.networks.base import ACTIVATIONS, Activation, Encoder, Memory, join, linear
+from dmrl_ray.networks.base import (
+    ACTIVATIONS,
+    Activation,
+    Encoder,
+    Memory,
+    join,
+    linear,
+    reset_memory,
+)
 from dmrl_ray.networks.recurrent import over_segments, start_gates
 
 
@@ -31,12 +39,12 @@ class CellConfig(Settings):
     """Features of each action (F)."""
 
     ordered: bool = True
-    """Show each action the memory of the one before it, so that equal ones can be told apart: of 50
+    """Give each action the memory of the one before it, so that equal ones can be told apart: of 50
     arms never pulled each deserves a fiftieth of what their sort does, and a worse one that was
     pulled would be the mode. Now the first of them can have it all."""
 
     activation: Activation = "relu"
-    """Of the features."""
+    """Activation of the features."""
 
 
 class Symmetric(Encoder):
@@ -127,7 +135,7 @@ class Symmetric(Encoder):
         hidden = []
         for t in range(len(x)):
             if reset is not None:
-                cells = cells * (~reset[t])[:, None, None]
+                (cells,) = reset_memory((cells,), reset[t])
             now = torch.gru_cell(x[t], cells[rows, action[t]], *weights)
             cells = torch.where(taken[t], now.unsqueeze(1), cells)
             hidden.append(cells)

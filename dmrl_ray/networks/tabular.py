@@ -2,7 +2,7 @@
 
 The memory of `Symmetric`, with cells of its own for every place: what was learned of an action
 holds where it was taken. For tasks with few, one-hot observations, whose states mean nothing
-before the trial has shown what they pay.
+before the trial has revealed their rewards.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from dmrl_ray.networks.base import Memory
+from dmrl_ray.networks.base import Memory, reset_memory
 from dmrl_ray.networks.symmetric import CellConfig, Symmetric
 
 
@@ -56,7 +56,7 @@ class Tabular(Symmetric):
         shared = torch.cat([shared, obs], -1)  # reward, done, place
         taken, action, place = (mine > 0.5).any(-1), mine.argmax(-1), obs.argmax(-1)
         x = torch.cat([torch.ones_like(shared[..., :1]), shared[..., :1], shared], -1)
-        columns, weights = (
+        envs, weights = (
             torch.arange(obs.shape[1], device=obs.device),
             list(self.cell.parameters()),
         )
@@ -65,13 +65,13 @@ class Tabular(Symmetric):
         hidden, pooled = [], []
         for t in range(len(obs)):
             if reset is not None:
-                cells = cells * (~reset[t])[:, None, None]
-            at = (columns, before * self.actions + action[t])
+                (cells,) = reset_memory((cells,), reset[t])
+            at = (envs, before * self.actions + action[t])
             old = cells[at]
             now = torch.gru_cell(x[t], old, *weights)
             cells = cells.index_put(at, torch.where(taken[t].unsqueeze(-1), now, old))
             before = place[t]
-            hidden.append(cells.reshape(len(columns), self.places, -1)[columns, before])
+            hidden.append(cells.reshape(len(envs), self.places, -1)[envs, before])
             pooled.append(torch.cat([cells.mean(1), cells.amax(1)], -1))
         here = torch.stack(hidden).reshape(*obs.shape[:2], self.actions, self.hidden_size)
         features = self.compare(here, torch.cat([torch.stack(pooled), shared], -1))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dmrl_ray.config.components import Size
-from dmrl_ray.networks.base import Memory, TorsoEncoder, linear
+from dmrl_ray.networks.base import Memory, TorsoEncoder, linear, reset_memory
 
 
 class Transformer(TorsoEncoder):
@@ -91,7 +91,7 @@ class Transformer(TorsoEncoder):
     ) -> tuple[Tensor, Memory]:
         """One step, written into the ring."""
         if reset is not None:
-            before = before * ~reset.T
+            (before,) = reset_memory((before,), reset[0])
         longest = int(before.max())
         if ring.shape[1] == 0:
             ring = x.new_zeros(len(x), *self.ring)

@@ -11,7 +11,7 @@ from ray.rllib.core.columns import Columns
 from torch import Tensor
 
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous
-from dmrl_ray.networks.base import Memory
+from dmrl_ray.networks.base import Memory, select_memory
 from dmrl_ray.rllib.previous import Shown
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Task
@@ -52,11 +52,7 @@ class ModulePolicy:
         """Actions (1, B, ...) of one step."""
         assert previous is not None
         if reset is not None:
-            first = self.initial_memory(obs.shape[1])
-            memory = tuple(
-                torch.where(reset[0].view(-1, *[1] * (old.dim() - 1)), new, old)
-                for new, old in zip(first, memory, strict=True)
-            )
+            memory = select_memory(reset[0], self.initial_memory(obs.shape[1]), memory)
         batch: dict[str, Any] = {Columns.OBS: self._seen(obs[0].numpy(), previous)}
         if self.recurrent:  # RLlib's sequences are (B, T, ...).
             batch[Columns.OBS] = batch[Columns.OBS].unsqueeze(1)

@@ -1,43 +1,56 @@
-"""Numbers that are not finite, and whose fault they are: an environment's or a policy's."""
+"""Non-finite numbers, and whether an environment or the policy is at fault."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
+from dmrl_ray.backend import host
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.rollout.episodes import Episodes
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import name_of
-from dmrl_ray.types import EnvironmentFault, Rollout
+from dmrl_ray.types import Array, EnvironmentFault
+
+
+class Observed(Protocol):
+    """The numbers that environments gave in a rollout, with the names of `Rollout`."""
+
+    obs: Array
+    reward: Array
+    final_step: Array
+    final_env: Array
+    final_obs: Array
 
 
 def check_finite(
-    family: TaskDistribution, rollout: Rollout, episodes: Episodes, steps: int
+    family: TaskDistribution, rollout: Observed, episodes: Episodes, steps: int
 ) -> None:
-    """See that everything in a rollout is a finite number.
+    """Check that all observations and rewards of a rollout are finite.
 
     Args:
         steps: done in the collection before the rollout.
 
     Raises:
-        EnvironmentFault: something is not; the message says where, and on which task.
+        EnvironmentFault: one is not; the message says where, and on which task.
     """
     found = _first_not_finite(rollout)
     if found is not None:
-        name, t, column, value = found
-        task = episodes.task_at(steps + t, column)
+        name, t, env, value = found
+        task = episodes.task_at(steps + t, env)
         raise EnvironmentFault(
-            f"{name_of(family)}: {name} of column {column} at step {t} is {value}, on task "
+            f"{name_of(family)}: {name} of environment {env} at step {t} is {value}, on task "
             f"{task.id}; environments must return finite numbers"
         )
 
 
 def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -> NumericalError:
-    """The error of a policy whose actions are not finite, though all that it met is.
+    """The error of a policy whose actions are not finite, although all that it observed is.
 
     Args:
-        update: after which it acted, where that is known.
-        adaptation_step: likewise; the most of any environment is told.
+        update: of the learner before it acted, where that is known.
+        adaptation_step: likewise; the message names the largest of any environment.
     """
     after = "" if update is None else f" after update {update}"
     sizes = "algorithm.lr"
@@ -50,15 +63,15 @@ def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -
     )
 
 
-def _first_not_finite(rollout: Rollout) -> tuple[str, int, int, float] | None:
-    """Name, step, column and value of an observation or reward that is not finite, if any."""
-    ends = np.stack([rollout.final_step, rollout.final_env], 1)
+def _first_not_finite(rollout: Observed) -> tuple[str, int, int, float] | None:
+    """Name, step, environment and value of an observation or reward that is not finite, if any."""
+    ends = np.stack([host(rollout.final_step), host(rollout.final_env)], 1)
     for name in ("obs", "reward", "final_obs"):
-        array = getattr(rollout, name)
+        array = host(getattr(rollout, name))
         if np.isfinite(array.sum()):
             continue
         where = np.argwhere(~np.isfinite(array))
         if len(where):
-            t, column = ends[where[0][0]] if name == "final_obs" else where[0][:2]
-            return name, int(t), int(column), float(array[tuple(where[0])])
+            t, env = ends[where[0][0]] if name == "final_obs" else where[0][:2]
+            return name, int(t), int(env), float(array[tuple(where[0])])
     return None

@@ -1,4 +1,4 @@
-"""What was played, as rows of the tables: of tasks, of episodes and, where asked for, of steps."""
+"""Rows of the tables of tasks, of episodes and, where steps are recorded, of transitions."""
 
 from __future__ import annotations
 
@@ -84,17 +84,17 @@ def _json_of(x: np.ndarray) -> pa.Array:
 
 
 def check_lengths(family: TaskDistribution, episodes: Episodes) -> None:
-    """See that no episode goes on for longer than the family says.
+    """Check that no episode is longer than the family allows.
 
     Raises:
-        EnvironmentFault: one does.
+        EnvironmentFault: one is.
     """
     found = episodes.overdue(family.max_episode_steps)
     if found is not None:
-        column, steps, task = found
+        env, steps, task = found
         raise EnvironmentFault(
-            f"{name_of(family)}: the episode of column {column} has not ended after {steps} steps, "
-            f"on task {task.id}; step must truncate at max_episode_steps, which is "
+            f"{name_of(family)}: the episode of environment {env} has not ended after {steps} "
+            f"steps, on task {task.id}; step must truncate at max_episode_steps, which is "
             f"{family.max_episode_steps}"
         )
 
@@ -134,10 +134,10 @@ COUNTS = ("episode", "adaptation_step", "experience_steps", "experience_episodes
 
 
 def evaluation_rows(sampler: Sampler, *, trial: int) -> Columns:
-    """Rows of the episodes table of what a sampler has just played without learning.
+    """Rows of the episodes table of a sampler's last trial, in which nothing was learned.
 
     Args:
-        sampler: that played.
+        sampler: whose episodes are taken.
         trial: its number.
     """
     rows = take_episodes(sampler)
@@ -150,9 +150,9 @@ def evaluation_rows(sampler: Sampler, *, trial: int) -> Columns:
 
 
 def steps_made(trial: Trial, family: TaskDistribution) -> np.ndarray:
-    """(T,) what a trial had cost after each of its steps.
+    """(T,) environment steps of a trial up to each of its steps.
 
-    Also steps that do not count, where environments cannot but make them.
+    Where environments step together, these include steps that do not count.
     """
     made = [
         np.full(rollout.num_steps, rollout.num_envs)
@@ -166,14 +166,14 @@ def steps_made(trial: Trial, family: TaskDistribution) -> np.ndarray:
 def since_change(
     trial: Trial, tasks: Sequence[Task], family: TaskDistribution
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reward and regret of every step since the agents met these tasks.
+    """Reward and regret of every step since the tasks changed to these.
 
-    The oracle's reward is its return in that episode, spread evenly over the episode's steps, so
-    that an episode's regret is what its return lacks.
+    The oracle's return in an episode is divided evenly among the episode's steps, so that the
+    regrets of an episode's steps add up to the regret of its return.
 
     Returns:
         (U, N) each: step u, task n, mean over the environments that play the task; NaN where none
-        made this step, or the oracle is not known.
+        made this step, or the oracle's return is not known.
     """
     mask, reward, done = (
         np.concatenate(parts)
@@ -181,24 +181,24 @@ def since_change(
             *((r.mask, r.reward, (r.terminated | r.truncated) & r.mask) for r in trial), strict=True
         )
     )
-    column = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    env = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
     episode = done.cumsum(0) - done
     length = np.zeros((episode.max() + 1, mask.shape[1]))
-    np.add.at(length, (episode, column), mask)
+    np.add.at(length, (episode, env), mask)
     copies = mask.shape[1] // len(tasks)
     oracle = _oracle_returns(tasks, family, len(length)).repeat(copies, axis=1)
     rate = oracle / np.maximum(length, 1)
     step = mask.cumsum(0) - 1
     found = np.full((2, step.max() + 1, mask.shape[1]), np.nan)
-    at = (step[mask], column[mask])
+    at = (step[mask], env[mask])
     found[0][at] = reward[mask]
-    found[1][at] = (rate[episode, column] - reward)[mask]
+    found[1][at] = (rate[episode, env] - reward)[mask]
     mean = mean_of_known(found.reshape(2, found.shape[1], len(tasks), copies), axis=-1)
     return mean[0], mean[1]
 
 
 def mean_of_known(x: np.ndarray, axis: int) -> np.ndarray:
-    """Mean along an axis of what is not NaN; NaN where nothing is known."""
+    """Mean along an axis of what is not NaN; NaN where all is."""
     known = ~np.isnan(x)
     with np.errstate(invalid="ignore"):
         mean: np.ndarray = np.where(known, x, 0.0).sum(axis) / known.sum(axis)
@@ -206,7 +206,7 @@ def mean_of_known(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _oracle_returns(tasks: Sequence[Task], family: TaskDistribution, episodes: int) -> np.ndarray:
-    """(E, N) the oracle's return in each episode; those after a trial's last are like it."""
+    """(E, N) the oracle's return in each episode; those after a trial's last equal the last."""
     returns = np.full((episodes, len(tasks)), np.nan)
     for n, task in enumerate(tasks):
         ends = reference(family, task)
@@ -224,28 +224,28 @@ def transition_rows(
     open_before: Open | None,
     step_is_episode: bool,
 ) -> Steps:
-    """Every step of a trial that counts, column after column; a function of what was collected.
+    """Every step of a trial that counts, environment after environment.
 
     A step's successor is in ``next_obs`` at the end of an episode and of a rollout, and else is
     the ``obs`` of the next row, so that nothing is stored twice. Actions are as the policy chose
-    them, before they were clipped where they met the environment.
+    them, before the environment's bounds clipped them.
 
     Args:
-        trial: rollouts of the same columns, one after the other, as arrays.
+        trial: rollouts of the same environments, one after the other, as arrays.
         tasks: of the trial.
         number: of the trial.
-        first_env: number of the first column within the job.
-        open_before: episodes that the first rollout goes on with; None if it begins afresh.
+        first_env: number of the first environment within the job.
+        open_before: episodes that the first rollout continues; None if it begins with a reset.
         step_is_episode: True where memory adapts, which is counted in episodes.
     """
-    columns = np.arange(trial[0].num_envs)
+    envs = np.arange(trial[0].num_envs)
     mask = _rows(np.concatenate([r.mask for r in trial]))
     episode, step = _clock(trial, open_before)
     known, task_of = tasks, np.broadcast_to(trial[0].task_index, episode.shape)
     if open_before is not None:
         known = [*tasks, *open_before.task]
-        # Tasks are taken where an episode ends: one that begins with the collection has the old.
-        task_of = np.where(episode == open_before.number, len(tasks) + columns, task_of)
+        # An open episode keeps its task; the tasks of this trial begin with the next one.
+        task_of = np.where(episode == open_before.number, len(tasks) + envs, task_of)
     task = pa.array(_rows(task_of))
     adaptation_step = np.concatenate([np.full(r.reward.shape, r.adaptation_step) for r in trial])
     together = {
@@ -257,7 +257,7 @@ def transition_rows(
         "task_id": pa.array([t.id for t in known], pa.string()).take(task),
         "split": pa.array([t.split for t in known], pa.string()).take(task),
         "trial": np.full(step.size, number),
-        "environment": np.repeat(first_env + columns, len(step)),
+        "environment": np.repeat(first_env + envs, len(step)),
         "episode": _rows(episode),
         "t": _rows(step),
         "policy_version": np.full(step.size, trial[0].policy_version),
@@ -291,15 +291,15 @@ def _clock(trial: Trial, before: Open | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _successors(trial: Trial, num_steps: int) -> pa.Array:
-    """What followed each step, where that is not the observation of the next row."""
+    """The true successors of steps, where these are not the observation of the next row."""
     where, what, start = [], [], 0
     for rollout in trial:
-        columns = np.arange(rollout.num_envs)
+        envs = np.arange(rollout.num_envs)
         last = rollout.num_steps - 1
         ended = (rollout.terminated | rollout.truncated)[last]
         where += [
             rollout.final_env * num_steps + start + rollout.final_step,
-            columns[~ended] * num_steps + start + last,
+            envs[~ended] * num_steps + start + last,
         ]
         what += [rollout.final_obs, rollout.obs[-1][~ended]]
         start += rollout.num_steps
@@ -311,7 +311,7 @@ def _successors(trial: Trial, num_steps: int) -> pa.Array:
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-    """(T, B, ...) to rows, column after column."""
+    """(T, B, ...) to rows, environment after environment."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 

@@ -367,7 +367,7 @@ def test_a_mean_return_is_of_the_environments_that_still_played():
     # Nine columns play 2, 4, 4; 4, 4, 4; 1, 1, 3 of the first four steps, four the last two.
     assert first.mean_return() == pytest.approx(27 / 9)
     assert last.mean_return() == pytest.approx(2.0)
-    assert last.map(torch.Tensor.numpy).uncounted().mean_return() == 0.0
+    assert last.map(torch.Tensor.numpy).fully_masked().mean_return() == 0.0
 
 
 def rewarded(rewards):

@@ -105,5 +105,5 @@ def test_nothing_is_scored_where_nothing_can_be_known():
     # Places that change roles by a coin: no rule is better than chance.
     family = TwoStep(TwoStep.Config(rounds=30, reversal=0.5))
     ends = family.reference(family.sample(np.random.default_rng(0), 1, "test")[0])
-    assert not ends.tells
+    assert not ends.is_scorable
     assert np.isnan(ends.score(np.array(0), np.array(20.0)))
