@@ -238,7 +238,7 @@ def test_a_run_is_found_by_folder_name_or_beginning(here, controller, name):
 def test_a_run_that_is_not_there_is_named(here):
     RunWriter.create(here / "runs" / "fine-2", CONFIG, {}).close()
     assert "did you mean 'fine-1'" in call("report", "fien-1").stderr
-    assert "more than one run starts so: fine-1, fine-2" in call("report", "fine").stderr
+    assert "fine: matches more than one run: fine-1, fine-2" in call("report", "fine").stderr
     assert call("report", "none").exit_code == 2
 
 
