@@ -86,7 +86,7 @@ def test_each_point_of_experience_is_a_row_of_its_mean_and_interval():
     assert cells(report, "final") == ["final", *first, "0.30 [-0.97, 1.57]"]
     assert cells(report, "rl2, greedy") == ["rl2, greedy", *second, "0.80 [-0.47, 2.07]"]
     assert cells(report, "2 test tasks") == ["2 test tasks", "", "", "", ""]
-    assert "Intervals are over tasks. [?]: too little was played to know one. Score" in report
+    assert "Intervals are over tasks. [?]: too few episodes for an interval. Score" in report
 
 
 def test_returns_stand_alone_where_no_score_is_known():
@@ -213,8 +213,8 @@ def test_regret_is_averaged_over_windows_of_steps_for_each_agent(tmp_path):
     first = ["9.5 [9, 10]", "5.5 [5, 6]", "1.5 [1, 2]"]
     assert "| 1-4 " in report
     assert lines == [
-        ["stream", "as it goes", "first", *first],
-        ["stream", "as it goes", "later", *later],
+        ["stream", "continuing", "first", *first],
+        ["stream", "continuing", "later", *later],
         ["stream", "restarted", "first", *first],
         ["stream", "restarted", "later", *later],
     ]

@@ -130,7 +130,7 @@ def test_runs_whose_folders_have_one_name_stay_two(tmp_path):
 
 def test_nothing_found_is_one_sentence_with_a_suggestion(tmp_path):
     make_run(tmp_path / "point_goal-1", {})
-    with pytest.raises(ValueError, match=r"no run found there; did you mean .*point_goal-1"):
+    with pytest.raises(ValueError, match=r"no run found; did you mean .*point_goal-1"):
         load(tmp_path / "point_goal1")
     with pytest.raises(ValueError, match="did you mean 'episodes'"):
         load(tmp_path / "point_goal-1", "episode")
@@ -349,7 +349,7 @@ def test_steps_are_an_axis_too():
     assert curve["experience_episodes"].tolist() == [0, 20, 0, 1, 2]
     with pytest.raises(ValueError, match="'return' is not one of experience_episodes"):
         over_experience(on_one_axis(), "return")
-    with pytest.raises(ValueError, match="points: 1 is not 2 or more"):
+    with pytest.raises(ValueError, match="points: must be at least 2"):
         over_experience(on_one_axis(), points=1)
     assert over_experience(on_one_axis(), by=("algorithm",)).columns.is_unique
 
@@ -390,7 +390,7 @@ def two_methods(tasks=16):
     return pd.concat([maml, rl2.assign(**{"return": rl2["return"] + better})])
 
 
-def test_what_is_common_to_both_leaves_a_paired_difference():
+def test_variance_common_to_both_leaves_a_paired_difference():
     (row,) = paired(two_methods(), "rl2", "maml").to_dict("records")
     assert (row["mean"], row["low"], row["high"]) == pytest.approx((2, 2, 2), abs=0.01)
     assert row["by_seed"] == pytest.approx([2] * 5, abs=0.01)
@@ -399,7 +399,7 @@ def test_what_is_common_to_both_leaves_a_paired_difference():
     assert (alone["high"] - alone["low"] > 2).all()
 
 
-def test_only_what_both_met_is_paired():
+def test_only_shared_tasks_are_paired():
     frame = two_methods()
     lacking = (frame["algorithm"] == "rl2") & ((frame["seed"] == 4) | (frame["task_id"] == "3"))
     (row,) = paired(frame[~lacking], "rl2", "maml").to_dict("records")
@@ -421,7 +421,7 @@ def test_one_task_of_64_does_not_make_a_policy_better():
     assert found.loc["return", "policy_low"] < 0 < found.loc["return", "policy_high"]
 
 
-def test_what_cannot_be_paired_is_said():
+def test_methods_without_shared_tasks_are_refused():
     frame = two_methods()
     with pytest.raises(ValueError, match="algorithm: no episode of 'ppo'; there are 'maml', 'rl2'"):
         paired(frame, "rl2", "ppo")
@@ -431,7 +431,7 @@ def test_what_cannot_be_paired_is_said():
     crossed = (frame["algorithm"] == "rl2") == (
         frame["seed"] % 2 == frame["task_id"].astype(int) % 2
     )
-    with pytest.raises(ValueError, match="no seed met a task with 'rl2' and with 'maml'"):
+    with pytest.raises(ValueError, match="'rl2' and 'maml' share no task within a seed"):
         paired(frame[crossed], "rl2", "maml")
 
 

@@ -118,7 +118,7 @@ def test_held_out_tasks_are_played_once_each_and_scored(finished):
 
 def test_the_report_sets_it_beside_random_and_oracle(finished):
     report = text_report(finished[0])
-    for line in ("| tuned ", "| held_out ", "| multi ", "0 is random play, 1 the oracle"):
+    for line in ("| tuned ", "| held_out ", "| multi ", "0 is the random policy, 1 the oracle"):
         assert line in report
     assert report.count("rllib:ppo") == 2
 
