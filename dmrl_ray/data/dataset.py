@@ -196,7 +196,7 @@ class Dataset:
         After a row that is left out, a new sequence begins.
         """
         (begin, end), ends = self._segments, self._segment_ends
-        drawn = []
+        sequences = []
         for start in rng.integers(ends[-1], size=num_envs).tolist():
             segments: list[Segment] = []
             i, left = int(np.searchsorted(ends, start, "right")), num_steps
@@ -207,8 +207,8 @@ class Dataset:
                 left -= stop - at
                 i = (i + 1) % len(begin)
                 at = int(begin[i])
-            drawn.append(segments)
-        return self.rollout(drawn, num_steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
     def units(self, rng: np.random.Generator, unit: Unit, num_envs: int, num_steps: int) -> Rollout:
         """Samples whole units uniformly and concatenates them; the last of a sequence is cut off.
@@ -216,7 +216,7 @@ class Dataset:
         Units with a row that is left out are left out as a whole.
         """
         begin, end = self._whole(unit)
-        drawn = []
+        sequences = []
         for _ in range(num_envs):
             segments: list[Segment] = []
             left = num_steps
@@ -225,8 +225,8 @@ class Dataset:
                 stop = min(int(end[i]), int(begin[i]) + left)
                 segments.append((int(begin[i]), stop, True))
                 left -= stop - int(begin[i])
-            drawn.append(segments)
-        return self.rollout(drawn, num_steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
     def histories(
         self, rng: np.random.Generator, num_envs: int, num_steps: int, *, every: int
@@ -239,7 +239,7 @@ class Dataset:
         Args:
             every: keep every n-th episode of a history, from a random one of the first n.
         """
-        drawn = []
+        sequences = []
         for _ in range(num_envs):
             segments: list[Segment] = []
             left = num_steps
@@ -251,8 +251,8 @@ class Dataset:
                     left, resets = left - (stop - start), False
                     if left == 0:
                         break
-            drawn.append(segments)
-        return self.rollout(drawn, num_steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
     def _excerpt(self, rng: np.random.Generator, steps: int, every: int) -> list[tuple[int, int]]:
         """Samples consecutive episodes of one history, with at least `steps` steps if possible."""
@@ -275,7 +275,7 @@ class Dataset:
             num_steps: length of each sequence.
             newest: fraction of each history to sample from, at its end.
         """
-        drawn = []
+        sequences = []
         for task in tasks:
             begin, end = self._segments_of(task, newest)
             ends = (end - begin).cumsum()
@@ -288,8 +288,8 @@ class Dataset:
                 stop = min(int(end[i]), start + left)
                 segments.append((start, stop, True))
                 left -= stop - start
-            drawn.append(segments)
-        return self.rollout(drawn, num_steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
     def tasks_of(self, newest: float) -> list[str]:
         """Returns the tasks that `of_tasks` can sample."""
@@ -306,11 +306,11 @@ class Dataset:
         kept = begin < end
         return begin[kept], end[kept]
 
-    def rollout(self, drawn: Sequence[Sequence[Segment]], num_steps: int) -> Rollout:
+    def rollout(self, sequences: Sequence[Sequence[Segment]], num_steps: int) -> Rollout:
         """Returns a rollout of segments, concatenated per environment, with true successors."""
-        num_envs = len(drawn)
+        num_envs = len(sequences)
         obs_shape, action_shape = self._shapes
-        arrays, final = self._gather(drawn, num_steps)
+        arrays, final = self._gather(sequences, num_steps)
         none = np.full((num_envs, *action_shape), -1 if self._discrete else 0, self._action_dtype)
         where = np.array(list(final), np.int64)
         final_obs = np.stack(list(final.values())).astype(self._obs_dtype)
@@ -335,13 +335,13 @@ class Dataset:
         )
 
     def _gather(
-        self, drawn: Sequence[Sequence[Segment]], num_steps: int
+        self, sequences: Sequence[Sequence[Segment]], num_steps: int
     ) -> tuple[Arrays, dict[tuple[int, int], np.ndarray]]:
         """Returns arrays of the steps, and successors by (t, b), including those of all ends."""
-        shape = (num_steps, len(drawn))
+        shape = (num_steps, len(sequences))
         obs_shape, action_shape = self._shapes
         arrays: Arrays = {
-            "obs": np.empty((num_steps + 1, len(drawn), math.prod(obs_shape)), self._obs_dtype),
+            "obs": np.empty((num_steps + 1, len(sequences), math.prod(obs_shape)), self._obs_dtype),
             "action": np.empty((*shape, *action_shape), self._action_dtype),
             "reward": np.empty(shape, np.float32),
             "terminated": np.empty(shape, np.bool_),
@@ -349,7 +349,7 @@ class Dataset:
         }
         reset = np.zeros(shape, np.bool_)
         copies, ends = [], []
-        for b, segments in enumerate(drawn):
+        for b, segments in enumerate(sequences):
             t = 0
             for start, stop, resets in segments:
                 reset[t, b] = resets
