@@ -217,7 +217,7 @@ def test_every_task_counts_once_in_the_adaptation_curve():
     assert curve["tasks"].tolist() == [2, 2]
 
 
-def test_a_task_counts_as_often_as_it_was_drawn():
+def test_a_task_counts_as_often_as_it_was_sampled():
     # Task a was drawn three times and b once, each for two copies that play side by side.
     frame = episodes(*[("a", 0, 0, 0.0)] * 6, *[("b", 0, 0, 1.0)] * 2)
     (row,) = adaptation(frame).to_dict("records")
@@ -236,7 +236,7 @@ def test_the_mean_of_unequal_draws_is_that_of_the_family():
     assert row["starts"] == 2000
 
 
-def test_parallel_copies_are_one_start_unless_experience_tells_them_apart():
+def test_parallel_copies_are_one_start_unless_experience_distinguishes_them():
     # Two episodes each: copies share what came before the second, an agent that is alone does not.
     rows = [(task, 0, e, 1.0) for task in "ab" for e in (0, 1) for _ in range(4)]
     frame = episodes(*rows)
@@ -283,7 +283,7 @@ def test_agents_of_a_stream_changes_and_splits_are_never_mixed():
         assert (curve.loc[curve["change"].notna(), "starts"] == 4).all()
 
 
-def test_every_seed_counts_once_however_many_tasks_it_met():
+def test_every_seed_counts_once_whatever_its_number_of_tasks():
     rows = [("a", 0, 0, 2.0)] + [(task, 1, 0, 4.0) for task in "bcd"]
     (row,) = adaptation(episodes(*rows)).to_dict("records")
     assert row["by_seed"] == [2.0, 4.0]
@@ -439,7 +439,7 @@ def test_methods_without_shared_tasks_are_refused():
     ("values", "known"),
     [(["x", None], "'x'"), ([True, False], "False, True"), ([1.0, np.nan], "1.0")],
 )
-def test_what_there_is_to_pair_is_listed_plainly(values, known):
+def test_values_that_can_be_paired_are_listed_plainly(values, known):
     frame = two_methods().assign(kind=values * 80)
     with pytest.raises(ValueError, match=f"no episode of 'b'; there are {known}$"):
         paired(frame, "x" if "x" in values else values[0], "b", by="kind")

@@ -59,7 +59,7 @@ def test_values_that_are_all_the_same_do_not_bound_others(value, count):
     assert np.isnan(method_interval(np.tile(same, (5, 1)))).all()
 
 
-def test_only_what_is_known_to_be_an_outcome_has_the_interval_of_one():
+def test_only_declared_outcomes_have_the_exact_interval():
     values = 1.0 * (np.arange(16) % 4 == 0)
     assert policy_interval(values, PROPORTION) == exact_interval(4, 16)
     both = t_interval(values), studentised_interval(np.sort(values))
@@ -85,7 +85,7 @@ def test_returns_that_seldom_differ_are_covered_where_an_interval_is_known(rate)
     assert coverage(intervals, 0.0) >= 0.92
 
 
-def test_a_task_that_differs_does_not_tell_two_policies_apart():
+def test_a_single_task_that_differs_does_not_distinguish_two_policies():
     # Two more pairs, won and lost: mean 1 / 66, variance (3 / 66 - 1 / 66^2) / 66 = 0.02614^2, and
     # Student's t of 63 degrees of freedom is 1.998.
     differences = np.eye(64)[0]
@@ -94,7 +94,7 @@ def test_a_task_that_differs_does_not_tell_two_policies_apart():
     assert policy_interval(-differences, DIFFERENCE_OF_PROPORTIONS) == (-high, -low)
 
 
-def test_no_interval_of_success_leaves_zero_to_one():
+def test_intervals_of_success_are_within_zero_and_one():
     rates = np.array([1.0, 0.9375, 0.9375, 0.9375, 0.5])
     assert t_interval(rates)[1] > 1
     assert policy_interval(rates, PROPORTION)[1] == 1
@@ -164,7 +164,7 @@ def test_tasks_that_all_seeds_share_are_part_of_the_uncertainty():
     assert coverage([t_interval(table.mean(axis=1)) for table in tables], 0.0) < 0.7
 
 
-def test_shared_tasks_never_narrow_what_three_seeds_show():
+def test_shared_tasks_never_narrow_the_interval_of_three_seeds():
     rng = np.random.default_rng(0)
     for _ in range(50):
         table = rng.normal(size=(3, 64)) + rng.normal(size=(3, 1))
