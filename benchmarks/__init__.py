@@ -1,1 +1,1 @@
-"""Speed and learning, measured; each benchmark prints one line of figures."""
+"""Benchmarks of speed and learning; each prints one line of figures per measurement."""

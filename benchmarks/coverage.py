@@ -1,10 +1,10 @@
-"""How often 95 % intervals cover the truth, by simulation.
+"""Simulated coverage of 95 % intervals.
 
     python -m benchmarks.coverage
 
-Draws samples whose mean is known and counts the intervals that hold it: of one policy over its
-tasks, and of a method over its training seeds. Makes ``benchmarks/COVERAGE.md``; takes one minute
-on one core.
+Draws samples with a known mean and counts the intervals that contain it: of one policy over tasks,
+and of a method over training seeds. Writes ``benchmarks/COVERAGE.md``; takes one minute on one
+core.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from dmrl_ray.results.statistics import (
-    DIFFERENCE_OF_SHARES,
-    SHARE,
+    DIFFERENCE_OF_PROPORTIONS,
+    PROPORTION,
     Interval,
     method_interval,
     policy_interval,
@@ -35,29 +35,29 @@ TAILS = np.array([0.025, 0.975])
 
 HEAD = """# Coverage of the intervals
 
-Made by `python -m benchmarks.coverage`: {trials} samples a row, the share of 95 % intervals that
-hold the true mean (standard error {error:.3f}). A sample of values that are all the same has no
-interval, which is counted as one that does not hold it; "none" is their share. A width is the
-median one of the last interval, in standard deviations of a value.
+Made by `python -m benchmarks.coverage`: {trials} samples a row, the fraction of 95 % intervals that
+contain the true mean (standard error {error:.3f}). A sample of equal values has no interval, which
+counts as not covering; "none" is the fraction of such samples. "Width" is the median width of the
+last interval, in standard deviations of a value.
 
 ## One policy, over tasks
 
 "Exponential" is skewed, "often 0" is uniform on [0, 1] in three of ten tasks and else 0,
-"4 episodes" is the share of successes among the four of a task. "Pairs" are differences of two
-policies' outcomes, of which that share is not 0: as often won as lost, so that the true difference
-is 0, or won only; "returns" are the first of these, not known to be outcomes. `policy_interval` is
-exact for 0/1 outcomes, that of Bonett and Price for pairs, Student's t for fewer than 8 tasks, and
-the studentised bootstrap for the others, with Student's t where most values are one value.
+"4 episodes" is the success rate over four episodes of a task. "Pairs" are differences of two
+policies' outcomes, of which the given fraction is not 0: won or lost with equal probability, so
+that the true difference is 0, or only won; "returns" are the former without declared bounds.
+`policy_interval` is exact for 0/1 outcomes, that of Bonett and Price for pairs, Student's t for
+fewer than 8 tasks, and else the studentised bootstrap, with Student's t if most values are equal.
 
 """
 SEEDS_HEAD = """
 ## A method, over training seeds
 
-{tasks} tasks a seed; "between" is the deviation between seeds as a share of that between tasks.
-"Own" tasks are drawn for each seed, "shared" ones are the same for all; the true mean is that over
-all tasks and seeds. "Pooled" takes every task of every seed for independent. The success rates of
-seeds follow a Beta distribution; where "between" is 0.5 most are near 0 and a few are large, which
-five seeds cannot show.
+{tasks} tasks per seed; "between" is the ratio of the standard deviations between seeds and between
+tasks. "Own" tasks are sampled for each seed, "shared" ones are the same for all; the true mean is
+over all tasks and seeds. "Pooled" treats all tasks of all seeds as independent. The success rates
+of seeds follow a Beta distribution; where "between" is 0.5, most are near 0 and a few are large,
+which five seeds cannot show.
 
 """
 
@@ -65,13 +65,13 @@ Candidate = Callable[[np.ndarray], Interval]
 
 
 def percentile_interval(values: np.ndarray) -> Interval:
-    """Quantiles of the means of resamples."""
+    """Returns quantiles of the means of resamples."""
     low, high = np.quantile(_resampled_means(values), TAILS)
     return float(low), float(high)
 
 
 def bca_interval(values: np.ndarray) -> Interval:
-    """Bias-corrected and accelerated (Efron 1987): quantiles moved for bias and skewness."""
+    """Returns the bias-corrected and accelerated interval (Efron 1987)."""
     if not np.ptp(values):
         return percentile_interval(values)
     means = _resampled_means(values)
@@ -79,8 +79,8 @@ def bca_interval(values: np.ndarray) -> Interval:
     bias = ndtri(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES))
     influence = values - values.mean()
     acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
-    moved = bias + ndtri(TAILS)
-    low, high = np.quantile(means, ndtr(bias + moved / (1 - acceleration * moved)))
+    shifted = bias + ndtri(TAILS)
+    low, high = np.quantile(means, ndtr(bias + shifted / (1 - acceleration * shifted)))
     return float(low), float(high)
 
 
@@ -116,7 +116,7 @@ VALUES: dict[str, tuple[Draw, float, float]] = {
     "4 episodes, 0.3": (lambda rng, size: rng.binomial(4, 0.3, size) / 4, 0.3, 0.23),
     "often 0": (lambda rng, size: rng.random(size) * (rng.random(size) < 0.3), 0.15, 0.28),
 }
-"""How values are drawn, their mean, their standard deviation."""
+"""Distributions of values: sampler, mean and standard deviation."""
 
 
 def _pairs(rng: np.random.Generator, size: tuple[int, ...], rate: float, won: float) -> np.ndarray:
@@ -136,24 +136,24 @@ def coverage(
     candidates: dict[str, Candidate],
     trials: int,
 ) -> tuple[list[float], float, float]:
-    """Share of intervals that hold the mean, by candidate, and of the last: none, median width."""
+    """Returns the coverage by candidate and, of the last, fraction of NaN and median width."""
     rng = np.random.default_rng(0)
     samples = [np.asarray(draw(rng), float) for _ in range(trials)]
-    shares, ends = [], np.empty((trials, 2))
+    covered, ends = [], np.empty((trials, 2))
     for candidate in candidates.values():
         ends = np.array([candidate(sample) for sample in samples])
-        shares.append(float(np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1]))))
+        covered.append(float(np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1]))))
     width = ends[:, 1] - ends[:, 0]
-    return shares, float(np.isnan(width).mean()), float(np.nanmedian(width))
+    return covered, float(np.isnan(width).mean()), float(np.nanmedian(width))
 
 
 def policy_rows(trials: int) -> list[list[str]]:
-    """A row for each kind of value and number of tasks."""
+    """Returns a row for each distribution and number of tasks."""
     rows = []
     for name, (draw, mean, deviation) in VALUES.items():
         for tasks in (4, 8, 16, 64):
             sample = partial(lambda rng, draw, tasks: draw(rng, (tasks,)), draw=draw, tasks=tasks)
-            used = partial(policy_interval, ends=_ends(name))
+            used = partial(policy_interval, bounds=_bounds(name))
             candidates = OVER_VALUES | {"`policy_interval`": used}
             shares, none, width = coverage(sample, mean, candidates, trials)
             rows.append([name, str(tasks), *_cells([*shares, none]), f"{width / deviation:.2f}"])
@@ -161,17 +161,17 @@ def policy_rows(trials: int) -> list[list[str]]:
 
 
 def method_rows(trials: int) -> list[list[str]]:
-    """A row for each design, kind of value, number of seeds and deviation between them."""
+    """Returns a row for each design, distribution, number of seeds and deviation between seeds."""
     designs = [(kind, "normal", seeds) for kind in ("own", "shared") for seeds in (3, 5, 10)]
     designs += [("own", "exponential", 5), ("shared", "exponential", 5), ("own", "0/1, 0.1", 5)]
     rows = []
     for tasks, name, seeds in designs:
         _, mean, deviation = VALUES[name]
         for between in (0.1, 0.5, 1.0):
-            if name.startswith("0/1") and between == 1.0:  # All seeds always or never succeed.
+            if name.startswith("0/1") and between == 1.0:  # Each seed always or never succeeds.
                 continue
             table = seeds_of(name, seeds, between, shared=tasks == "shared")
-            candidates = METHOD | {USED: partial(method_interval, ends=_ends(name))}
+            candidates = METHOD | {USED: partial(method_interval, bounds=_bounds(name))}
             shares, _, width = coverage(table, mean, candidates, trials)
             cells = [tasks, name, str(seeds), str(between), *_cells(shares)]
             rows.append([*cells, f"{width / deviation:.2f}"])
@@ -181,7 +181,7 @@ def method_rows(trials: int) -> list[list[str]]:
 def seeds_of(
     name: str, seeds: int, between: float, *, shared: bool
 ) -> Callable[[np.random.Generator], np.ndarray]:
-    """How tables (seeds, columns of tasks) are drawn; tasks that a seed has not met are NaN."""
+    """Returns a sampler of tables (seeds, tasks); NaN for tasks that a seed does not have."""
     draw, mean, deviation = VALUES[name]
 
     def table(rng: np.random.Generator) -> np.ndarray:
@@ -200,11 +200,11 @@ def seeds_of(
     return table
 
 
-def _ends(name: str) -> Interval | None:
-    """Between which the values of this name must be, where they are outcomes."""
+def _bounds(name: str) -> Interval | None:
+    """Returns the bounds of values that are outcomes; None for others."""
     if name.startswith("pairs"):
-        return DIFFERENCE_OF_SHARES
-    return SHARE if name.startswith(("0/1", "4 episodes")) else None
+        return DIFFERENCE_OF_PROPORTIONS
+    return PROPORTION if name.startswith(("0/1", "4 episodes")) else None
 
 
 def _cells(shares: Sequence[float]) -> list[str]:
@@ -217,7 +217,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(trials: int) -> str:
-    """Both tables as Markdown."""
+    """Returns both tables as Markdown."""
     text = HEAD.format(trials=f"{trials:,}", error=np.sqrt(0.95 * 0.05 / trials))
     text += _table(
         ("values", "tasks", *OVER_VALUES, "`policy_interval`", "none", "width"),

@@ -1,14 +1,14 @@
-"""Steps per second of training that stays on a device: rollouts and updates, without tables.
+"""Steps per second of on-device training: rollouts and updates, without tables.
 
     python -m benchmarks.device                                # on a GPU if there is one
-    python -m benchmarks.device --tasks bandit --device cpu numpy --columns 1024
+    python -m benchmarks.device --tasks bandit --device cpu numpy --num-envs 1024
 
-Prints one JSON line for each task, device and number of columns: ``sps`` environment steps per
-second, with every step learned from `epochs` times; ``collect`` and ``update``, their shares of
-the time; ``compiled``, whether gradients are; ``return``, the mean of the last collection's
-episodes; ``updates`` measured, after two that are not. The device ``numpy`` is the path of rollout
-workers, with the learner on the CPU.
-Needs PyTorch, gymnasium, pydantic, PyYAML and pyarrow; neither Ray nor an installed package.
+Prints one JSON line for each task, device and number of environments: ``sps`` environment steps
+per second, including ``epochs`` epochs of learning; ``collect`` and ``update``, their fractions of
+the time; ``compiled``, whether gradients are compiled; ``return``, the mean over episodes of the
+last rollout; ``updates``, the number measured, after two of warm-up. The device ``numpy`` is the
+code of rollout workers, with the learner on the CPU. Needs PyTorch, gymnasium, pydantic, PyYAML and
+pyarrow; neither Ray nor an installation of this package.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ TASKS = {
     "point_goal": ({"type": "point_goal"}, {"type": "mlp", "hidden_sizes": [64, 64]}, PPO),
 }
 WARM_UP = 2
-"""Updates before the clock starts."""
+"""Updates before the measurement starts."""
 
 
 def measure(
-    task: str, device: str, columns: int, seconds: float, *, compile: bool = False
+    task: str, device: str, num_envs: int, seconds: float, *, compile: bool = False
 ) -> dict[str, object]:
-    """Train for some seconds and return the figures."""
+    """Trains for some seconds and returns the figures."""
     family, encoder, algorithm = TASKS[task]
     parts = (family, {"type": "actor_critic", "encoder": encoder}, algorithm)
     on_device = None if device == "numpy" else device
     rollout = RolloutSettings.model_validate(
-        {"shards": 1, "num_envs": columns, "device": on_device}
+        {"shards": 1, "num_envs": num_envs, "device": on_device}
     )
     spec = JobSpec(
         "device",
@@ -79,7 +79,7 @@ def measure(
     return {
         "task": task,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "columns": columns,
+        "num_envs": num_envs,
         "sps": round(steps / total),
         "collect": round(collect_s / total, 3),
         "update": round(update_s / total, 3),
@@ -95,14 +95,16 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", nargs="+", choices=["cuda", "cpu", "numpy"], default=[default])
-    parser.add_argument("--columns", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--compile", action="store_true", help="where there is no memory")
+    parser.add_argument("--num-envs", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each measurement")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile gradients of policies without memory"
+    )
     options = parser.parse_args()
     for task in options.tasks:
-        for columns in options.columns:
+        for num_envs in options.num_envs:
             for device in options.device:
-                figures = measure(task, device, columns, options.seconds, compile=options.compile)
+                figures = measure(task, device, num_envs, options.seconds, compile=options.compile)
                 print(json.dumps(figures), flush=True)
 
 

@@ -1,11 +1,11 @@
-"""What a row of the table of speed costs at least on this machine: operations, bytes, environments.
+"""Lower bounds of the CPU time per step: floating-point operations, memory traffic, environments.
 
     python -m benchmarks.floor
 
-Measures, on one thread, the rate of matrix products (large, and of a row's own shapes), of an LSTM,
-the bandwidth of memory and the rate of each environment; derives from these the CPU microseconds
-that an environment step of each row must cost, which benchmarks/SPEED.md explains. Rates are of
-CPU time, and the fastest of many short measurements count.
+Measures, on one thread, the rate of matrix products (large, and of a row's own shapes) and of an
+LSTM, the memory bandwidth and the speed of each environment. From these it derives the least CPU
+time of an environment step in each row of the table of speed, as explained in benchmarks/SPEED.md.
+Rates are per CPU second, the highest of many short measurements.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ COLUMNS = (
     "floor µs at own shapes",
 )
 FLOAT = 4
-"""Bytes."""
+"""Bytes of a float32."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one environment step, acting and learning together.
+    """The work of one environment step, acting and learning together.
 
     Attributes:
-        weights: multiplied with each input, one multiplication and addition each.
-        operations: floating-point.
-        bytes: moved to and from memory.
+        weights: number of weights, each of which is one multiplication and addition per input.
+        operations: floating-point operations.
+        bytes: memory traffic.
     """
 
     weights: int
@@ -58,11 +58,11 @@ class Work:
 
 
 def work(spec: JobSpec) -> Work:
-    """What an environment step of a job asks for, by counting.
+    """Returns the work of an environment step of a job, by counting.
 
-    A pass forward is two operations a weight, a pass back four more. Bytes: the row of a rollout
-    is written once, sent (read and written) once and read in each epoch; each epoch writes an
-    activation and its gradient, and reads both.
+    A forward pass is two operations per weight, a backward pass four more. Bytes: a row of the
+    rollout is written once, sent (read and written) once and read in each epoch; each epoch writes
+    and reads activations and their gradients.
     """
     program = build(spec)
     config = program.algorithm.config
@@ -72,9 +72,9 @@ def work(spec: JobSpec) -> Work:
     if not meta:
         operations = weights * (2 + 6 * epochs)
     else:
-        # Two rollouts a trial, so half of the steps are support. Acting, and the worker's inner
-        # step on the support; then in each epoch that step again, differentiated (three times the
-        # cost of what is differentiated), and the outer step on the query.
+        # A trial has two rollouts, so half of the steps are support: acting, and the worker's inner
+        # step on the support; then in each epoch the inner step again, differentiated (three times
+        # its cost), and the outer step on the query.
         operations = weights * (2 + 6 // 2 + epochs * (3 * 6 + 6) // 2)
     family = program.distribution
     row = FLOAT * (
@@ -85,7 +85,7 @@ def work(spec: JobSpec) -> Work:
 
 
 def size(policy: ActorCritic, *, critic: bool) -> tuple[int, int]:
-    """Weights in matrix products, and the numbers that these products yield for one input."""
+    """Returns the numbers of weights and of outputs of all matrix products."""
     matrices = [
         parameter
         for name, parameter in policy.named_parameters()
@@ -95,7 +95,7 @@ def size(policy: ActorCritic, *, critic: bool) -> tuple[int, int]:
 
 
 def rate(call: Callable[[], object], seconds: float = 0.5) -> float:
-    """Calls a second of CPU time of this thread: the fastest of many short measurements."""
+    """Returns calls per CPU second of this thread, the highest of many short measurements."""
     call()
     start = time.thread_time()
     call()
@@ -111,68 +111,68 @@ def rate(call: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def matrix_rate(rows: int, inputs: int, outputs: int) -> float:
-    """Floating-point operations a second of a product of float32 matrices."""
+    """Returns floating-point operations per second of a product of float32 matrices."""
     a, b = torch.randn(rows, inputs), torch.randn(inputs, outputs)
     out = torch.empty(rows, outputs)
     return 2 * rows * inputs * outputs * rate(lambda: torch.mm(a, b, out=out))
 
 
 def other_matrix_rate(rows: int, inputs: int, outputs: int) -> float:
-    """The same by the library that PyTorch's LSTM uses, which is not that of its linear layers."""
+    """Returns the same for oneDNN, which PyTorch uses for LSTMs but not for linear layers."""
     a, b = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     product = torch.ops.mkldnn._linear_pointwise
     return 2 * rows * inputs * outputs * rate(lambda: product(a, b, None, "none", [], ""))
 
 
-def lstm_rate(steps: int, columns: int, units: int, *, learn: bool) -> float:
-    """Operations a second of an LSTM, one step forward or a whole sequence there and back."""
+def lstm_rate(steps: int, num_envs: int, units: int, *, learn: bool) -> float:
+    """Returns operations per second of an LSTM: one forward step or, to learn, backpropagation."""
     net = nn.LSTM(units, units)
-    x = torch.randn(steps if learn else 1, columns, units)
+    x = torch.randn(steps if learn else 1, num_envs, units)
     weights = sum(p.numel() for p in net.parameters() if p.dim() == 2)
 
-    def back() -> None:
+    def forward_backward() -> None:
         net(x)[0].sum().backward()
 
     with torch.set_grad_enabled(learn):
-        calls = rate(back if learn else lambda: net(x))
-    return calls * len(x) * columns * weights * (6 if learn else 2)
+        calls = rate(forward_backward if learn else lambda: net(x))
+    return calls * len(x) * num_envs * weights * (6 if learn else 2)
 
 
 def bandwidth() -> float:
-    """Bytes a second that a copy reads and writes, of arrays that no cache holds."""
+    """Returns bytes per second that a copy reads and writes, of arrays larger than caches."""
     a = np.zeros(32 << 20)
     b = np.ones_like(a)
     return 2 * a.nbytes * rate(lambda: np.copyto(a, b))
 
 
-def env_s(family: TaskDistribution, columns: int) -> float:
-    """Seconds of one step in one of many columns, random actions."""
+def env_s(family: TaskDistribution, num_envs: int) -> float:
+    """Returns seconds per environment step with random actions, of vectorised environments."""
     rng = np.random.default_rng(0)
-    env = family.make_vec(columns)
+    env = family.make_vec(num_envs)
     env.np_random = rng
-    env.set_tasks(family.sample(rng, columns, "train"))
+    env.set_tasks(family.sample(rng, num_envs, "train"))
     env.reset()
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(16)]
     turn = iter(range(10**9))
-    return 1 / (columns * rate(lambda: env.step(actions[next(turn) % 16])))
+    return 1 / (num_envs * rate(lambda: env.step(actions[next(turn) % 16])))
 
 
 def config_of(row: str) -> RunConfig:
-    """The config of a row of the table."""
+    """Returns the config of a row of the table."""
     return parse_config(ROWS[row].text, row, ["workers.num=0"])
 
 
 def row_rate(row: str, spec: JobSpec, config: RunConfig) -> float:
-    """Operations a second of a row's own shapes, where learning goes on in minibatches."""
-    columns = config.rollout.shards * config.rollout.num_envs
+    """Returns operations per second of matrix products with the shapes of a row's minibatches."""
+    num_envs = config.rollout.shards * config.rollout.num_envs
     settings = spec.algorithm.settings
     parts = getattr(settings, "minibatches", 1)
     if "bandit" in row:
         bandit: Any = config.tasks.settings
-        return lstm_rate(bandit.pulls, columns // parts, 128, learn=True)
+        return lstm_rate(bandit.pulls, num_envs // parts, 128, learn=True)
     steps = getattr(settings, "num_steps", 100)
-    return matrix_rate(steps * columns // parts, 64, 64)
+    return matrix_rate(steps * num_envs // parts, 64, 64)
 
 
 def main() -> None:
@@ -181,7 +181,7 @@ def main() -> None:
     product, moved = matrix_rate(2048, 2048, 2048), bandwidth()
     print(f"matrix products of 2048: {product / 1e9:.1f} GFLOP/s; copying: {moved / 1e9:.1f} GB/s")
     acting = lstm_rate(1, 512, 128, learn=False)
-    print(f"LSTM 128, one step of 512 columns: {acting / 1e9:.1f} GFLOP/s")
+    print(f"LSTM 128, one step of 512 environments: {acting / 1e9:.1f} GFLOP/s")
     other = other_matrix_rate(2048, 2048, 2048)
     print(f"matrix products by oneDNN: {other / 1e9:.1f} GFLOP/s")
     peak = max(product, other, acting)

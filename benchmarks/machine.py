@@ -1,4 +1,4 @@
-"""The machine that a measurement is taken on, and what processes use of it (Linux)."""
+"""Describes the machine of a measurement, and the resource usage of processes (Linux)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores, load average of the last minute, and PyTorch's version."""
+    """Returns processor, cores, load average over a minute, and version of PyTorch."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
     return {
@@ -23,7 +23,7 @@ def machine() -> dict[str, object]:
 
 
 def family() -> dict[int, float]:
-    """CPU seconds of this process and all that descend from it, by process id."""
+    """Returns CPU seconds of this process and its descendants, by process id."""
     parents: dict[int, int] = {}
     used: dict[int, float] = {}
     for entry in Path("/proc").iterdir():
@@ -31,11 +31,11 @@ def family() -> dict[int, float]:
             continue
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # It ended meanwhile.
+        except OSError:  # The process has ended.
             continue
         pid = int(entry.name)
         parents[pid] = int(fields[1])
-        # Of itself, and of children that it waited for and that are gone from the list.
+        # Includes ended children that the process has waited for, which are not listed.
         used[pid] = sum(map(int, fields[11:15])) / TICKS
     found = {os.getpid()}
     while True:
@@ -46,26 +46,26 @@ def family() -> dict[int, float]:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and all that descend from it, Ray's daemons included."""
+    """Returns CPU seconds of this process and its descendants, including Ray's daemons."""
     return sum(family().values())
 
 
 def busy_seconds() -> float:
-    """CPU time of all processes of the machine since it started."""
+    """Returns CPU seconds of all processes since the machine started."""
     line = Path("/proc/stat").read_text().splitlines()[0]
     user, nice, system, _, _, irq, softirq, *_ = map(int, line.split()[1:])
     return (user + nice + system + irq + softirq) / TICKS
 
 
 def resident_mb(pid: int) -> float:
-    """Memory of a process that is in RAM, what it shares with others included."""
+    """Returns the resident set size of a process, including shared memory."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     size = next(line for line in lines if line.startswith("VmRSS"))
     return int(size.split()[1]) / 1024
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process; empty if it has ended."""
+    """Returns the command line of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:

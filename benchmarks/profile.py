@@ -1,14 +1,12 @@
-"""Where the time of a run's training went, from its metrics.
-
-`dmrl_ray.control.train_loop` says what they are.
+"""Breakdown of the training time of a run, from its metrics (see `dmrl_ray.control.train_loop`).
 
     python -m benchmarks.profile runs/NAME
 
-For every stage that trained, shares of the time of the driver, of a rollout worker and of the
-learner; each column adds up to 100 %. What the driver waits for rollouts is shared out as a
-worker's time, if nothing else went on meanwhile; what is left of it is the way to the worker and
-back, and shards that took longer than others. With `max_policy_lag` rollouts go on during updates,
-and the driver just waits. In one process all three are the same, taking turns.
+For every training stage, fractions of the time of the driver, a rollout worker and the learner;
+each column adds up to 100 %. The driver's waiting time for rollouts is divided like the time of a
+worker; the remainder is transfer to and from workers, and shards that took longer than others. With
+`max_policy_lag`, rollouts run during updates, and the driver's time is waiting. In one process,
+driver, worker and learner alternate.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from dmrl_ray.results.reading import load
 from dmrl_ray.store.commits import load_run_config
 
 Shares: TypeAlias = dict[str, dict[str, float]]
-"""By process, then by what it did."""
+"""Fractions of time, by process, then by activity."""
 
 ROWS = {
     "env": "environments",
@@ -43,13 +41,13 @@ ROWS = {
 
 
 def shares(seconds: pd.Series[Any], *, parallel: int, overlapped: bool) -> Shares:
-    """What each process did with its time.
+    """Returns the fractions of time of each process.
 
     Args:
-        seconds: sums over all updates, named as the metrics are but without ``time/`` and ``_s``;
-            ``wall`` is the time of all.
-        parallel: shards that are played at the same time.
-        overlapped: rollouts go on during updates.
+        seconds: sums over all updates, named as the metrics without ``time/`` and ``_s``; ``wall``
+            is the total time.
+        parallel: number of shards that are collected in parallel.
+        overlapped: whether rollouts run during updates.
     """
     wall = float(seconds["wall"])
     rollouts = {
@@ -58,7 +56,7 @@ def shares(seconds: pd.Series[Any], *, parallel: int, overlapped: bool) -> Share
         "rest": (seconds["shards"] - seconds["env"] - seconds["inference"]) / parallel,
     }
     busy = sum(rollouts.values())
-    validated = seconds.get("validate", 0.0)  # It may never have been due.
+    validated = seconds.get("validate", 0.0)  # There may have been no validation.
     waited = seconds["learner_wait"] - seconds["write"] - validated
     driver = {
         "learning": seconds["update"],
@@ -70,9 +68,9 @@ def shares(seconds: pd.Series[Any], *, parallel: int, overlapped: bool) -> Share
     if overlapped:
         driver["waiting"] = waited
     else:
-        played = min(1.0, waited / busy)
-        driver |= {name: value * played for name, value in rollouts.items()}
-        driver["transfer"] += waited - busy * played
+        fraction = min(1.0, waited / busy)
+        driver |= {name: value * fraction for name, value in rollouts.items()}
+        driver["transfer"] += waited - busy * fraction
     worker = {**rollouts, "waiting": wall - busy}
     learner = {"learning": seconds["update"], "waiting": wall - seconds["update"]}
     processes = {"driver": driver, "worker": worker, "learner": learner}
@@ -83,7 +81,7 @@ def shares(seconds: pd.Series[Any], *, parallel: int, overlapped: bool) -> Share
 
 
 def sums(metrics: pd.DataFrame) -> pd.Series[Any]:
-    """Seconds of all updates of one stage, as `shares` takes them."""
+    """Returns seconds summed over all updates of one stage, for `shares`."""
     wide = metrics.pivot_table(
         index=["policy_version", "env_steps"], columns="name", values="value"
     ).reset_index("env_steps")
@@ -95,7 +93,7 @@ def sums(metrics: pd.DataFrame) -> pd.Series[Any]:
 
 
 def tables(folder: Path) -> Iterator[str]:
-    """A table in Markdown for every stage that trained."""
+    """Yields a Markdown table for every training stage."""
     config = load_run_config(folder)
     metrics = load(folder, table="metrics")
     for name, stage in config.stages.items():
@@ -114,7 +112,7 @@ def tables(folder: Path) -> Iterator[str]:
 
 
 def markdown(found: Shares) -> str:
-    """One column for each process."""
+    """Returns a Markdown table with one column per process."""
     lines = [["share of time", *found], ["---"] * (len(found) + 1)]
     lines += [
         [title, *(f"{parts[key]:.1%}" if key in parts else "" for parts in found.values())]
@@ -125,7 +123,7 @@ def markdown(found: Shares) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="a run's folder, or its name or its start in runs/")
+    parser.add_argument("run", help="a run folder, or the name of a run in runs/ or its beginning")
     for table in tables(find_run(parser.parse_args().run)):
         print(f"{table}\n")
 

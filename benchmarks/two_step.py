@@ -1,11 +1,11 @@
-"""How a policy chooses in the two-step task: by the way that led to a reward, or by the reward.
+"""Stay probabilities of a policy in the two-step task, which show model-based choice.
 
     python -m benchmarks.two_step runs/wang_two_step-seed0 runs/wang_two_step-seed1
 
-Prints how often a choice is repeated, after common and rare ways and with and without a reward,
-from the recorded steps of an evaluation. A model-based agent repeats what was paid after a common
-way and leaves it after a rare one, a model-free one looks at the reward alone (Daw et al. 2011;
-Wang et al. 2016, arXiv:1611.05763, fig. 5).
+Prints how often a choice is repeated after common and rare transitions, rewarded and unrewarded,
+from the recorded steps of an evaluation. A model-based agent repeats a choice that was rewarded
+after a common transition and switches if it was after a rare one; a model-free agent depends on the
+reward alone (Daw et al. 2011; Wang et al. 2016, arXiv:1611.05763, fig. 5).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dmrl_ray.results.reading import load
 
 
 def profile(rows: pd.DataFrame) -> np.ndarray:
-    """(2, 2) stay probabilities after common and rare ways (rows), unpaid and paid.
+    """Returns (2, 2) stay probabilities: common and rare transitions, unrewarded and rewarded.
 
     Args:
-        rows: transitions of whole trials, of as many rounds each.
+        rows: transitions of whole trials, all with the same number of rounds.
     """
     rows = rows.sort_values(["run_id", "environment", "trial", "t"], kind="stable")
     trials = rows.groupby(["run_id", "environment", "trial"]).ngroups
@@ -32,19 +32,19 @@ def profile(rows: pd.DataFrame) -> np.ndarray:
     def by_round(values: np.ndarray) -> np.ndarray:
         return values.reshape(trials, -1).T
 
-    chose, paid = rows[rows["t"] % 2 == 0], rows[rows["t"] % 2 == 1]
-    place = np.stack(list(paid["obs"])).argmax(axis=1) - 1
+    first, second = rows[rows["t"] % 2 == 0], rows[rows["t"] % 2 == 1]
+    state = np.stack(list(second["obs"])).argmax(axis=1) - 1
     return stay_probabilities(
-        by_round(chose["action"].to_numpy()),
-        by_round(place),
-        by_round(paid["reward"].to_numpy()),
+        by_round(first["action"].to_numpy()),
+        by_round(state),
+        by_round(second["reward"].to_numpy()),
     )
 
 
-def use_of(stays: np.ndarray) -> tuple[float, float]:
-    """What a reward adds to staying, and how much more of it after a common way than a rare one.
+def effects(stays: np.ndarray) -> tuple[float, float]:
+    """Returns the main effect of reward on staying, and its interaction with the transition.
 
-    The first is what a model-free agent shows, the second what a model-based one shows.
+    The former indicates model-free, the latter model-based behaviour.
     """
     effect = stays[:, 1] - stays[:, 0]
     return float(effect.sum() / 2), float((effect[0] - effect[1]) / 2)
@@ -58,11 +58,11 @@ def main() -> None:
     for run in options.runs:
         rows = load(run, table="transitions")
         stays = profile(rows[rows["stage"] == options.stage])
-        reward, way = use_of(stays)
+        reward, interaction = effects(stays)
         print(run.name)
-        for name, (unpaid, paid) in zip(("common", "rare"), stays, strict=True):
-            print(f"  {name:6}  stays {unpaid:.3f} unpaid, {paid:.3f} paid")
-        print(f"  reward alone {reward:+.3f}, reward by way {way:+.3f}")
+        for name, (unrewarded, rewarded) in zip(("common", "rare"), stays, strict=True):
+            print(f"  {name:6}  stays {unrewarded:.3f} unrewarded, {rewarded:.3f} rewarded")
+        print(f"  reward {reward:+.3f}, reward x transition {interaction:+.3f}")
 
 
 if __name__ == "__main__":

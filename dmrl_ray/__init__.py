@@ -6,16 +6,16 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# `envs/` and `configs/` lie at the top of the repository but are imported as `dmrl_ray.envs`
-# (in a wheel they are packaged inside). This line makes the bare checkout work too, which is
-# what `ray job submit --working-dir .` runs.
+# `envs/` and `configs/` are at the top of the repository but imported as `dmrl_ray.envs` (a wheel
+# has them inside the package). Extending `__path__` lets a checkout work without installation, as
+# `ray job submit --working-dir .` needs.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file() and (_checkout / "envs" / "__init__.py").is_file():
     __path__.append(str(_checkout))
 
 
 def __getattr__(name: str) -> object:
-    """Import `load` on first use: pandas takes longer to import than the command line may."""
+    """Imports `load` on first use: importing pandas would slow down the command line."""
     if name == "load":
         from dmrl_ray.results.reading import load
 

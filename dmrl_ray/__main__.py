@@ -1,6 +1,6 @@
 """The command line: ``python -m dmrl_ray``, or ``dmrl`` where it is installed.
 
-Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+Heavy imports are inside the commands, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dmrl_ray.types import Split
 
 app = typer.Typer(
-    help="Train policies that adapt: run a config, resume it, look at what came out.",
+    help="Train policies that adapt: run a config, resume it, inspect the results.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -46,14 +46,14 @@ def _complete_run(incomplete: str) -> list[str]:
 
 
 def _complete_setting(context: typer.Context, incomplete: str) -> list[str]:
-    """Dotted names of a config's settings, or the values that one can take, if they are few."""
+    """Completes the dotted name of a setting or, after ``=``, one of its allowed values."""
     from dmrl_ray.config.loading import choices_of
 
-    name, equals, begun = incomplete.partition("=")
+    name, equals, prefix = incomplete.partition("=")
     choices = choices_of(_load(context.params["config"], ()))
     if not equals:
         return [f"{found}=" for found in choices if found.startswith(name)]
-    return [f"{name}={value}" for value in choices.get(name, ()) if value.startswith(begun)]
+    return [f"{name}={value}" for value in choices.get(name, ()) if value.startswith(prefix)]
 
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more; show tracebacks.")]
@@ -69,7 +69,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Settings to change, as algorithm.lr=1e-3.",
+        help="Overrides of settings, such as algorithm.lr=1e-3.",
         autocompletion=_complete_setting,
     ),
 ]
@@ -77,13 +77,13 @@ RunName = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="A run's folder, or its name or its start in runs/.",
+        help="A run folder, or the name of a run in runs/ or its beginning.",
         autocompletion=_complete_run,
     ),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to use; without it, this machine."),
+    typer.Option(help="Address of a Ray cluster; by default, this machine."),
 ]
 
 
@@ -97,10 +97,12 @@ def _version(wanted: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show it, and end."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Make the user's own modules, in the working directory, importable."""
+    """Makes modules in the working directory importable."""
     try:
         here = os.getcwd()
     except OSError:  # The working directory was deleted.
@@ -115,26 +117,30 @@ def run(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run folder; without it, runs/NAME-DATE-TIME."),
+        typer.Option(help="The run folder; by default, runs/NAME-DATE-TIME."),
     ] = None,
     address: Address = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with OUT if it is begun, by CONFIG.")
+        bool, typer.Option("--resume", help="Resume the run in OUT, if there is one, with CONFIG.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the contents of OUT.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run all stages of a config."""
-    with errors_told(verbose):
+    with report_errors(verbose):
         settings = _load(config, overrides or ())
         out = out or Path("runs") / f"{settings.name[:48]}-{datetime.now():%Y%m%d-%H%M%S}"
         if not out.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
-            _warn("a Ray job's working directory is thrown away; give --out an absolute path")
+            _warn(
+                "a Ray job's working directory is deleted at its end; give --out an absolute path"
+            )
         from dmrl_ray.control import controller
         from dmrl_ray.results.display import Display
 
         folder = out.absolute()
-        with _resumable(folder), _places_told(config, overrides or ()), Display() as display:
+        with _resumable(folder), _locate_errors(config, overrides or ()), Display() as display:
             if resume and (folder / "run.json").exists():
                 controller.resume(folder, config=settings, address=address, display=display)
             else:
@@ -148,15 +154,15 @@ def run(
 def resume(
     run: RunName, overrides: Overrides = None, address: Address = None, verbose: Verbose = False
 ) -> None:
-    """Go on with a run from its last commit; stages.NAME.env_steps=MORE trains for longer."""
-    with errors_told(verbose):
+    """Resume a run from its last commit; stages.NAME.env_steps=MORE trains for longer."""
+    with report_errors(verbose):
         folder = _find_run(run)
-        from dmrl_ray.config.loading import places_told
+        from dmrl_ray.config.loading import locate_errors
         from dmrl_ray.control import controller
         from dmrl_ray.results.display import Display
 
-        told = places_told(folder / "config.yaml", overrides or ())
-        with _resumable(folder), told, Display() as display:
+        located = locate_errors(folder / "config.yaml", overrides or ())
+        with _resumable(folder), located, Display() as display:
             controller.resume(folder, overrides=overrides or (), address=address, display=display)
         _show_end(folder)
 
@@ -166,7 +172,7 @@ def evaluate(
     run: RunName,
     stage: Annotated[
         str | None,
-        typer.Option(help="Stage whose policy to evaluate; the last trained one if left out."),
+        typer.Option(help="Stage whose policy to evaluate; by default, the last trained one."),
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks.")] = 256,
@@ -175,8 +181,8 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print the episodes as JSON.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Play held-out tasks with a policy of a run."""
-    with errors_told(verbose):
+    """Evaluate a policy of a run on held-out tasks."""
+    with report_errors(verbose):
         _choose("--split", split, ("train", "validation", "test"))
         _choose("--checkpoint", checkpoint, ("best", "last"))
         folder = _find_run(run)
@@ -199,8 +205,8 @@ def evaluate(
 
 @app.command()
 def report(run: RunName, verbose: Verbose = False) -> None:
-    """Show what a run achieved."""
-    with errors_told(verbose):
+    """Show the results of a run."""
+    with report_errors(verbose):
         folder = _find_run(run)
         from dmrl_ray.results.report import text_report
 
@@ -210,7 +216,7 @@ def report(run: RunName, verbose: Verbose = False) -> None:
 @app.command()
 def tasks(verbose: Verbose = False) -> None:
     """List the task families."""
-    with errors_told(verbose):
+    with report_errors(verbose):
         from dmrl_ray.results.report import families_report
 
         typer.echo(families_report())
@@ -224,7 +230,7 @@ def config(
     verbose: Verbose = False,
 ) -> None:
     """Check a config, or print it with every default."""
-    with errors_told(verbose):
+    with report_errors(verbose):
         settings = _load(config, overrides or ())
         if resolved:
             from dmrl_ray.config.loading import resolved as resolved_text
@@ -234,18 +240,18 @@ def config(
             from dmrl_ray.control.checks import check
             from dmrl_ray.jobs.memory import summary
 
-            with _places_told(config, overrides or ()):
-                held = check(settings)
+            with _locate_errors(config, overrides or ()):
+                memory = check(settings)
             stages = ", ".join(f"{name} ({s.type})" for name, s in settings.stages.items())
             typer.echo(f"{config}: valid; stages: {stages}")
-            if held:
-                typer.echo(f"memory: {summary(held)}")
+            if memory:
+                typer.echo(f"memory: {summary(memory)}")
 
 
 @app.command()
 def verify(run: RunName, verbose: Verbose = False) -> None:
-    """Check every file of a run against its commits."""
-    with errors_told(verbose):
+    """Verify the files of a run against the checksums in its commits."""
+    with report_errors(verbose):
         folder = _find_run(run)
         from dmrl_ray.errors import CorruptRun
         from dmrl_ray.store.commits import verify as problems_of
@@ -253,27 +259,29 @@ def verify(run: RunName, verbose: Verbose = False) -> None:
         if problems := problems_of(folder):
             typer.echo("\n".join(problems))
             raise CorruptRun(f"{folder}: {len(problems)} problem(s) found")
-        typer.echo(f"{folder}: every file agrees with its commit")
+        typer.echo(f"{folder}: every file matches its commit")
 
 
 @app.command()
 def export(
     run: RunName,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; it must not exist.")],
-    to: Annotated[str, typer.Option(help="rllib: a policy; rllib-data: recorded steps.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Output folder; it must not exist.")
+    ],
+    to: Annotated[str, typer.Option(help="rllib: a policy; rllib-data: recorded transitions.")],
     stage: Annotated[
         str | None,
-        typer.Option(help="Which stage's, or fine-tuned job's; the last trained if left out."),
+        typer.Option(help="A stage or fine-tuned job; by default, the last trained stage."),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
     verbose: Verbose = False,
 ) -> None:
-    """Hand a policy, or recorded steps, to RLlib."""
-    with errors_told(verbose):
+    """Export a policy, or recorded transitions, to RLlib."""
+    with report_errors(verbose):
         _choose("--to", to, ("rllib", "rllib-data"))
         _choose("--checkpoint", checkpoint, ("best", "last"))
         source = _find_run(run)
-        if not verbose:  # RLlib warns of itself.
+        if not verbose:  # RLlib warns that its own API is experimental.
             logging.getLogger("ray").setLevel(logging.ERROR)
         if to == "rllib":
             from dmrl_ray.rllib.policies import export_policy
@@ -288,8 +296,8 @@ def export(
 
 
 @contextmanager
-def errors_told(verbose: bool) -> Iterator[None]:
-    """Turn what a user can do something about into one sentence and an exit code."""
+def report_errors(verbose: bool) -> Iterator[None]:
+    """Shows errors that the user can fix as one sentence; exits with the code of the error."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -301,16 +309,16 @@ def errors_told(verbose: bool) -> Iterator[None]:
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, typer.Exit | typer.Abort):
             raise
-        told = sentence(error)
-        if verbose or told is None:
+        message = sentence(error)
+        if verbose or message is None:
             traceback.print_exception(error)
-        typer.echo(told or f"error: {FAULT}", err=True)
+        typer.echo(message or f"error: {FAULT}", err=True)
         raise typer.Exit(exit_code(error)) from error
 
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """An interruption after a clean commit says how to go on."""
+    """Shows how to resume a run that was interrupted after a commit."""
     from dmrl_ray.errors import Interrupted
 
     try:
@@ -322,7 +330,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 
 def _shown(folder: Path) -> Path:
-    """The folder as the user would type it."""
+    """Returns the folder relative to the working directory, where it is inside."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
@@ -334,11 +342,11 @@ def _load(name: str, overrides: Sequence[str]) -> RunConfig:
     return load_config(find_config(name), overrides)
 
 
-def _places_told(name: str, overrides: Sequence[str]) -> AbstractContextManager[None]:
-    from dmrl_ray.config.loading import places_told
+def _locate_errors(name: str, overrides: Sequence[str]) -> AbstractContextManager[None]:
+    from dmrl_ray.config.loading import locate_errors
     from dmrl_ray.config.paths import find_config
 
-    return places_told(find_config(name), overrides)
+    return locate_errors(find_config(name), overrides)
 
 
 def _find_run(name: str) -> Path:

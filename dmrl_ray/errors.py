@@ -1,31 +1,32 @@
-"""What can go wrong in a run, each with the exit code that the command line ends with.
+"""Errors that a run can raise, each with the exit code of the command line.
 
-0 done, 2 config, 3 folder in use, 4 storage, 5 environment, 6 cluster, 7 numerical. An environment
-that breaks its contract raises `types.EnvironmentFault`, whose code is 5.
+0 success, 2 config, 3 folder in use, 4 storage, 5 environment, 6 cluster, 7 numerical. An
+environment that breaks its contract raises `types.EnvironmentFault`, whose code is 5.
 """
 
 from __future__ import annotations
 
-FAULT = "this is a fault of dmrl_ray, unless the traceback ends in your code; please report it"
+FAULT = "this is a bug in dmrl_ray, unless the traceback ends in your code; please report it"
 
 
 class DmrlError(Exception):
-    """A mistake or misfortune told in one sentence: where, what was found, what to do."""
+    """Base of all errors; the message is one sentence: where, what was found, what to do."""
 
     exit_code = 1
 
 
 class ConfigError(DmrlError, ValueError):
-    """What the user asked for cannot be done."""
+    """The config, the command line or a file given by the user is invalid."""
 
     exit_code = 2
 
 
-class Misfit(ConfigError):
-    """Settings that are valid one by one, but do not fit together.
+class IncompatibleSettings(ConfigError):
+    """Settings that are valid one by one, but not together.
 
     Attributes:
-        problems: stage ("" for the whole config) and sentence, which begins with the setting.
+        problems: (stage, message) pairs; stage is "" for the whole config, and a message begins
+            with the setting.
     """
 
     def __init__(self, problems: list[tuple[str, str]]) -> None:
@@ -40,35 +41,35 @@ class FolderInUse(DmrlError):
 
 
 class StorageError(DmrlError, OSError):
-    """A disk is full, read-only or broken; what was committed is intact."""
+    """A disk is full, read-only or broken; committed data are intact."""
 
     exit_code = 4
 
 
 class CorruptRun(DmrlError):
-    """A run has commits, but none of them is complete."""
+    """No commit of a run is complete, or files differ from their commit."""
 
     exit_code = 4
 
 
 class ClusterError(DmrlError):
-    """The cluster lacks what the run needs, or was lost."""
+    """The cluster lacks resources that the run needs, or was lost."""
 
     exit_code = 6
 
 
 class JobLost(ClusterError):
-    """A job's state went down with a process; it can go on from the newest commit."""
+    """A process died with a job's state; the job can continue from the newest commit."""
 
 
 class NumericalError(DmrlError, ArithmeticError):
-    """Losses or weights stopped being finite."""
+    """Losses, weights or actions became non-finite."""
 
     exit_code = 7
 
 
 class Interrupted(DmrlError):
-    """The run was asked to stop by a signal, and has committed."""
+    """The run was stopped by a signal, after a commit."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by signal {signal_number}")
@@ -76,7 +77,7 @@ class Interrupted(DmrlError):
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code for an error that reached the command line."""
+    """Returns the exit code for an error that reached the command line."""
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
@@ -89,7 +90,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What to tell the user of an error; None for one that only we can mend."""
+    """Returns the message shown to the user; None for a bug, which is shown with its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dmrl_ray"):

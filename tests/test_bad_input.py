@@ -209,7 +209,7 @@ def test_all_mistakes_of_a_config_are_told_at_once():
         ("tasks.type=point_gaol", ["unknown type 'point_gaol'; did you mean 'point_goal'?"]),
         ("algorithm={type: mmal}", ["unknown type 'mmal'; did you mean 'maml'?"]),
         ("network.encoder={type: lsmt}", ["unknown type 'lsmt'; did you mean 'lstm'?"]),
-        ("algorithm={type: cnn}", ["'cnn' stands under 'encoder', not here"]),
+        ("algorithm={type: cnn}", ["'cnn' is a choice for 'encoder', not here"]),
         ("tasks=famly:Broken", ["there is no module 'famly'", "working directory"]),
         ("tasks=family:Brokn", ["has no class 'Brokn'; did you mean 'Broken'?"]),
     ],
@@ -476,7 +476,7 @@ def test_an_existing_run_is_not_overwritten(out):
 @pytest.mark.parametrize("name", ["out", "outt"])
 def test_what_is_no_run_cannot_be_resumed(name, here):
     Path("out").mkdir()
-    why = "is no run, it has no run.json" if name == "out" else "there is no such run"
+    why = "is not a run folder: it has no run.json" if name == "out" else "there is no such run"
     refused(call("resume", name), 2, f"{name}: {why}")
     assert list(Path("out").iterdir()) == []
 

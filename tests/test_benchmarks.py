@@ -34,7 +34,7 @@ def test_else_the_last_step_alone_counts():
     assert returns(episodes(*rows), whole=False)["mean"] == 7
 
 
-def test_a_task_drawn_twice_counts_twice():
+def test_a_task_sampled_twice_counts_twice():
     # Two columns a draw: a was drawn once, b twice, so (1 + 4 + 4) / 3.
     rows = [(0, "s", "a", 0, 0, value) for value in (0, 2)]
     rows += [(0, "s", "b", 0, 0, value) for value in (3, 5, 4, 4)]
@@ -74,7 +74,7 @@ def test_seeds_on_many_tasks_are_as_uncertain_as_their_means():
     assert figures["high"] == pytest.approx(7 / 3 + 3.795, abs=1e-3)
 
 
-def test_training_costs_what_all_stages_before_it_cost():
+def test_the_cost_of_training_includes_all_earlier_stages():
     text = """
 tasks: bandit
 stages:

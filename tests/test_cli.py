@@ -1,4 +1,4 @@
-"""The command line: what a user meets, in particular when something is wrong."""
+"""The command line, in particular its errors."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_building_the_command_line_imports_nothing_heavy():
     assert heavy.isdisjoint(modules_after("import dmrl_ray.__main__"))
 
 
-def test_a_missing_config_is_told_before_anything_heavy_is_imported():
+def test_a_missing_config_is_reported_before_heavy_imports():
     code = "from dmrl_ray.__main__ import app\ntry: app(['config', 'none.yaml'])\n"
     exit_code, *modules = modules_after(code + "except SystemExit as end: print(end.code)")
     assert exit_code == "2"
@@ -100,7 +100,7 @@ def test_a_typo_in_a_command_is_understood():
     assert "Did you mean 'resume'" in call("resum", "x").stderr
 
 
-def test_a_mistake_in_a_config_is_told_with_its_place_and_exit_code_2(here):
+def test_an_error_in_a_config_is_reported_with_its_location_and_exit_code_2(here):
     Path("run.yaml").write_text(CONFIG.replace("env_steps", "env_stesp"))
     answer = call("run", "run.yaml")
     assert answer.exit_code == 2
@@ -130,7 +130,7 @@ stages:
 """
 
 
-def test_a_valid_config_is_said_to_be_valid(here):
+def test_a_valid_config_is_reported_as_valid(here):
     Path("run.yaml").write_text(VALID)
     assert call("config", "run.yaml").stdout == (
         "run.yaml: valid; stages: meta (pretrain)\n"
@@ -178,7 +178,7 @@ def test_the_folder_of_a_run_is_its_name_and_the_time(here, controller):
         (NumericalError("loss is nan"), 7),
     ],
 )
-def test_what_goes_wrong_is_one_sentence_and_an_exit_code(here, controller, error, code):
+def test_an_error_is_one_sentence_and_an_exit_code(here, controller, error, code):
     controller.run = raises(error)
     answer = call("run", "run.yaml")
     assert answer.exit_code == code
@@ -191,7 +191,7 @@ def test_a_long_name_leaves_room_for_the_time(here, controller):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(here, controller, number, code):
+def test_an_interrupted_run_shows_how_to_resume(here, controller, number, code):
     controller.resume = raises(Interrupted(number))
     answer = call("resume", "fine-1")
     assert answer.exit_code == code
@@ -238,7 +238,7 @@ def test_a_run_is_found_by_folder_name_or_beginning(here, controller, name):
 def test_a_run_that_is_not_there_is_named(here):
     RunWriter.create(here / "runs" / "fine-2", CONFIG, {}).close()
     assert "did you mean 'fine-1'" in call("report", "fien-1").stderr
-    assert "more than one run starts so: fine-1, fine-2" in call("report", "fine").stderr
+    assert "fine: matches more than one run: fine-1, fine-2" in call("report", "fine").stderr
     assert call("report", "none").exit_code == 2
 
 
@@ -295,5 +295,5 @@ def test_configs_runs_settings_and_their_values_are_completed(here, typed, offer
     assert answer.output.split()[: len(offered)] == offered
 
 
-def test_the_version_is_told():
+def test_the_version_is_shown():
     assert call("--version").output == f"dmrl_ray {cli.__version__}\n"

@@ -124,7 +124,7 @@ CORPUS = {
     ),
     "a setting by its old name": (
         ("hidden: [32]", "size: 32"),
-        "run.yaml:9:5: network.encoder.size: this setting has another name: hidden_size",
+        "run.yaml:9:5: network.encoder.size: this setting was renamed to hidden_size",
     ),
     "unknown key of a nested component": (
         ("hidden: [32]", "hiden: [32]"),
@@ -198,7 +198,7 @@ CORPUS = {
     ),
     "short name of another setting": (
         (f"type: {__name__}:Tasks", "type: ppo"),
-        "run.yaml:3:3: tasks.type: 'ppo' stands under 'algorithm', not here; choose one of "
+        "run.yaml:3:3: tasks.type: 'ppo' is a choice for 'algorithm', not here; choose one of "
         f"{', '.join(SHORT_NAMES['tasks'])} or give an import path 'module:Class'",
     ),
     "missing module": (
@@ -226,8 +226,8 @@ CORPUS = {
     ),
     "stage that starts from one without a policy": (
         ("      steps: 2k", "      steps: 2k\n  more:\n    type: evaluate\n    init_from: tune"),
-        "run.yaml:26:5: stages.more.init_from: stage 'tune' is of type finetune, which leaves no "
-        "one policy; trained stages: meta",
+        "run.yaml:26:5: stages.more.init_from: stage 'tune' is of type finetune, which does "
+        "not produce a single policy; trained stages: meta",
     ),
     "stage name that escapes the run folder": (
         ("  meta:\n", "  ../meta:\n"),
@@ -298,7 +298,7 @@ def test_all_mistakes_of_a_file_are_shown_in_its_order():
         ("a: " + "9" * 10_000, "limit"),
         ("a: \x00", "not valid YAML"),
         ("a: *b", "aliases (*) are not allowed"),
-        ("? [a]\n: 1", "a key must be a word"),
+        ("? [a]\n: 1", "a key must be a plain scalar"),
         ("--- a: 1\n--- b: 2", "not valid YAML"),
     ],
 )
@@ -371,8 +371,11 @@ def test_overrides_win_over_the_file(tmp_path):
         ("tasks.goals.x=1", "command line: tasks.goals.x: 'goals' is not a section"),
         ("seed.x=1", "command line: seed: must be a whole number, found a section"),
         ("name.x=1", "command line: name: must be a text (put it in quotes), found a section"),
-        ("workers.num", "command line: workers.num: a setting is changed by 'key.path=value'"),
-        ("=3", "command line: a setting is changed by 'key.path=value'"),
+        (
+            "workers.num",
+            "command line: workers.num: an override has the form 'key.path=value'",
+        ),
+        ("=3", "command line: an override has the form 'key.path=value'"),
         ("workers.num=[", "command line: workers.num: not valid YAML"),
         ("workers.num=&a 1", "command line: workers.num: not valid YAML: anchors (&)"),
         ("tasks=bandti", "command line: tasks.type: unknown type 'bandti'"),

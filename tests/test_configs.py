@@ -42,7 +42,7 @@ def test_every_config_reads_back_from_its_resolved_form(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=short)
-def test_a_config_is_named_as_its_file_and_says_what_it_shows(path):
+def test_a_config_is_named_as_its_file_and_has_a_comment_on_its_purpose(path):
     assert load_config(path).name == path.stem
     assert path.read_text().startswith("# ")
 
@@ -52,7 +52,7 @@ def test_smoke_has_all_four_stages():
     assert {stage.type for stage in stages} == {"pretrain", "finetune", "adapt", "evaluate"}
 
 
-def test_every_stage_of_smoke_leaves_its_episodes(smoke):
+def test_every_stage_of_smoke_writes_its_episodes(smoke):
     # 20 steps an episode: 80k steps are 4000 episodes, and 16 tasks are validated on every 5
     # updates; 8 jobs have 4 rounds of 10 episodes; 8 streams x 2 tasks x 4 episodes x 10
     # environments, by an agent that goes on, one that is restarted and one that never adapts;
@@ -90,7 +90,7 @@ def test_smoke_measures_regret_at_every_step_since_a_change(smoke):
         assert (low["value"].to_numpy() < regret["value"].to_numpy()).all()
 
 
-def test_events_of_smoke_tell_its_stages_in_order(smoke):
+def test_events_of_smoke_list_its_stages_in_order(smoke):
     events = dmrl_ray.load(smoke[0], table="events")
     stages = list(load_config(smoke[0] / "config.yaml").stages)
     for event in ("stage_started", "stage_finished"):

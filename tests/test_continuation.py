@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from dmrl_ray import __main__ as cli
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.control import controller
-from dmrl_ray.errors import Misfit
+from dmrl_ray.errors import IncompatibleSettings
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load, run_config
 from dmrl_ray.results.report import _finished, text_report
@@ -206,7 +206,7 @@ def test_a_folder_that_keeps_one_job_alone_goes_on_with_it(tmp_path, long):
         jobs = state.pop("jobs")
         del state["changed"]
         writer.commit(state | {"job": jobs["apart"]}, writer.files)
-    with pytest.raises(Misfit, match="whose learner's state was not kept"):
+    with pytest.raises(IncompatibleSettings, match="whose learner's state was not kept"):
         resume(tmp_path / "run", "stages.train.env_steps=2048")
     resume(tmp_path / "run")
     assert_equal(tmp_path / "run", long)
@@ -296,7 +296,7 @@ def test_stages_cannot_come_or_go_or_change_places(run):
         (["apart", "train", *names[2:]], "stages: this run has another order of them: train"),
     ):
         other = config.model_copy(update={"stages": {n: config.stages[n] for n in chosen}})
-        with pytest.raises(Misfit, match=told):
+        with pytest.raises(IncompatibleSettings, match=told):
             controller.resume(run, config=other, display=Display(quiet=True))
 
 

@@ -1,4 +1,4 @@
-"""What is drawn from a dataset is what was recorded, in order, whatever the files."""
+"""Datasets return the recorded steps in order, independently of files and cache."""
 
 import re
 import sys
@@ -47,11 +47,11 @@ def folder(answers, tmp_path_factory):
 
 
 def history(answers, b, field):
-    """A column's life over all iterations."""
+    """The steps of one environment over all iterations."""
     return np.concatenate([getattr(trial[0], field)[:, b] for _, trial in answers])
 
 
-def test_steps_come_back_as_they_were_played(answers, folder):
+def test_steps_are_read_as_they_were_collected(answers, folder):
     data = opened(folder)
     starts = data.starts["history"]
     assert starts.tolist() == [0, 120, 240, 360, 480]
@@ -84,7 +84,7 @@ def draw(data, seed=0):
     ]
 
 
-def test_what_is_drawn_does_not_depend_on_files_or_memory(answers, folder, tmp_path, monkeypatch):
+def test_samples_do_not_depend_on_files_or_memory(answers, folder, tmp_path, monkeypatch):
     # Other parts, in another order, in row groups of three steps, and nothing kept in memory.
     monkeypatch.setattr("dmrl_ray.store.tables.ROW_GROUP_BYTES", 300)
     other = opened(write(tmp_path / "run", answers, [4, 1, 5, 0, 3, 2]), memory_bytes=1)
@@ -93,23 +93,23 @@ def test_what_is_drawn_does_not_depend_on_files_or_memory(answers, folder, tmp_p
         same(one, two)
 
 
-def test_the_same_stream_draws_the_same_and_another_something_else(folder):
+def test_samples_depend_on_the_random_stream_alone(folder):
     data = opened(folder)
     for one, two in zip(draw(data), draw(data), strict=True):
         same(one, two)
     assert (draw(data, 1)[0].obs != draw(data)[0].obs).any()
 
 
-def test_windows_forget_at_the_ends_of_episodes_and_nowhere_else(folder):
+def test_windows_reset_memory_at_the_ends_of_episodes_and_nowhere_else(folder):
     rollout = opened(folder).windows(np.random.default_rng(0), 20, 60)
     done = rollout.terminated | rollout.truncated
-    # An episode that was still open when recording ended begins another stretch as well.
+    # An episode that was still open when recording ended begins another segment as well.
     assert (rollout.reset[1:] >= done[:-1]).all()
     assert rollout.reset[0].all()
     assert rollout.reset[1:].sum() < done[:-1].sum() + 20
 
 
-def test_windows_take_every_step_equally_often(folder):
+def test_windows_sample_every_step_equally_often(folder):
     data = opened(folder)
     counts = np.zeros(data.num_steps)
     rng = np.random.default_rng(0)
@@ -202,7 +202,7 @@ def external(tmp_path, **columns):
     return str(path)
 
 
-def test_columns_of_others_are_mapped_and_their_episodes_found(tmp_path):
+def test_columns_of_external_files_are_mapped_and_their_episodes_found(tmp_path):
     file = external(
         tmp_path,
         o=[[float(i)] for i in range(7)],
@@ -219,7 +219,7 @@ def test_columns_of_others_are_mapped_and_their_episodes_found(tmp_path):
     assert not rollout.reward.any()
 
 
-def test_episodes_of_others_may_be_numbered(tmp_path):
+def test_episodes_of_external_files_may_be_numbered(tmp_path):
     file = external(tmp_path, obs=[[0.0]] * 6, action=[0] * 6, episode=[1, 1, 5, 5, 5, 9])
     assert Dataset(External((file,), {}), *LINE).starts["episode"].tolist() == [0, 2, 5, 6]
 
@@ -271,12 +271,12 @@ def test_settings_that_name_no_source_are_refused(settings, message):
         DataSettings(**settings)
 
 
-def test_what_does_not_fit_the_family_is_refused(folder, tmp_path):
+def test_data_that_do_not_match_the_family_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="4 numbers"):
         opened(folder, LINE)
-    with pytest.raises(ValueError, match="actions that the task family does not have"):
+    with pytest.raises(ValueError, match="not in the action space of the task family"):
         opened(folder, (CART[0], Box(-1, 1, (2,), np.float32)))
-    with pytest.raises(ValueError, match="no transitions are recorded"):
+    with pytest.raises(ValueError, match="no transitions were recorded"):
         Recorded((str(tmp_path),), None)
     with pytest.raises(ValueError, match="record a stage"):
         Dataset(Recorded((str(folder),), "other"), *CART)
@@ -326,7 +326,7 @@ def all_finite(rollout):
         ("truncated", 4, None, {0, 1, 2, 3, 5, 6, 7, 8}),
     ],
 )
-def test_steps_that_are_not_finite_are_not_drawn_and_nothing_is_joined_over_them(
+def test_non_finite_steps_are_not_sampled_and_nothing_is_joined_over_them(
     tmp_path, column, row, value, left
 ):
     data = holed(tmp_path, **{column: {row: value}})
@@ -354,7 +354,7 @@ def test_a_trial_with_a_gap_is_left_out_as_a_whole(tmp_path):
 def test_the_first_rows_that_are_left_out_are_named_and_the_others_counted(tmp_path):
     data = holed(tmp_path, obs={1: [np.nan], 8: [np.nan]}, reward=dict.fromkeys((1, 3, 7), np.nan))
     first = ("theirs.parquet row 1: obs, reward", "theirs.parquet row 3: reward")
-    assert str(data.left_out).startswith("4 of 9 rows hold numbers that are not finite: ")
+    assert str(data.left_out).startswith("4 of 9 rows hold non-finite numbers: ")
     assert all(place in str(data.left_out) for place in first)
     assert str(data.left_out).endswith("row 7: reward and 1 more")
 
@@ -369,17 +369,19 @@ def test_recorded_rows_are_named_with_their_stage_and_environment(answers, tmp_p
     assert data.left_out.of == 480
 
 
-def test_data_of_which_nothing_is_left_are_refused_by_their_name(tmp_path):
+def test_data_without_any_finite_row_are_refused_by_name(tmp_path):
     rng = np.random.default_rng(0)
     data = holed(tmp_path, reward=dict.fromkeys(range(9), np.nan))
     with pytest.raises(ConfigError, match=r"data: nothing is left .* 9 of 9 rows .*theirs.parquet"):
         data.windows(rng, 1, 1)
     data = holed(tmp_path, reward=dict.fromkeys((0, 4, 8), np.nan))
-    with pytest.raises(ConfigError, match=r"data: no episode is whole.* 3 of 9 .*theirs.parquet"):
+    with pytest.raises(
+        ConfigError, match=r"data: no episode is complete.* 3 of 9 .*theirs.parquet"
+    ):
         data.units(rng, "episode", 1, 1)
 
 
-def test_what_is_left_out_depends_neither_on_memory_nor_on_what_was_drawn(tmp_path):
+def test_rows_left_out_depend_neither_on_memory_nor_on_earlier_samples(tmp_path):
     data = holed(tmp_path, obs={4: [np.nan]})
     other = Dataset(data._source, *LINE, memory_bytes=1)
     for one, two in zip(draw(data), draw(data), strict=True):

@@ -395,7 +395,7 @@ def test_all_stages_of_a_run_on_a_device(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["workers.num=2"], "rollout.device: cpu keeps everything in this process, which needs"),
+        (["workers.num=2"], "rollout.device: cpu runs everything in this process, which requires"),
         (
             ["tasks={type: cartpole}"],
             "task family 'cartpole' steps in NumPy alone; use null, or one",

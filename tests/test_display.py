@@ -81,7 +81,7 @@ def test_quiet_shows_nothing():
     assert stream.getvalue() == ""
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run():
+def test_a_closed_output_does_not_end_the_run():
     with Display(stream=Gone()) as display:
         display.update("meta", 5)
         display.message("hello")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmrl_ray.config.loading import parse_config, places_told
+from dmrl_ray.config.loading import locate_errors, parse_config
 from dmrl_ray.control.checks import check
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.jobs.memory import (
@@ -214,7 +214,7 @@ def test_what_the_machine_cannot_hold_is_refused_and_not_made(tmp_path, monkeypa
     file.write_text(text(**LARGE[override]))
     setting, before = override.partition("=")[0], peak_bytes()
     start = time.monotonic()
-    with pytest.raises(ConfigError) as refused, places_told(file, [override]):
+    with pytest.raises(ConfigError) as refused, locate_errors(file, [override]):
         check(parse_config(file.read_text(), str(file), [override]))
     assert time.monotonic() - start < 10
     assert f"{setting}: " in str(refused.value)

@@ -86,7 +86,7 @@ def test_each_point_of_experience_is_a_row_of_its_mean_and_interval():
     assert cells(report, "final") == ["final", *first, "0.30 [-0.97, 1.57]"]
     assert cells(report, "rl2, greedy") == ["rl2, greedy", *second, "0.80 [-0.47, 2.07]"]
     assert cells(report, "2 test tasks") == ["2 test tasks", "", "", "", ""]
-    assert "Intervals are over tasks. [?]: too little was played to know one. Score" in report
+    assert "Intervals are over tasks. [?]: too few episodes for an interval. Score" in report
 
 
 def test_returns_stand_alone_where_no_score_is_known():
@@ -165,7 +165,7 @@ def test_many_points_keep_the_first_and_the_last():
     assert "Shown are 6 of 12 points" in lines[-1]
 
 
-def test_a_figure_of_fewer_tasks_says_of_how_many():
+def test_a_mean_over_fewer_tasks_shows_their_number():
     rows = [
         episode("final", "test", task, 0, 0.1 * task if task < 5 else math.nan)
         for task in range(10)
@@ -213,8 +213,8 @@ def test_regret_is_averaged_over_windows_of_steps_for_each_agent(tmp_path):
     first = ["9.5 [9, 10]", "5.5 [5, 6]", "1.5 [1, 2]"]
     assert "| 1-4 " in report
     assert lines == [
-        ["stream", "as it goes", "first", *first],
-        ["stream", "as it goes", "later", *later],
+        ["stream", "continuing", "first", *first],
+        ["stream", "continuing", "later", *later],
         ["stream", "restarted", "first", *first],
         ["stream", "restarted", "later", *later],
     ]
@@ -328,7 +328,7 @@ def test_how_a_run_ended_is_one_line_without_the_traceback(tmp_path):
     assert cells(report, "run_failed")[3] == "error KeyError, reason two lines"
 
 
-def test_a_run_without_rows_says_so(tmp_path):
+def test_a_run_without_rows_is_reported_as_such(tmp_path):
     report = text_report(run_of(tmp_path))
     assert "Nothing is committed yet." in report
     assert "seed       7" in report
@@ -340,7 +340,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         text_report(tmp_path / "nothing")
 
 
-def test_an_evaluation_says_how_much_was_played(tmp_path):
+def test_an_evaluation_shows_its_numbers_of_episodes_and_tasks(tmp_path):
     rows = [episode("final", "test", t, s, 0.5) for t, s in itertools.product(range(3), range(2))]
     report = evaluation_report(load(run_of(tmp_path, episodes=rows)))
     assert report.startswith("6 episodes on 3 tasks")

@@ -130,7 +130,7 @@ def test_runs_whose_folders_have_one_name_stay_two(tmp_path):
 
 def test_nothing_found_is_one_sentence_with_a_suggestion(tmp_path):
     make_run(tmp_path / "point_goal-1", {})
-    with pytest.raises(ValueError, match=r"no run found there; did you mean .*point_goal-1"):
+    with pytest.raises(ValueError, match=r"no run found; did you mean .*point_goal-1"):
         load(tmp_path / "point_goal1")
     with pytest.raises(ValueError, match="did you mean 'episodes'"):
         load(tmp_path / "point_goal-1", "episode")
@@ -217,7 +217,7 @@ def test_every_task_counts_once_in_the_adaptation_curve():
     assert curve["tasks"].tolist() == [2, 2]
 
 
-def test_a_task_counts_as_often_as_it_was_drawn():
+def test_a_task_counts_as_often_as_it_was_sampled():
     # Task a was drawn three times and b once, each for two copies that play side by side.
     frame = episodes(*[("a", 0, 0, 0.0)] * 6, *[("b", 0, 0, 1.0)] * 2)
     (row,) = adaptation(frame).to_dict("records")
@@ -236,7 +236,7 @@ def test_the_mean_of_unequal_draws_is_that_of_the_family():
     assert row["starts"] == 2000
 
 
-def test_parallel_copies_are_one_start_unless_experience_tells_them_apart():
+def test_parallel_copies_are_one_start_unless_experience_distinguishes_them():
     # Two episodes each: copies share what came before the second, an agent that is alone does not.
     rows = [(task, 0, e, 1.0) for task in "ab" for e in (0, 1) for _ in range(4)]
     frame = episodes(*rows)
@@ -283,7 +283,7 @@ def test_agents_of_a_stream_changes_and_splits_are_never_mixed():
         assert (curve.loc[curve["change"].notna(), "starts"] == 4).all()
 
 
-def test_every_seed_counts_once_however_many_tasks_it_met():
+def test_every_seed_counts_once_whatever_its_number_of_tasks():
     rows = [("a", 0, 0, 2.0)] + [(task, 1, 0, 4.0) for task in "bcd"]
     (row,) = adaptation(episodes(*rows)).to_dict("records")
     assert row["by_seed"] == [2.0, 4.0]
@@ -349,7 +349,7 @@ def test_steps_are_an_axis_too():
     assert curve["experience_episodes"].tolist() == [0, 20, 0, 1, 2]
     with pytest.raises(ValueError, match="'return' is not one of experience_episodes"):
         over_experience(on_one_axis(), "return")
-    with pytest.raises(ValueError, match="points: 1 is not 2 or more"):
+    with pytest.raises(ValueError, match="points: must be at least 2"):
         over_experience(on_one_axis(), points=1)
     assert over_experience(on_one_axis(), by=("algorithm",)).columns.is_unique
 
@@ -390,7 +390,7 @@ def two_methods(tasks=16):
     return pd.concat([maml, rl2.assign(**{"return": rl2["return"] + better})])
 
 
-def test_what_is_common_to_both_leaves_a_paired_difference():
+def test_variance_common_to_both_leaves_a_paired_difference():
     (row,) = paired(two_methods(), "rl2", "maml").to_dict("records")
     assert (row["mean"], row["low"], row["high"]) == pytest.approx((2, 2, 2), abs=0.01)
     assert row["by_seed"] == pytest.approx([2] * 5, abs=0.01)
@@ -399,7 +399,7 @@ def test_what_is_common_to_both_leaves_a_paired_difference():
     assert (alone["high"] - alone["low"] > 2).all()
 
 
-def test_only_what_both_met_is_paired():
+def test_only_shared_tasks_are_paired():
     frame = two_methods()
     lacking = (frame["algorithm"] == "rl2") & ((frame["seed"] == 4) | (frame["task_id"] == "3"))
     (row,) = paired(frame[~lacking], "rl2", "maml").to_dict("records")
@@ -421,7 +421,7 @@ def test_one_task_of_64_does_not_make_a_policy_better():
     assert found.loc["return", "policy_low"] < 0 < found.loc["return", "policy_high"]
 
 
-def test_what_cannot_be_paired_is_said():
+def test_methods_without_shared_tasks_are_refused():
     frame = two_methods()
     with pytest.raises(ValueError, match="algorithm: no episode of 'ppo'; there are 'maml', 'rl2'"):
         paired(frame, "rl2", "ppo")
@@ -431,7 +431,7 @@ def test_what_cannot_be_paired_is_said():
     crossed = (frame["algorithm"] == "rl2") == (
         frame["seed"] % 2 == frame["task_id"].astype(int) % 2
     )
-    with pytest.raises(ValueError, match="no seed met a task with 'rl2' and with 'maml'"):
+    with pytest.raises(ValueError, match="'rl2' and 'maml' share no task within a seed"):
         paired(frame[crossed], "rl2", "maml")
 
 
@@ -439,7 +439,7 @@ def test_what_cannot_be_paired_is_said():
     ("values", "known"),
     [(["x", None], "'x'"), ([True, False], "False, True"), ([1.0, np.nan], "1.0")],
 )
-def test_what_there_is_to_pair_is_listed_plainly(values, known):
+def test_values_that_can_be_paired_are_listed_plainly(values, known):
     frame = two_methods().assign(kind=values * 80)
     with pytest.raises(ValueError, match=f"no episode of 'b'; there are {known}$"):
         paired(frame, "x" if "x" in values else values[0], "b", by="kind")

@@ -478,7 +478,7 @@ def below(kind: type) -> list[type]:
     return [more for child in kind.__subclasses__() for more in (child, *below(child))]
 
 
-def test_what_is_not_seen_has_its_place():
+def test_settings_listed_as_unseen_exist():
     fields = {f"{section.name}.{name}" for section in SECTIONS for name in section.fields()}
     assert set(UNSEEN) <= fields
 
@@ -492,7 +492,7 @@ CONDITIONAL = {
 
 
 @pytest.mark.parametrize("case", CONDITIONAL)
-def test_what_another_setting_switches_off_is_refused(case, data):
+def test_settings_without_effect_are_refused(case, data):
     section, name = CONDITIONAL[case]
     other, values = section.model.conditions()[name]
     config = base_of(section, name, data)
@@ -547,7 +547,7 @@ def test_learners_of_their_own_need_workers():
         check(config)
 
 
-def test_the_page_on_settings_names_what_changes_no_result():
+def test_the_page_on_settings_lists_settings_without_effect_on_results():
     page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
     for name in UNSEEN:
         shown = name.replace("run.", "").replace("data.", "")

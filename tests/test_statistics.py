@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import binom
 
 from dmrl_ray.results.statistics import (
-    DIFFERENCE_OF_SHARES,
-    SHARE,
+    DIFFERENCE_OF_PROPORTIONS,
+    PROPORTION,
     exact_interval,
     method_interval,
     policy_interval,
@@ -36,8 +36,8 @@ def test_three_values_have_students_t():
 
 def test_sixteen_failures_leave_a_fifth_possible():
     # The largest rate p at which sixteen failures have probability 0.025: 1 - 0.025 ** (1 / 16).
-    assert policy_interval(np.zeros(16), SHARE) == pytest.approx((0, 1 - 0.025 ** (1 / 16)))
-    assert policy_interval(np.ones(16), SHARE) == pytest.approx((0.025 ** (1 / 16), 1))
+    assert policy_interval(np.zeros(16), PROPORTION) == pytest.approx((0, 1 - 0.025 ** (1 / 16)))
+    assert policy_interval(np.ones(16), PROPORTION) == pytest.approx((0.025 ** (1 / 16), 1))
 
 
 @pytest.mark.parametrize("trials", [2, 16, 64])
@@ -59,9 +59,9 @@ def test_values_that_are_all_the_same_do_not_bound_others(value, count):
     assert np.isnan(method_interval(np.tile(same, (5, 1)))).all()
 
 
-def test_only_what_is_known_to_be_an_outcome_has_the_interval_of_one():
+def test_only_declared_outcomes_have_the_exact_interval():
     values = 1.0 * (np.arange(16) % 4 == 0)
-    assert policy_interval(values, SHARE) == exact_interval(4, 16)
+    assert policy_interval(values, PROPORTION) == exact_interval(4, 16)
     both = t_interval(values), studentised_interval(np.sort(values))
     assert policy_interval(values) == (min(both)[0], max(end for _, end in both))
 
@@ -73,7 +73,7 @@ def test_differences_of_outcomes_are_covered_however_rare_they_are(pairs, rate, 
     rng = np.random.default_rng(0)
     chances = [rate * won, rate * (1 - won), 1 - rate]
     samples = rng.choice([1.0, -1.0, 0.0], (600, pairs), p=chances)
-    intervals = [policy_interval(sample, DIFFERENCE_OF_SHARES) for sample in samples]
+    intervals = [policy_interval(sample, DIFFERENCE_OF_PROPORTIONS) for sample in samples]
     assert coverage(intervals, rate * (2 * won - 1)) >= 0.92
 
 
@@ -85,20 +85,20 @@ def test_returns_that_seldom_differ_are_covered_where_an_interval_is_known(rate)
     assert coverage(intervals, 0.0) >= 0.92
 
 
-def test_a_task_that_differs_does_not_tell_two_policies_apart():
+def test_a_single_task_that_differs_does_not_distinguish_two_policies():
     # Two more pairs, won and lost: mean 1 / 66, variance (3 / 66 - 1 / 66^2) / 66 = 0.02614^2, and
     # Student's t of 63 degrees of freedom is 1.998.
     differences = np.eye(64)[0]
-    low, high = policy_interval(differences, DIFFERENCE_OF_SHARES)
+    low, high = policy_interval(differences, DIFFERENCE_OF_PROPORTIONS)
     assert (low, high) == pytest.approx((-0.0371, 0.0674), abs=2e-4)
-    assert policy_interval(-differences, DIFFERENCE_OF_SHARES) == (-high, -low)
+    assert policy_interval(-differences, DIFFERENCE_OF_PROPORTIONS) == (-high, -low)
 
 
-def test_no_interval_of_success_leaves_zero_to_one():
+def test_intervals_of_success_are_within_zero_and_one():
     rates = np.array([1.0, 0.9375, 0.9375, 0.9375, 0.5])
     assert t_interval(rates)[1] > 1
-    assert policy_interval(rates, SHARE)[1] == 1
-    assert method_interval(own_tasks(np.tile(rates[:, None], (1, 2))), SHARE)[1] == 1
+    assert policy_interval(rates, PROPORTION)[1] == 1
+    assert method_interval(own_tasks(np.tile(rates[:, None], (1, 2))), PROPORTION)[1] == 1
 
 
 def test_a_skewed_mean_over_sixteen_tasks_is_covered():
@@ -164,7 +164,7 @@ def test_tasks_that_all_seeds_share_are_part_of_the_uncertainty():
     assert coverage([t_interval(table.mean(axis=1)) for table in tables], 0.0) < 0.7
 
 
-def test_shared_tasks_never_narrow_what_three_seeds_show():
+def test_shared_tasks_never_narrow_the_interval_of_three_seeds():
     rng = np.random.default_rng(0)
     for _ in range(50):
         table = rng.normal(size=(3, 64)) + rng.normal(size=(3, 1))
@@ -175,7 +175,7 @@ def test_shared_tasks_never_narrow_what_three_seeds_show():
 
 
 def test_seeds_that_all_always_succeed_are_not_certain():
-    assert method_interval(np.ones((5, 64)), SHARE) == exact_interval(64, 64)
+    assert method_interval(np.ones((5, 64)), PROPORTION) == exact_interval(64, 64)
 
 
 def test_a_single_task_that_seeds_share_could_be_any():

@@ -1,1 +1,1 @@
-"""Other libraries, on the same task, network and settings, in turns with this one."""
+"""Comparison with other libraries on the same tasks, network and settings."""

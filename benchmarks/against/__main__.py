@@ -1,13 +1,13 @@
-"""Another library on the same task, network, settings and environments, in turns with this one.
+"""Compares another library with this one on the same tasks, network and settings.
 
     python -m benchmarks.against rllib                       # both tasks, three rounds
     python -m benchmarks.against sb3 --rows cartpole --rounds 5 --seconds 20
 
 Peers are ``sb3`` (Stable-Baselines3, and sb3-contrib's recurrent PPO), ``rllib``, and ``jitted``,
-a loop that JAX compiles whole. None is installed by default: ``pip install -c constraints.txt -e
-'.[peers]'``. Everything comes from the row's config, so that both sides have the same settings; a
-round is one run of each of our variants and one of the peer, and a ratio is of one round. Prints a
-JSON line for each variant and a table.
+a training loop compiled as a whole by JAX. None is installed by default: ``pip install -c
+constraints.txt -e '.[peers]'``. All settings are those of the row's config. A round is one run of
+each of our variants and one of the peer, and ratios are taken within rounds. Prints a JSON line for
+each variant and a table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dmrl_ray.config.loading import parse_config
 
 TASKS = ("cartpole", "bandit_n10")
 COSTS_US = (0, 100, 1000, 10_000)
-"""CPU time of an environment step, for what an expensive environment does to the ratio."""
+"""Additional CPU microseconds of an environment step, for the ratio with expensive environments."""
 
 COLUMNS = (
     "task",
@@ -49,17 +49,17 @@ COLUMNS = (
 
 
 def ratios(mine: Sequence[Figures], theirs: Sequence[Figures]) -> Figure:
-    """Of steps per second, round by round."""
+    """Returns the ratios of steps per second over rounds."""
     return summary([{"x": a["sps"] / b["sps"]} for a, b in zip(mine, theirs, strict=True)])["x"]  # type: ignore[operator]
 
 
 def with_costly_steps(mine_us: float, theirs_us: float) -> dict[int, float]:
-    """How many times the peer's CPU time is ours, where the environment takes more of both."""
+    """Returns ratios of CPU time, peer over ours, by additional cost of an environment step."""
     return {cost: (theirs_us + cost) / (mine_us + cost) for cost in COSTS_US}
 
 
 def score(row: str, returns: float | None) -> float | None:
-    """Of a mean return: 0 what random actions get, 1 the best that is known."""
+    """Returns the score of a mean return: 0 is the random policy, 1 the best known reference."""
     matched = match(row, 0, 0)
     tasks = matched.family().sample(np.random.default_rng(0), 1, "train")
     reference = matched.family().reference(tasks[0])
@@ -72,7 +72,7 @@ def score(row: str, returns: float | None) -> float | None:
 def line(
     row: str, peer: str, variant: str, mine: Sequence[Figures], theirs: Sequence[Figures]
 ) -> dict[str, object]:
-    """Everything that was found out about one of our variants and the peer."""
+    """Returns the figures of one of our variants and the peer."""
     both = {"ours": summary(mine), "theirs": summary(theirs)}
     cpu = [both[side]["cpu_us_per_step"]["median"] for side in both]
     return {
@@ -91,7 +91,7 @@ def line(
 
 
 def cells(line: Mapping[str, object]) -> list[str]:
-    """Of the table."""
+    """Returns the cells of a line of the table."""
     runs: int = line["runs"]  # type: ignore[assignment]
     figures = [
         shown(line[side][name], runs)  # type: ignore[index]
@@ -105,7 +105,7 @@ def cells(line: Mapping[str, object]) -> list[str]:
 
 
 def comparable(row: Row, variant: Variant) -> bool:
-    """It changes how the row's work is done, and not what the work is."""
+    """Returns whether a variant has the same algorithm, network and number of environments."""
     configs = (parse_config(row.text, "row", list(s)) for s in ((), variant.settings))
     plain, changed = (
         (c.algorithm, c.network, c.rollout.shards * c.rollout.num_envs) for c in configs
@@ -116,7 +116,7 @@ def comparable(row: Row, variant: Variant) -> bool:
 def rounds(
     peer: str, row: str, only: str, number_of: int, seconds: float, limit: float
 ) -> list[dict[str, object]]:
-    """Run both sides in turns."""
+    """Runs both sides in alternation."""
     before = machine()
     variants = ROWS[row].variants.items()
     kept = [name for name, v in variants if only in name and comparable(ROWS[row], v)]
@@ -133,7 +133,7 @@ def rounds(
 
 
 def run_peer(peer: str, row: str, seconds: float, limit: float) -> Figures:
-    """One run, in a process of its own."""
+    """Runs the peer once, in a separate process."""
     answer = subprocess.run(
         [sys.executable, "-m", "benchmarks.against.one", peer, row, str(seconds), str(limit)],
         stdout=subprocess.PIPE,
@@ -148,10 +148,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--rows", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--only", default="", help="of our variants, those whose names hold this")
+    parser.add_argument("--only", default="", help="only variants whose names contain this")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds to wait for a target")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="maximum seconds until the target is reached"
+    )
     options = parser.parse_args()
     fail_on_missing(importlib.import_module(f"benchmarks.against.{options.peer}").NEEDS)
     lines = []
@@ -162,10 +164,10 @@ def main() -> None:
             print(json.dumps(found), flush=True)
     table = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(found) for found in lines)]
     print(f"\n{machine()}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table))
-    print("\nThe peer's CPU time over ours, if a step of the environment took more of both:")
+    print("\nRatio of CPU time, peer over ours, with additional cost of an environment step:")
     for found in lines:
         by_cost: dict[int, float] = found["cpu_ratio_by_env_us"]  # type: ignore[assignment]
-        text = ", ".join(f"{cost} µs more {ratio:.2f}" for cost, ratio in by_cost.items())
+        text = ", ".join(f"+{cost} µs {ratio:.2f}" for cost, ratio in by_cost.items())
         print(f"  {found['row']}, {found['variant']}: {text}")
 
 

@@ -1,8 +1,8 @@
-"""PPO with environment, rollout and update in one compiled JAX function: the limit of this machine.
+"""PPO with environment, rollout and update in one compiled JAX function.
 
-Written for this comparison, in the manner of fully compiled training (Lu et al., "Discovered Policy
-Optimisation", 2022): nothing that is trained here leaves the compiled function, which therefore
-knows no environment but those written in it. Compiling counts as setting up.
+Written for this comparison, as an upper bound of the speed on this machine, in the style of fully
+compiled training (Lu et al., "Discovered Policy Optimisation", 2022), which is limited to
+environments written in JAX. Compilation is not part of the measured time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NEEDS = ("jax", "optax")
 
 
 class Task(NamedTuple):
-    """An environment of one column, vectorised by `vmap`."""
+    """A single environment, vectorised by `vmap`."""
 
     width: int  # of an observation
     actions: int
@@ -26,7 +26,7 @@ class Task(NamedTuple):
 
 
 def train(match: Match) -> Clock:
-    """Train until the clock says stop."""
+    """Trains until the clock is over."""
     import jax
 
     task = bandit(match) if match.memory else cartpole()
@@ -44,7 +44,7 @@ def train(match: Match) -> Clock:
 
 
 def newest(ended: list[tuple[float, int]], window: int) -> float | None:
-    """Mean return of at least as many of the newest episodes, iteration by iteration."""
+    """Returns the mean return of the newest iterations with at least `window` episodes."""
     total, count = 0.0, 0
     for returns, episodes in reversed(ended):
         total, count = total + returns, count + episodes
@@ -54,7 +54,7 @@ def newest(ended: list[tuple[float, int]], window: int) -> float | None:
 
 
 def cartpole() -> Task:
-    """CartPole-v1; a state is position, speed, angle, angular speed and time."""
+    """Returns CartPole-v1; the state is position, velocity, angle, angular velocity and time."""
     import jax
     import jax.numpy as jnp
 
@@ -78,7 +78,7 @@ def cartpole() -> Task:
 
 
 def bandit(match: Match) -> Task:
-    """Bernoulli arms; a state is their odds, the last action, reward and end, and time."""
+    """Returns a Bernoulli bandit; state: probabilities, last action, reward and done, and time."""
     import jax
     import jax.numpy as jnp
 
@@ -93,15 +93,15 @@ def bandit(match: Match) -> Task:
         return jnp.concatenate([jnp.zeros(1), action, jnp.stack([reward, end])])
 
     def step(key: Any, state: Any, action: Any) -> tuple[Any, Any, Any]:
-        odds, _, _, _, t = state
-        reward = (jax.random.uniform(key) < odds[action]).astype(jnp.float32)
-        return (odds, jax.nn.one_hot(action, arms), reward, 0.0, t + 1), reward, t + 1 >= pulls
+        probs, _, _, _, t = state
+        reward = (jax.random.uniform(key) < probs[action]).astype(jnp.float32)
+        return (probs, jax.nn.one_hot(action, arms), reward, 0.0, t + 1), reward, t + 1 >= pulls
 
     return Task(arms + 3, arms, begin, observe, step)
 
 
 def network(match: Match, task: Task) -> tuple[Any, Any]:
-    """Functions (key -> parameters) and (parameters, obs, memory -> logits, value, memory)."""
+    """Returns (key -> parameters) and (parameters, obs, memory -> logits, value, memory)."""
     import jax
     import jax.numpy as jnp
 
@@ -121,10 +121,10 @@ def network(match: Match, task: Task) -> tuple[Any, Any]:
 
     def make(key: Any) -> Any:
         one, two, three = jax.random.split(key, 3)
-        read = match.memory or task.width
+        inputs = match.memory or task.width
         heads = {
-            "pi": layers(one, [read, *match.hidden, task.actions], 0.01),
-            "value": layers(two, [read, *match.hidden, 1], 1.0),
+            "pi": layers(one, [inputs, *match.hidden, task.actions], 0.01),
+            "value": layers(two, [inputs, *match.hidden, 1], 1.0),
         }
         if match.memory:
             size = (task.width + match.memory, 4 * match.memory)
@@ -145,7 +145,7 @@ def network(match: Match, task: Task) -> tuple[Any, Any]:
 
 
 def compiled(match: Match, task: Task) -> tuple[Any, Any]:
-    """Functions (key -> carry) and (carry -> carry, sum and number of returns)."""
+    """Returns (key -> carry) and (carry -> carry, sum and number of returns)."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -153,11 +153,11 @@ def compiled(match: Match, task: Task) -> tuple[Any, Any]:
     make, apply = network(match, task)
     clipped = optax.clip_by_global_norm(match.max_grad_norm)
     optimizer = optax.chain(clipped, optax.adam(match.lr, eps=1e-5))
-    columns = match.num_envs
-    fresh = jax.vmap(task.begin)
+    num_envs = match.num_envs
+    reset = jax.vmap(task.begin)
 
-    def blank() -> Any:
-        size = (columns, match.memory)
+    def initial_memory() -> Any:
+        size = (num_envs, match.memory)
         return (jnp.zeros(size), jnp.zeros(size)) if match.memory else ()
 
     def where(end: Any, new: Any, old: Any) -> Any:
@@ -168,25 +168,25 @@ def compiled(match: Match, task: Task) -> tuple[Any, Any]:
     def first(key: Any) -> Any:
         key, one, two = jax.random.split(key, 3)
         parameters = make(one)
-        state = fresh(jax.random.split(two, columns))
-        earned = jnp.zeros(columns)
-        return key, parameters, optimizer.init(parameters), state, blank(), earned
+        state = reset(jax.random.split(two, num_envs))
+        returns = jnp.zeros(num_envs)
+        return key, parameters, optimizer.init(parameters), state, initial_memory(), returns
 
     def act(carry: Any, key: Any) -> tuple[Any, Any]:
-        parameters, state, memory, earned = carry
+        parameters, state, memory, returns = carry
         obs = jax.vmap(task.observe)(state)
         logits, value, memory = apply(parameters, obs, memory)
         one, two, three = jax.random.split(key, 3)
         action = jax.random.categorical(one, logits)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], 1)[:, 0]
-        keys = jax.random.split(two, columns)
+        keys = jax.random.split(two, num_envs)
         state, reward, end = jax.vmap(task.step)(keys, state, action)
-        earned = earned + reward
-        row = (obs, action, log_prob, value, jnp.broadcast_to(reward, (columns,)), end)
-        over = jnp.where(end, earned, 0.0)
-        state = where(end, fresh(jax.random.split(three, columns)), state)
-        memory = where(end, blank(), memory)
-        return (parameters, state, memory, jnp.where(end, 0.0, earned)), (*row, over)
+        returns = returns + reward
+        row = (obs, action, log_prob, value, jnp.broadcast_to(reward, (num_envs,)), end)
+        ended = jnp.where(end, returns, 0.0)
+        state = where(end, reset(jax.random.split(three, num_envs)), state)
+        memory = where(end, initial_memory(), memory)
+        return (parameters, state, memory, jnp.where(end, 0.0, returns)), (*row, ended)
 
     def advantages(value: Any, reward: Any, end: Any, last: Any) -> Any:
         def back(carry: Any, row: Any) -> tuple[Any, Any]:
@@ -201,20 +201,20 @@ def compiled(match: Match, task: Task) -> tuple[Any, Any]:
 
     def loss(parameters: Any, part: Any) -> Any:
         obs, action, old, advantage, target = part
-        if match.memory:  # Whole trials (T, B), from an empty memory.
-            empty = jnp.zeros((obs.shape[1], match.memory))
+        if match.memory:  # Whole trials (T, B), from the initial memory.
+            zeros = jnp.zeros((obs.shape[1], match.memory))
 
-            def read(memory: Any, x: Any) -> tuple[Any, Any]:
+            def forward(memory: Any, x: Any) -> tuple[Any, Any]:
                 logits, value, memory = apply(parameters, x, memory)
                 return memory, (logits, value)
 
-            logits, value = jax.lax.scan(read, (empty, empty), obs)[1]
+            logits, value = jax.lax.scan(forward, (zeros, zeros), obs)[1]
         else:
             logits, value, _ = apply(parameters, obs, ())
         log = jax.nn.log_softmax(logits)
         ratio = jnp.exp(jnp.take_along_axis(log, action[..., None], -1)[..., 0] - old)
-        bounded = jnp.clip(ratio, 1 - match.clip, 1 + match.clip)
-        policy = -jnp.minimum(ratio * advantage, bounded * advantage).mean()
+        clipped = jnp.clip(ratio, 1 - match.clip, 1 + match.clip)
+        policy = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
         entropy = -(jnp.exp(log) * log).sum(-1).mean()
         error = 0.5 * jnp.square(value - target).mean()
         return policy + match.value_coef * error - match.entropy_coef * entropy
@@ -222,16 +222,16 @@ def compiled(match: Match, task: Task) -> tuple[Any, Any]:
     def learn(carry: Any, part: Any) -> tuple[Any, None]:
         parameters, moments = carry
         gradient = jax.grad(loss)(parameters, part)
-        change, moments = optimizer.update(gradient, moments, parameters)
-        return (optax.apply_updates(parameters, change), moments), None
+        updates, moments = optimizer.update(gradient, moments, parameters)
+        return (optax.apply_updates(parameters, updates), moments), None
 
     def iterate(carry: Any) -> tuple[Any, Any]:
-        key, parameters, moments, state, memory, earned = carry
+        key, parameters, moments, state, memory, returns = carry
         key, one, two = jax.random.split(key, 3)
         keys = jax.random.split(one, match.num_steps)
-        rolled, rows = jax.lax.scan(act, (parameters, state, memory, earned), keys)
-        _, state, memory, earned = rolled
-        obs, action, old, value, reward, end, over = rows
+        rolled, rows = jax.lax.scan(act, (parameters, state, memory, returns), keys)
+        _, state, memory, returns = rolled
+        obs, action, old, value, reward, end, ended = rows
         last = apply(parameters, jax.vmap(task.observe)(state), memory)[1]
         advantage = advantages(value, reward, end, last)
         target = advantage + value
@@ -252,7 +252,7 @@ def compiled(match: Match, task: Task) -> tuple[Any, Any]:
 
         keys = jax.random.split(two, match.epochs)
         (parameters, moments), _ = jax.lax.scan(epoch, (parameters, moments), keys)
-        carry = (key, parameters, moments, state, memory, earned)
-        return carry, (over.sum(), end.sum())
+        carry = (key, parameters, moments, state, memory, returns)
+        return carry, (ended.sum(), end.sum())
 
     return first, iterate

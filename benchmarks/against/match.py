@@ -1,4 +1,4 @@
-"""What both sides of a comparison have in common, read from a row of the table of speed."""
+"""The common settings of both sides of a comparison, from a row of the table of speed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Match:
-    """One task with everything that a peer is to do as we do.
+    """A task with the settings of both sides.
 
     Attributes:
-        row: of the table of speed.
-        hidden: widths of the fully connected layers; empty where an LSTM reads the observations.
+        row: the row of the table of speed.
+        hidden: widths of the fully connected layers; empty for an LSTM.
         memory: width of the LSTM, or 0.
-        num_steps: of a rollout in one environment; a whole trial, where there is memory.
-        target: mean return, and of how many of the newest episodes (trials, with memory).
+        num_steps: steps of a rollout in one environment; a whole trial, with memory.
+        target: mean return, and the number of newest episodes (trials, with memory) it is over.
     """
 
     row: str
@@ -62,21 +62,21 @@ class Match:
 
     @property
     def batch(self) -> int:
-        """Steps between updates."""
+        """Environment steps between updates."""
         return self.num_envs * self.num_steps
 
     @property
     def config(self) -> RunConfig:
-        """Of the row."""
+        """The config of the row."""
         return parse_config(ROWS[self.row].text, self.row)
 
     def family(self) -> TaskDistribution:
-        """The task family."""
+        """Returns the task family."""
         return load_family(self.config.tasks)
 
 
 def match(row: str, seconds: float, limit: float) -> Match:
-    """The settings of a row's config, with its defaults."""
+    """Returns the settings of a row's config, defaults included."""
     config = parse_config(ROWS[row].text, row)
     spec = job_spec(config, "train")
     algorithm, family = spec.algorithm.settings, load_family(spec.tasks)
@@ -98,9 +98,9 @@ def match(row: str, seconds: float, limit: float) -> Match:
 
 
 class Clock:
-    """Notes a peer's time, steps, CPU and returns, as `throughput.probe.Probe` notes ours.
+    """Measures time, steps, CPU and returns of a peer, like `throughput.probe.Probe` for ours.
 
-    Made when everything is set up, so that the first rollout begins.
+    It is created after the setup, just before the first rollout.
     """
 
     def __init__(self, match: Match) -> None:
@@ -112,7 +112,12 @@ class Clock:
         self._newest: float | None = None
 
     def update(self, steps: int, newest: float | None) -> bool:
-        """After an iteration: `newest` is the mean return of the newest episodes; True to stop."""
+        """Adds an iteration; returns whether to stop.
+
+        Args:
+            steps: environment steps so far.
+            newest: mean return of the newest episodes, if there are enough.
+        """
         now, match = time.monotonic(), self._match
         if self._first is None:
             self._first = now
@@ -125,13 +130,13 @@ class Clock:
                 self._note(now, steps)
             return False
         waits = self._reached is None and elapsed < match.limit
-        over = elapsed >= match.seconds and not waits
-        if over:
+        stop = elapsed >= match.seconds and not waits
+        if stop:
             self._note(now, steps)
-        return over
+        return stop
 
     def figures(self) -> Figures:
-        """As of a row of the table of speed."""
+        """Returns the figures of a row of the table of speed."""
         start, stop = self._points
         own: Figures = {"to_target_s": self._reached, "final_return": self._newest}
         return {**speed(start, stop), **own}
@@ -141,12 +146,12 @@ class Clock:
 
 
 def fail_on_missing(needs: Sequence[str]) -> None:
-    """Stop with one sentence if a peer's package cannot be imported."""
+    """Exits with one sentence if a peer's package cannot be imported."""
     for name in needs:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise SystemExit(
-                f"error: {name} must be installed to be measured ({error}); "
+                f"error: {name} must be installed ({error}); "
                 "try: pip install -c constraints.txt -e '.[peers]'"
             ) from error

@@ -1,4 +1,4 @@
-"""One run of a peer, in this process; prints its figures as the last line."""
+"""Runs a peer once, in this process; prints its figures as the last line."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""RLlib's PPO, with an LSTM where there is memory, at the settings of the match.
+"""RLlib's PPO with the settings of the match, and an LSTM for tasks with memory.
 
-RLlib's own defaults (30 epochs, minibatches of 128) are other settings, not its speed. CartPole is
-gymnasium's, stepped as RLlib does by default; a bandit is our vector environment. Two samplers, one
-thread of PyTorch each, and the learner in the driver.
+RLlib's own defaults (30 epochs, minibatches of 128) would not be comparable. CartPole is
+gymnasium's, stepped as by default in RLlib; a bandit is our vector environment. Two samplers with
+one thread of PyTorch each, and the learner in the driver.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SAMPLERS = 2
 
 
 def train(match: Match) -> Clock:
-    """Train until the clock says stop."""
+    """Trains until the clock is over."""
     import ray
     import torch
 
@@ -40,7 +40,7 @@ def train(match: Match) -> Clock:
 
 
 def config_of(match: Match) -> Any:
-    """RLlib's config of a match."""
+    """Returns RLlib's config of a match."""
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
@@ -82,7 +82,7 @@ def config_of(match: Match) -> Any:
         "vf_share_layers": bool(match.memory),
     }
     if match.memory:
-        network["fcnet_hiddens"] = [16]  # It wants a layer before an LSTM: a small one.
+        network["fcnet_hiddens"] = [16]  # RLlib requires a layer before an LSTM.
         network |= {
             "use_lstm": True,
             "lstm_cell_size": match.memory,

@@ -1,8 +1,8 @@
-"""Stable-Baselines3's PPO, and sb3-contrib's RecurrentPPO where there is memory.
+"""Stable-Baselines3's PPO, and sb3-contrib's RecurrentPPO for tasks with memory.
 
-CartPole is gymnasium's, one environment after the other, as the library does it by default; a
-bandit is our vector environment, so that only the library is compared. One process, one thread of
-PyTorch: more of them are slower on small networks.
+CartPole is gymnasium's, in a sequential vector environment as by default; a bandit is our vector
+environment, so that only the library is compared. One process, one thread of PyTorch: more are
+slower on small networks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NEEDS = ("stable_baselines3", "sb3_contrib")
 
 
 def train(match: Match) -> Clock:
-    """Train until the clock says stop."""
+    """Trains until the clock is over."""
     from sb3_contrib import RecurrentPPO
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -77,32 +77,32 @@ def train(match: Match) -> Clock:
 
 
 def vector_env(match: Match) -> Any:
-    """Our columns, one trial after the other, as the library wants them."""
+    """Returns our environments, with whole trials as episodes, as a `VecEnv`."""
     from stable_baselines3.common.vec_env import VecEnv
 
-    from dmrl_ray.rllib.environments import Columns, EnvSettings
+    from dmrl_ray.rllib.environments import EnvSettings, LockstepEnvs
 
     class Trials(VecEnv):
-        def __init__(self, columns: Columns, action_space: Space[Any]) -> None:
-            super().__init__(columns.num_envs, columns.shown.space, action_space)
-            self.columns = columns
+        def __init__(self, envs: LockstepEnvs, action_space: Space[Any]) -> None:
+            super().__init__(envs.num_envs, envs.observe.space, action_space)
+            self.envs = envs
 
         def reset(self) -> np.ndarray:
-            return self.columns.restart(np.random.default_rng(0))
+            return self.envs.restart(np.random.default_rng(0))
 
         def step_async(self, actions: np.ndarray) -> None:
             self.actions = actions
 
         def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-            obs, reward, terminated, truncated, _ = self.columns.step(self.actions)
+            obs, reward, terminated, truncated, _ = self.envs.step(self.actions)
             done = terminated | truncated
             infos: list[dict[str, Any]] = [{} for _ in done]
             if done.any():
-                rows, _ = self.columns.take_episodes()
+                rows, _ = self.envs.take_episodes()
                 for i, row in enumerate(rows[-len(done) :]):
                     infos[i] = {"episode": {"r": row["return"], "l": row["length"]}}
                     infos[i] |= {"terminal_observation": obs[i], "TimeLimit.truncated": False}
-                obs = self.columns.proceed()
+                obs = self.envs.proceed()
             return obs, reward, done, infos
 
         def close(self) -> None:
@@ -121,4 +121,4 @@ def vector_env(match: Match) -> Any:
             return [False] * self.num_envs
 
     settings = EnvSettings(tasks=match.config.tasks, whole_trials=True, previous="flat")
-    return Trials(Columns(settings, match.num_envs), match.family().action_space)
+    return Trials(LockstepEnvs(settings, match.num_envs), match.family().action_space)

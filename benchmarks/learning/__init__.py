@@ -1,1 +1,1 @@
-"""What a config learns, over several seeds, on held-out tasks."""
+"""Results of configs on held-out tasks, over several seeds."""

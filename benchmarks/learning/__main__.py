@@ -1,10 +1,10 @@
-"""What a config learns, over several seeds, on held-out tasks.
+"""Results of a config on held-out tasks, over several seeds.
 
     python -m benchmarks.learning configs/bandit_n10_rl2.yaml --seeds 0 1 2 --out results
 
-Trains each seed into ``OUT/NAME-seedN`` (a folder that is there already is resumed, or taken as it
-is when done) and prints one JSON line, which ``--save`` keeps for the table of all results, with
-the return of every episode beside it as Parquet.
+Trains each seed into ``OUT/NAME-seedN`` (an existing run is resumed if it is not done) and prints
+one JSON line, which ``--save`` stores for the table of all results, with the return of every
+episode as Parquet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.learning.table import RESULTS, write_table
 
 
 def train(config: str, seed: int, folder: Path, settings: Sequence[str], threads: int) -> None:
-    """Run one seed in a process of its own, to the end."""
+    """Runs one seed to the end, in a separate process."""
     command = [sys.executable, "-m", "dmrl_ray", "run", config, f"seed={seed}", *settings]
     environment = dict(os.environ)
     if threads:
@@ -43,15 +43,20 @@ def train(config: str, seed: int, folder: Path, settings: Sequence[str], threads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config")
-    parser.add_argument("settings", nargs="*", help="settings to change, such as workers.num=0")
+    parser.add_argument("settings", nargs="*", help="overrides of settings, such as workers.num=0")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--parallel", type=int, default=1, help="seeds trained side by side")
     parser.add_argument(
-        "--threads", type=int, default=0, help="each seed in one process of so many, without Ray"
+        "--parallel", type=int, default=1, help="number of seeds trained in parallel"
     )
     parser.add_argument(
-        "--save", action="store_true", help="keep the line in benchmarks/results, and the table"
+        "--threads",
+        type=int,
+        default=0,
+        help="train each seed in one process with this many, no Ray",
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="store the line in benchmarks/results, update the table"
     )
     options = parser.parse_intermixed_args()
     name = Path(options.config).stem

@@ -1,4 +1,4 @@
-"""The figures of some runs of one config."""
+"""Computes the figures of the runs of one config."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dmrl_ray.results.statistics import method_interval
 from dmrl_ray.store.commits import load_run_config
 
 KEPT = ["stage", "seed", "task_id", "trial", "adaptation_step", "episode", "return"]
-"""Columns of the Parquet file beside a result."""
+"""Columns of the Parquet file of a result."""
 
 SAMPLED = 500
-"""Held-out tasks over which reference points are averaged."""
+"""Number of held-out tasks over which references are averaged."""
 
 
 def figures(folders: Sequence[Path]) -> dict[str, object]:
-    """Of every stage that meets held-out tasks, and what its training cost.
+    """Returns the results and training costs of every stage that reports on held-out tasks.
 
     Args:
-        folders: runs that are done, of one config and several seeds.
+        folders: finished runs of one config with different seeds.
     """
     config = load_run_config(folders[0])
     episodes = pd.concat([load(folder) for folder in folders])
@@ -49,7 +49,7 @@ def figures(folders: Sequence[Path]) -> dict[str, object]:
 
 
 def write_episodes(folders: Sequence[Path], path: Path) -> None:
-    """Keep the return of every seed, task and episode that a figure is made of."""
+    """Writes the returns of all episodes of the reported stages."""
     stages = load_run_config(folders[0]).stages
     reported = [name for name, stage in stages.items() if isinstance(stage, (Evaluate, Finetune))]
     episodes = pd.concat([load(folder) for folder in folders])
@@ -58,10 +58,10 @@ def write_episodes(folders: Sequence[Path], path: Path) -> None:
 
 
 def returns(rows: pd.DataFrame, *, whole: bool) -> dict[str, object]:
-    """Mean return with its 95 % interval over training seeds, and of each seed and step.
+    """Returns the mean return with its 95 % interval over training seeds, by seed and by step.
 
     Args:
-        whole: sum the adaptation steps of a trial; else the last alone counts.
+        whole: sum over the adaptation steps of a trial instead of using only the last.
     """
     rows = rows.assign(start=starts(rows))
     by_step = rows.groupby("adaptation_step")[["return", "score"]].mean().round(4)
@@ -83,7 +83,7 @@ def returns(rows: pd.DataFrame, *, whole: bool) -> dict[str, object]:
 
 
 def reference_points(config: RunConfig, *, whole: bool) -> dict[str, float]:
-    """Mean returns of random play and of the family's oracle, where it knows them."""
+    """Returns mean returns of the random policy and the oracle, if the family has references."""
     family = load_family(config.tasks)
     tasks = family.sample(np.random.default_rng(config.seed), SAMPLED, "test")
     known = [ends for task in tasks if (ends := family.reference(task)) is not None]
@@ -101,7 +101,7 @@ def reference_points(config: RunConfig, *, whole: bool) -> dict[str, float]:
 
 
 def sources(config: RunConfig, name: str) -> Iterator[str]:
-    """The stages that trained what a stage begins with."""
+    """Yields the stages that trained the initial policy of a stage."""
     source = getattr(config.stages[name], "init_from", None)
     while source is not None:
         yield source
@@ -110,9 +110,11 @@ def sources(config: RunConfig, name: str) -> Iterator[str]:
 
 
 def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
-    """Environment steps and seconds of training, of each seed."""
+    """Returns the mean environment steps and each seed's seconds of training."""
     ended = events[events["stage"].isin(list(stages)) & (events["event"] == "job_finished")]
-    ended = ended.drop_duplicates(["run_id", "stage"], keep="last")  # One may be trained on later.
+    ended = ended.drop_duplicates(
+        ["run_id", "stage"], keep="last"
+    )  # A job may be trained further later.
     details = pd.DataFrame([json.loads(detail) for detail in ended["detail"]])
     sums = details.groupby(ended["run_id"].to_numpy(), sort=False)[["env_steps", "seconds"]].sum()
     return {
@@ -122,7 +124,7 @@ def cost(events: pd.DataFrame, stages: Iterator[str]) -> dict[str, object]:
 
 
 def machine(folder: Path) -> dict[str, object]:
-    """What a run ran on, and with which of our commits."""
+    """Returns the machine, the processes and the commit of a run."""
     facts = json.loads((folder / "run.json").read_text())["facts"]
     config = load_run_config(folder)
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,1 +1,1 @@
-"""Whether two checkouts give the same runs, bit for bit."""
+"""Checks whether two checkouts give bitwise identical runs."""

@@ -1,15 +1,15 @@
-"""Whether two checkouts give the same runs, bit for bit, on this machine.
+"""Checks whether two checkouts give bitwise identical runs on this machine.
 
     python -m benchmarks.same OLD NEW                  # folders or revisions; two minutes
     python -m benchmarks.same OLD NEW --only maml rl2
     python -m benchmarks.same OLD NEW --all            # also Ray, resuming and gymnasium
 
-One small config for each algorithm holds all the stages that it allows. Both checkouts run them,
-side by side, each in a process of its own, and every array of every checkpoint (weights,
-optimisers, replays, random states) and every column of every table is compared; times and names of
-runs are left out. What differs is listed with the size of the difference. Where the newer checkout
-has other names for settings, columns or weights, `side.py` holds the older ones. Nothing is kept:
-the last bits differ between processors. Exits with 1 where something differs.
+One small config for each algorithm has all stages that the algorithm supports. Both checkouts run
+them in parallel, each in its own process, and every array of every checkpoint (weights, optimisers,
+replays, random states) and every column of every table is compared, except times and names of runs.
+Differences are listed with their size. `side.py` maps settings, columns and weights that were
+renamed. Results are not stored, as the last bits differ between processors. Exits with 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ Plan = dict[str, dict[str, Any]]
 
 
 def main() -> int:
-    """Compare as the command line says."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old", help="folder of a checkout, or a revision of this repository")
-    parser.add_argument("new", help="likewise")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of all cases, such as 'rl2*'")
+    parser.add_argument("new", help="folder or revision to compare with")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="patterns of cases, such as 'rl2*'"
+    )
     parser.add_argument("--all", action="store_true", help="also Ray, resuming and gymnasium")
     options = parser.parse_args()
     cases = plan(options.all or bool(options.only))
@@ -62,7 +64,7 @@ def main() -> int:
 
 
 def plan(everything: bool) -> Plan:
-    """The cases by name, each with how it is run."""
+    """Returns the cases by name, with the way in which each is run."""
     cases: Plan = {name: {"config": c, "stops": False} for name, c in CASES.items()}
     if everything:
         cases |= {name: {"config": c, "stops": False} for name, c in GYM_CASES.items()}
@@ -74,7 +76,7 @@ def plan(everything: bool) -> Plan:
 
 
 def same(old: Path, new: Path, cases: Plan) -> Found:
-    """What differs between two checkouts over some cases."""
+    """Returns the differences between two checkouts over some cases."""
     found = Found()
     with tempfile.TemporaryDirectory(prefix="same-") as temporary:
         folders = [Path(temporary) / side for side in ("old", "new")]
@@ -90,7 +92,7 @@ def same(old: Path, new: Path, cases: Plan) -> Found:
 
 
 def run_both(roots: list[Path], folders: list[Path], cases: Plan) -> None:
-    """Run the cases by both checkouts, side by side."""
+    """Runs the cases with both checkouts, in parallel."""
     plan_file = folders[0].with_name("plan.json")
     plan_file.write_text(json.dumps(cases))
     running = []
@@ -109,7 +111,7 @@ def run_both(roots: list[Path], folders: list[Path], cases: Plan) -> None:
 
 
 def begin(root: Path, plan_file: Path, folder: Path) -> subprocess.Popen[str]:
-    """Start the runs of one side, which are not to hear of Ctrl+C: they would commit and go on."""
+    """Starts the runs of one side, in a new session so that Ctrl+C does not interrupt a run."""
     return subprocess.Popen(
         [sys.executable, SIDE, plan_file, folder],
         cwd=root,
@@ -122,7 +124,7 @@ def begin(root: Path, plan_file: Path, folder: Path) -> subprocess.Popen[str]:
 
 
 def failures(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """Stages that a side refuses, and what went wrong."""
+    """Yields the stages that a side refuses, and errors."""
     sides = {"OLD": old, "NEW": new}
     for stage in dict.fromkeys([*old["refused"], *new["refused"]]):
         reasons = {
@@ -136,7 +138,7 @@ def failures(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def checkout(given: str) -> Iterator[Path]:
-    """The folder of a checkout; a revision is written into a temporary one."""
+    """Yields the folder of a checkout; a revision is written into a temporary folder."""
     if (Path(given) / "dmrl_ray").is_dir():
         yield Path(given).resolve()
         return
@@ -144,7 +146,7 @@ def checkout(given: str) -> Iterator[Path]:
     archive = subprocess.run(git, capture_output=True)
     if archive.returncode:
         why = archive.stderr.decode().strip()
-        raise SystemExit(f"{given}: is no folder of a checkout and no revision: {why}")
+        raise SystemExit(f"{given}: is neither a folder of a checkout nor a revision: {why}")
     with tempfile.TemporaryDirectory(prefix="same-") as folder:
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         yield Path(folder).resolve()

@@ -1,7 +1,7 @@
-"""Configs that both checkouts run: one for each algorithm, with every stage that it allows.
+"""Configs that both checkouts run: one for each algorithm, with every stage that it supports.
 
-They are as small as they can be: eight units, families of fixed length and short horizons, three
-updates. A stage that is refused is left out by the side that refuses it, and said to be.
+They are minimal: eight units, short episodes of fixed length, three updates. A side leaves out the
+stages that it refuses, which is reported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Config = dict[str, Any]
 
 
 def network(type_: str, **settings: object) -> Config:
-    """A policy with this encoder."""
+    """Returns a policy with an encoder."""
     return {"type": "actor_critic", "encoder": {"type": type_, **settings}}
 
 
@@ -46,13 +46,13 @@ ADAMW = {
 def config(
     tasks: Config, policy: Config, algorithm: Config, updates_of: int, online: Config = OWN
 ) -> Config:
-    """A run with all stages.
+    """Returns a run with all stages.
 
     Args:
-        updates_of: environment steps of an update; three are made.
-        online: settings of the online stage; whose adaptation it uses.
+        updates_of: environment steps of an update; there are three updates.
+        online: settings of the online stage, on how it adapts.
     """
-    always_samples = "episodes_per_task" in algorithm  # and refuses to be told so
+    always_samples = "episodes_per_task" in algorithm  # and refuses greedy: false
     after: Config = {"init_from": "trained", "checkpoint": "last"}
     trained = {"env_steps": 3 * updates_of, "validate_every": 2, "validation_tasks": 3}
     return {
@@ -64,7 +64,7 @@ def config(
         "rollout": {"shards": 2, "num_envs": 4},
         "workers": {"num": 0},
         "learners": {"threads": 1},
-        # Each update's state of the learner stays on disk, the last one of a job included.
+        # Keeps the state of the learner at each update, including the last of a job.
         "commit": {"every_updates": 1, "keep": 10_000},
         "stages": {
             "trained": {"type": "pretrain", **trained, "record": True},
@@ -85,24 +85,24 @@ def config(
 
 
 def without(given: Config, *stages: str) -> Config:
-    """The same without these stages."""
+    """Returns the config without some stages."""
     return {**given, "stages": {n: s for n, s in given["stages"].items() if n not in stages}}
 
 
 def with_stage(given: Config, name: str, **settings: object) -> Config:
-    """The same with further settings of a stage."""
+    """Returns the config with further settings of a stage."""
     return {**given, "stages": {**given["stages"], name: {**given["stages"][name], **settings}}}
 
 
 def unrecorded(given: Config) -> Config:
-    """The same for an algorithm whose own collections cannot be recorded."""
+    """Returns the config for an algorithm whose rollouts cannot be recorded."""
     return with_stage(given, "trained", record=False)
 
 
 def of_data(
     tasks: Config, policy: Config, algorithm: Config, updates_of: int, online: Config = OWN
 ) -> Config:
-    """A run that learns from what a stage before it recorded."""
+    """Returns a run that learns from the recordings of an earlier stage."""
     learned = unrecorded(
         config(tasks, policy, {"type": "ppo", "num_steps": 10}, updates_of, online)
     )
@@ -127,7 +127,7 @@ def of_data(
 
 
 def gradient(type_: str, **settings: object) -> Config:
-    """Settings of a gradient-based algorithm, two tasks a shard."""
+    """Returns settings of a gradient-based algorithm, with two tasks per shard."""
     return {"type": type_, "episodes_per_task": 2, "evaluation_steps": 2, "lr": 0.01, **settings}
 
 
@@ -136,7 +136,7 @@ TRPO: Config = {"type": "maml", "episodes_per_task": 2, "evaluation_steps": 2, "
 
 
 def on_device(given: Config) -> Config:
-    """The same with tensors rolled out where the policy is."""
+    """Returns the config with on-device rollouts."""
     return {**given, "rollout": {**given["rollout"], "device": "cpu"}}
 
 
@@ -200,14 +200,14 @@ CASES: dict[str, Config] = {
     ),
     "vae": of_data(GRID, MLP, {"type": "vae", "decoder_hidden_sizes": [8], "latent": 2}, 240, SGD),
 }
-"""By name; every one without Ray."""
+"""Cases by name, all without Ray."""
 
 GYM_CASES: dict[str, Config] = {
     "gym_ppo": config(GYM, MLP, {"type": "ppo", "num_steps": 16}, 128, SGD),
     "gym_maml": config(GYM, MLP, gradient("maml"), 400, SGD),
     "gym_rl2": config({**GYM, "episodes": 2}, LSTM, {"type": "rl2"}, 400),
 }
-"""Episodes end early in them."""
+"""Cases with episodes of variable length."""
 
 RAY_CASES = ("maml", "ppo", "rl2", "varibad", "sac", "impala", "behavior_cloning")
-"""Of `CASES`, those that are also run with one worker."""
+"""Names of `CASES` that are also run with one worker."""

@@ -1,4 +1,4 @@
-"""What differs between the arrays of two runs, and how much."""
+"""Compares the arrays of two runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 Arrays = Mapping[str, np.ndarray]
 
 SHOWN = 4
-"""Arrays told of one checkpoint file, or columns of one job in a table; the rest is counted."""
+"""Maximum number of arrays listed per checkpoint file or job; the others are counted."""
 
 
 @dataclass
 class Found:
-    """What a comparison of two sides found.
+    """The result of a comparison.
 
     Attributes:
-        lines: what differs, by case.
-        only: columns and metrics that one side has and the other does not, by side; they are
-            listed and do not count.
-        kinds: cases in which a column, a metric or a kind of checkpoint file differs.
-        compared: arrays that both sides have.
+        lines: differences by case.
+        only: columns and metrics of one side only, by side; they are listed but do not count as
+            differences.
+        kinds: for each column, metric or kind of checkpoint file, the cases in which it differs.
+        compared: number of arrays that both sides have.
     """
 
     lines: dict[str, list[str]] = field(default_factory=dict)
@@ -31,20 +31,20 @@ class Found:
     compared: int = 0
 
     def report(self) -> str:
-        """All of it as text: case by case, then what differs in how many cases."""
+        """Returns a text: differences by case, then the number of cases by kind of difference."""
         parts = []
         for case, lines in self.lines.items():
             parts += [case, *(f"    {line}" for line in lines)]
         parts += [f"only in {side}: {', '.join(sorted(n))}" for side, n in self.only.items() if n]
         kinds = [f"{kind} {len(cases)}" for kind, cases in sorted(self.kinds.items())]
-        parts += [f"cases by what differs: {', '.join(kinds)}"] if kinds else []
+        parts += [f"cases by difference: {', '.join(kinds)}"] if kinds else []
         differing = f"cases that differ: {len(self.lines)}"
         return "\n".join([*parts, f"{self.compared} arrays compared; {differing}"])
 
 
 def compare(case: str, old: Arrays, new: Arrays, found: Found) -> None:
-    """Add to `found` what differs between the two sides of a case, in the order of the run."""
-    told: dict[str, list[str]] = {}
+    """Adds the differences between the two sides of a case to `found`, in the order of the run."""
+    listed: dict[str, list[str]] = {}
     for group, names in _grouped({**old, **new}).items():
         both = [name for name in names if name in old and name in new]
         found.compared += len(both)
@@ -54,22 +54,22 @@ def compare(case: str, old: Arrays, new: Arrays, found: Found) -> None:
             *_differing(group, {n: old[n] for n in both}, {n: new[n] for n in both}),
         ]:
             short = name.removeprefix(heading).removeprefix("/").removesuffix("/value")
-            told.setdefault(heading, []).append(f"{short} {text}".strip())
+            listed.setdefault(heading, []).append(f"{short} {text}".strip())
             found.kinds.setdefault(_kind(heading, short), set()).add(case)
-    for heading, texts in told.items():
+    for heading, texts in listed.items():
         rest = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
         line = f"{heading}: {'; '.join([*texts[:SHOWN], *rest])}"
         found.lines.setdefault(case, []).append(line)
 
 
 def _kind(heading: str, name: str) -> str:
-    """What a difference is of, over cases and jobs: ``episodes.return``, ``weights of trained``."""
+    """Returns the kind of a difference, such as ``episodes.return`` or ``weights of trained``."""
     table, _, job = heading.partition("/")
     return f"weights of {job.split('.')[0]}" if table == "weights" else f"{table}.{name or 'rows'}"
 
 
 def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by what has rows in common: a job in a table, or its metric; or by checkpoint file."""
+    """Groups names by checkpoint file, or by table and job (and metric), which share rows."""
     groups: dict[str, list[str]] = {}
     for name in names:
         depth = 2 if name.startswith("weights/") else name.count("/")
@@ -80,7 +80,7 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
 def _on_one_side(
     group: str, names: list[str], sides: Mapping[str, Arrays], found: Found
 ) -> Iterator[tuple[str, str]]:
-    """What one side lacks: columns and metrics are put into `found`, the rest is told."""
+    """Yields arrays of one side only; columns and metrics are added to `found` instead."""
     table, *where = group.split("/")
     for side, arrays in sides.items():
         alone = [n for n in names if n in arrays and any(n not in s for s in sides.values())]
@@ -94,7 +94,7 @@ def _on_one_side(
 
 
 def _differing(group: str, old: Arrays, new: Arrays) -> Iterator[tuple[str, str]]:
-    """Each array of a group that differs, and how; or the group where that tells it."""
+    """Yields each array of a group that differs, or a difference of the whole group."""
     names = [name for name in old if not identical(old[name], new[name])]
     if names and not group.startswith("weights/"):
         rows = [len(next(iter(side.values()))) for side in (old, new)]
@@ -109,21 +109,21 @@ def _differing(group: str, old: Arrays, new: Arrays) -> Iterator[tuple[str, str]
 
 
 def _in_order(columns: Arrays) -> list[np.ndarray]:
-    """The columns of a table, its rows sorted by all of them."""
+    """Returns the columns of a table, with rows sorted by all columns."""
     flat = [part for column in columns.values() for part in column.reshape(len(column), -1).T]
     order = np.lexsort(flat)
     return [column[order] for column in flat]
 
 
 def identical(old: np.ndarray, new: np.ndarray) -> bool:
-    """Whether every bit is the same; text may be stored at another width."""
+    """Returns whether arrays are bitwise equal; text may be stored at another width."""
     if old.dtype.kind == new.dtype.kind == "U":
         return old.shape == new.shape and bool((old == new).all())
     return (old.dtype, old.shape) == (new.dtype, new.shape) and old.tobytes() == new.tobytes()
 
 
 def size_of(old: np.ndarray, new: np.ndarray) -> str:
-    """How much two arrays differ, in words."""
+    """Returns a description of the difference between two arrays."""
     if old.shape != new.shape:
         return f"has shape {old.shape} in OLD, {new.shape} in NEW"
     text = [array.dtype.kind == "U" for array in (old, new)]

@@ -1,16 +1,16 @@
-"""What each side runs: this one file, of the newer checkout, so that the older needs none like it.
+"""Runs the cases of one side; both sides run this file of the newer checkout.
 
     python side.py PLAN FOLDER          with a checkout as working directory and PYTHONPATH
 
-PLAN is a JSON file ``{case: {config, stops}}``. FOLDER gets ``CASE.npz``, the arrays of the run by
-name, and ``CASE.json``, which stages were refused and how it failed. Names of arrays:
+PLAN is a JSON file ``{case: {config, stops}}``. For each case, FOLDER gets ``CASE.npz``, the arrays
+of the run by name, and ``CASE.json``, the refused stages and the error, if any. Names of arrays:
 
-    weights/trained.best/encoder.0.weight      a checkpoint file and what it holds; also of learners
-                                               and shards: optimisers, replays, random states
-    episodes/held_out/return                   a column of a table, in one job
-    metrics/trained/policy_loss/value          likewise, of one metric
+    weights/trained.best/encoder.0.weight      checkpoint file and array; also of learners and
+                                               shards: optimisers, replays, random states
+    episodes/held_out/return                   table, job and column
+    metrics/trained/policy_loss/value          table, job, metric and column
 
-It writes the newer names; this is the one table of the older ones.
+Names are those of the newer checkout; this file maps the older ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ try:
     from dmrl_ray.config.loading import parse_config
     from dmrl_ray.control import controller
     from dmrl_ray.results.display import Display
-except ModuleNotFoundError:  # An older checkout, whose modules stood side by side.
+except ModuleNotFoundError:  # An older checkout without subpackages.
     from dmrl_ray import controller
     from dmrl_ray.display import Display
     from dmrl_ray.yaml_config import parse_config
@@ -88,7 +88,7 @@ SETTINGS = {
     "tau": "target_rate",
     "beta_until": "teacher_until",
 }
-"""Settings, newer to older."""
+"""Names of settings, newer to older."""
 
 TYPES = {"dagger": "distillation", "behavior_cloning": "cloning"}
 """Short names of classes, newer to older."""
@@ -115,23 +115,23 @@ def _older(value: Any) -> Any:
 OLD_SETTINGS: list[Callable[[Settings], None]] = [
     *(_field_names, _steps_per_shot, _by, _change, _evaluation_seed)
 ]
-"""Each gives a config the older names, in place; used by a checkout that refuses the newer ones."""
+"""Functions that change a config to older names in place, for checkouts that refuse the newer."""
 
 OLD_COLUMNS = {"shot": "adaptation_step", "column": "environment"}
 """Columns of tables, older to newer."""
 
 OLD_NAMES: list[tuple[str, str]] = [
-    (r"(\.\d{4})\.[^/]+", r"\1"),  # Jobs of fine-tuning, by the number and the id of their task.
+    (r"(\.\d{4})\.[^/]+", r"\1"),  # Fine-tuning jobs without the id of their task.
     (r"\bbody\.", "torso."),
 ]
-"""Names of jobs and of what checkpoints hold, by regular expression, older to newer."""
+"""Names of jobs and arrays of checkpoints, as regular expressions, older to newer."""
 
 LEFT_OUT = {"time", "run_id"}
 """Columns that differ between any two runs."""
 
 
 def main() -> None:
-    """Run the cases of a plan, one after the other."""
+    """Runs the cases of a plan sequentially."""
     plan, folder = Path(sys.argv[1]), Path(sys.argv[2])
     root = Path(dmrl_ray.__file__).parents[1]
     assert root == Path.cwd(), f"imported {root} instead of {Path.cwd()}"
@@ -141,13 +141,13 @@ def main() -> None:
         try:
             play(case, run_folder, facts["refused"])
             np.savez(folder / f"{name}.npz", **dict(collected(run_folder)))
-        except Exception:  # Reported as a difference; the other cases go on.
+        except Exception:  # Reported as a difference; the other cases continue.
             facts["error"] = traceback.format_exc(limit=-3)
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
 def play(case: Settings, folder: Path, refused: dict[str, str]) -> None:
-    """Run a config without the stages that this checkout refuses, which are put into `refused`."""
+    """Runs a config without the stages that this checkout refuses, which are added to `refused`."""
     config = copy.deepcopy(case["config"])
     while config["stages"]:
         try:
@@ -161,7 +161,7 @@ def play(case: Settings, folder: Path, refused: dict[str, str]) -> None:
 
 
 def _refuse(stages: Settings, name: str, reason: str, refused: dict[str, str]) -> None:
-    """Take a stage away, and those that need it."""
+    """Removes a stage, and those that depend on it."""
     refused[name] = reason
     del stages[name]
     for other, stage in list(stages.items()):
@@ -171,10 +171,10 @@ def _refuse(stages: Settings, name: str, reason: str, refused: dict[str, str]) -
 
 
 def understood(config: Settings) -> RunConfig:
-    """The config in the names that this checkout knows: those that leave it the fewest problems.
+    """Returns the config in the names of this checkout, those with the fewest problems.
 
     Raises:
-        ConfigError: it has problems under all names.
+        ConfigError: there are problems with all names.
     """
     best, fewest = config, _problems(config)
     for rename in OLD_SETTINGS:
@@ -194,7 +194,7 @@ def _problems(config: Settings) -> int:
 
 
 class Stopping(Display):
-    """Shows nothing, and asks the run to stop at its second update, if it shall."""
+    """Shows nothing, and stops the run at its second update if `stops`."""
 
     def __init__(self, stops: bool) -> None:
         super().__init__(quiet=True)
@@ -211,7 +211,7 @@ class Stopping(Display):
 
 
 def run_to_the_end(config: RunConfig, folder: Path, display: Stopping) -> None:
-    """Run, and resume as often as the run was stopped."""
+    """Runs a config, and resumes it until it is finished."""
     try:
         controller.run(config, folder, display=display)
         return
@@ -226,7 +226,7 @@ def run_to_the_end(config: RunConfig, folder: Path, display: Stopping) -> None:
 
 
 def collected(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """All that a run left: arrays of checkpoints, the newest of each name, and tables."""
+    """Yields the newest checkpoint arrays of each name, and the columns of tables."""
     files: dict[str, str] = {}
     for commit in sorted((folder / "commits").glob("*.json")):
         named = json.loads(commit.read_text())["files"]
@@ -247,7 +247,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _columns(table: str, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
-    """Columns of a table, job by job and metric by metric; durations are left out."""
+    """Yields the columns of a table by job and metric, without durations."""
     keys: list[str] = []
     if "job" in rows:
         keys = ["job", "name"] if table == "metrics" else ["job"]
@@ -264,7 +264,7 @@ def _columns(table: str, rows: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]
 
 
 def _comparable(detail: str) -> str:
-    """Without seconds and the ids of runs, which differ between any two."""
+    """Returns the detail without seconds and ids of runs, which differ between any two runs."""
     found = json.loads(detail)
     return json.dumps(
         {k: v for k, v in found.items() if k not in ("seconds", "runs")}, sort_keys=True
@@ -272,7 +272,7 @@ def _comparable(detail: str) -> str:
 
 
 def _array(column: pd.Series) -> np.ndarray:
-    """A column as plain numbers or text; a row for each of its rows."""
+    """Returns a column as an array of numbers or text."""
     if column.dtype == "boolean":
         return column.astype("Int8").fillna(-1).to_numpy(np.int8)
     values = column.to_numpy()
@@ -286,7 +286,7 @@ def _array(column: pd.Series) -> np.ndarray:
 
 
 def newer(name: str) -> str:
-    """The newer name of a job, or of an array of a checkpoint."""
+    """Returns the newer name of a job or checkpoint array."""
     for old, new in OLD_NAMES:
         name = re.sub(old, new, name)
     return name

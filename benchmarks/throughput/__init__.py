@@ -1,1 +1,1 @@
-"""The speed of real training, row by row."""
+"""The speed of complete training."""

@@ -1,18 +1,18 @@
-"""Steps per second of real training, rollouts, updates and writing results, end to end.
+"""Steps per second of complete training: rollouts, updates and writing of results.
 
     python -m benchmarks.throughput                    # every row, five runs each: hours
     python -m benchmarks.throughput --rows cartpole tables --runs 3 --limit 60
 
 Prints a JSON line for each variant of a row when its runs are done, and a table at the end. Every
-run is a process of its own, and the runs of a row's variants take turns. Figures: ``sps``
-environment steps per second; ``cpu_us_per_step`` CPU microseconds per step over the whole process
-tree, which neighbours on the machine move far less; ``cores`` of them busy on average, ``external``
-cores that other programs kept busy meanwhile; ``to_target_s`` seconds of training until the mean
-of the newest training episodes reached the target return, for which a run goes on longer than its
-seconds, up to its limit; ``compile_s`` seconds of compiling, which are not in it; ``final_return``
-that mean in the end; ``learner_waits`` share of time that the learner waited for rollouts;
-``of_ideal`` share of the rate at which every worker would do nothing but step environments. The
-first fifth of the time is warm-up and counts for ``to_target_s`` only.
+run is a separate process, and the runs of a row's variants alternate. Figures: ``sps`` environment
+steps per second; ``cpu_us_per_step`` CPU microseconds per step of all processes of the run, which
+depends less on other load; ``cores`` busy cores on average, ``external`` cores that other programs
+kept busy; ``to_target_s`` seconds of training until the mean return of the newest training episodes
+reached the target, for which a run is extended up to its limit; ``compile_s`` seconds of
+compilation, which ``to_target_s`` excludes; ``final_return`` that mean at the end;
+``learner_waits`` fraction of time that the learner waited for rollouts; ``of_ideal`` fraction of
+the rate if workers did nothing but step environments. The first fifth of the time is warm-up and
+counts only for ``to_target_s``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--seconds", type=float, help="of each run, instead of each row's own")
-    parser.add_argument("--limit", type=float, help="seconds to wait for a target, likewise")
-    parser.add_argument("--only", default="", help="of the variants, those whose names hold this")
-    parser.add_argument("--updates", type=int, nargs="+", help="when memory is looked at, likewise")
     parser.add_argument(
-        "--settings", nargs="*", default=[], help="to change, such as learners.threads=1"
+        "--seconds", type=float, help="duration of each run; the row's own by default"
+    )
+    parser.add_argument("--limit", type=float, help="maximum seconds until the target is reached")
+    parser.add_argument("--only", default="", help="only variants whose names contain this")
+    parser.add_argument(
+        "--updates", type=int, nargs="+", help="updates at which memory is measured"
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="*",
+        default=[],
+        help="overrides of settings, such as learners.threads=1",
     )
     options = parser.parse_args()
     given = {"seconds": options.seconds, "limit": options.limit, "memory_at": options.updates}
@@ -54,13 +61,13 @@ def main() -> None:
     if any(line["variant"] == "no rows" for line in written):
         costs = cost_of(written, "no rows")
         shares = ", ".join(f"{name} {share:.1%}" for name, share in costs.items())
-        print(f"\nShare of throughput that writing costs, by CPU time: {shares}")
+        print(f"\nFraction of throughput lost to writing, by CPU time: {shares}")
 
 
 def measured(
     name: str, variants: list[str], runs: int, changes: dict[str, object], settings: list[str]
 ) -> Iterator[dict[str, object]]:
-    """A line of figures for each variant of a row."""
+    """Yields a line of figures for each variant of a row."""
     row, before = ROWS[name], machine()
     found: dict[str, list[Figures]] = {variant: [] for variant in variants}
     for _ in range(runs):
@@ -79,7 +86,7 @@ def measured(
 
 
 def one(row: str, variant: str, changes: dict[str, object], settings: list[str]) -> Figures:
-    """One run, in a process of its own."""
+    """Runs a variant once, in a separate process."""
     module = ["-m", "benchmarks.throughput.one"]
     answer = subprocess.run(
         [sys.executable, *module, row, variant, json.dumps(changes), *settings],

@@ -1,4 +1,4 @@
-"""One run of one row, as figures."""
+"""Measures one run of one row."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from dmrl_ray.results.reading import load
 from dmrl_ray.store.writer import RunWriter
 
 Figures: TypeAlias = dict[str, float | None]
-"""By name; None where there is none, such as the time to a target that was not reached."""
+"""Figures by name; None if there is none, such as the time to a target that was not reached."""
 
-TYPED = ["-m", "dmrl_ray"]
-TIMING_RAY = [
+COMMAND = ["-m", "dmrl_ray"]
+TIMED_COMMAND = [
     "-c",
     """
 import os, runpy, sys, time
@@ -44,11 +44,11 @@ ray.init = init
 runpy.run_module("dmrl_ray", run_name="__main__", alter_sys=True)
 """,
 ]
-"""The same command, noting how long `ray.init` took."""
+"""The same command, with the duration of `ray.init` written to a file."""
 
 
 def training(row: Row, variant: Variant) -> Figures:
-    """Speed, time to the target, and how the learner spent its time."""
+    """Measures speed, time to the target, and the learner's waiting time."""
     probe = Probe(row.seconds, row.target and row.target[0], row.limit)
     with trained(row, variant, probe) as folder:
         figures: Figures = {**speed(probe.points[0], probe.points[-1])}
@@ -70,7 +70,7 @@ def training(row: Row, variant: Variant) -> Figures:
 
 
 def expensive(row: Row, variant: Variant) -> Figures:
-    """The same, and the share of the rate at which workers would only step environments."""
+    """Measures training, and the fraction of the rate if workers only stepped environments."""
     config = parse_config(row.text, "row", list(variant.settings))
     step_s = config.tasks.settings.step_ms / 1000
     figures = training(row, variant)
@@ -79,28 +79,28 @@ def expensive(row: Row, variant: Variant) -> Figures:
 
 
 def speed_alone(row: Row, variant: Variant) -> Figures:
-    """Speed, of a run that may have no tables."""
+    """Measures the speed of a run that may have no tables."""
     probe = Probe(row.seconds)
     with trained(row, variant, probe):
         return {**speed(probe.points[0], probe.points[-1])}
 
 
 def worker_memory(row: Row, variant: Variant) -> Figures:
-    """Resident megabytes of the largest rollout worker at the end of a run on Ray."""
+    """Measures the memory of the largest rollout worker at the end of a run on Ray."""
     found: list[float] = []
 
-    class Look(Probe):
+    class MemoryProbe(Probe):
         def last(self) -> None:
             found.extend(
                 resident_mb(pid) for pid in family() if "ray::WorkerActor" in command_of(pid)
             )
 
-    with trained(row, variant, Look(row.seconds)):
+    with trained(row, variant, MemoryProbe(row.seconds)):
         return {"resident_mb": max(found)}
 
 
 def driver_memory(row: Row, variant: Variant) -> Figures:
-    """Resident megabytes of the driver after some updates, and after many."""
+    """Measures the memory of the driver after some updates, and after many."""
     probe = Probe(0.0, memory_at=row.memory_at)
     with trained(row, variant, probe):
         figures: Figures = {f"mb_at_{n}": mb for n, mb in probe.memory_mb.items()}
@@ -109,30 +109,30 @@ def driver_memory(row: Row, variant: Variant) -> Figures:
 
 
 def start(row: Row, variant: Variant) -> Figures:
-    """Seconds until the first update of the command as it is typed."""
+    """Measures the seconds from the start of the command to the first update."""
     with tempfile.TemporaryDirectory() as root:
-        folder, config, noted = (Path(root) / name for name in ("run", "run.yaml", "ray"))
+        folder, config, ray_init = (Path(root) / name for name in ("run", "run.yaml", "ray"))
         config.write_text(row.text)
         on_ray = "workers.num=0" not in variant.settings
-        command = [*(TIMING_RAY if on_ray else TYPED), "run", str(config), *variant.settings]
-        typed = time.time()
+        command = [*(TIMED_COMMAND if on_ray else COMMAND), "run", str(config), *variant.settings]
+        started = time.time()
         subprocess.run(
             [sys.executable, *command, "--out", str(folder)],
-            env={**os.environ, "RAY_INIT_SECONDS": str(noted)},
+            env={**os.environ, "RAY_INIT_SECONDS": str(ray_init)},
             stdout=subprocess.DEVNULL,
             check=True,
         )
         first = load(folder, table="metrics")["time"].min().timestamp()
-        figures: Figures = {"first_update_s": first - typed}
+        figures: Figures = {"first_update_s": first - started}
         if on_ray:
-            ray_s = float(noted.read_text())
-            figures |= {"ray_init_s": ray_s, "without_ray_init_s": first - typed - ray_s}
+            ray_s = float(ray_init.read_text())
+            figures |= {"ray_init_s": ray_s, "without_ray_init_s": first - started - ray_s}
         return figures
 
 
 @contextmanager
 def trained(row: Row, variant: Variant, probe: Probe) -> Iterator[Path]:
-    """The folder of a run that the probe has ended."""
+    """Runs a variant until the probe stops it, and yields the run folder."""
     config = parse_config(row.text, "row", list(variant.settings))
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "run"
@@ -146,7 +146,7 @@ _ROWS = ("add_episodes", "add_metrics", "add_steps", "add_tasks")
 
 @contextmanager
 def nullified(kind: type, methods: tuple[str, ...]) -> Iterator[None]:
-    """These methods do nothing meanwhile."""
+    """Replaces methods of a class by no-ops within the context."""
     before = {name: getattr(kind, name) for name in methods}
     for name in methods:
         setattr(kind, name, lambda *arguments: None)
@@ -158,13 +158,13 @@ def nullified(kind: type, methods: tuple[str, ...]) -> Iterator[None]:
 
 
 def training_returns(folder: Path, window: int) -> pd.DataFrame:
-    """Training episodes in order, with the mean return of the newest at each, as ``newest``."""
+    """Returns training episodes in order, with a moving average of the return as ``newest``."""
     episodes = load(folder, table="episodes").query("split == 'train'").sort_values("env_steps")
     return episodes.assign(newest=episodes["return"].rolling(window).mean())
 
 
 def seconds_to_target(episodes: pd.DataFrame, metrics: pd.DataFrame, target: float) -> float | None:
-    """Of training, until the newest episodes reached the target, if ever."""
+    """Returns seconds of training until the target was reached; None if it was not."""
     reached = np.flatnonzero(episodes["newest"].to_numpy() >= target)
     if not len(reached):
         return None
@@ -174,7 +174,7 @@ def seconds_to_target(episodes: pd.DataFrame, metrics: pd.DataFrame, target: flo
 
 
 def steps_per_update(metrics: pd.DataFrame) -> float:
-    """Environment steps of each update."""
+    """Returns environment steps per update."""
     return float(metrics["env_steps"].max() / metrics["policy_version"].max())
 
 

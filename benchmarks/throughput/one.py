@@ -1,4 +1,4 @@
-"""One run of one variant of a row, in this process; prints its figures as the last line."""
+"""Runs a variant of a row once, in this process; prints its figures as the last line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A display that measures the run it is shown instead of showing it."""
+"""A display that measures a run instead of showing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.machine import busy_seconds, cpu_seconds, resident_mb
 from dmrl_ray.results.display import Display
 
 PATIENCE = 10
-"""Updates in a row whose episodes reach the target, after which it counts as reached for good."""
+"""Number of consecutive updates at or above the target after which it counts as reached."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Point:
 
 
 class Probe(Display):
-    """Notes time, steps and CPU while a run is going, and asks it to stop in the end.
+    """Records time, steps and CPU during a run, and stops it.
 
     The first fifth of the time is warm-up.
 
     Args:
-        seconds: to measure, from the end of the first update on.
-        target: a mean return of episodes, for which the run goes on longer.
-        limit: seconds after which it stops without.
-        memory_at: updates after which this process's memory is noted; the run stops after the last.
+        seconds: duration of the measurement, from the end of the first update.
+        target: a mean return of episodes, until which the run is extended.
+        limit: maximum seconds of the extension, from the end of the first update.
+        memory_at: updates at which this process's memory is recorded; the run stops at the last.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Probe(Display):
         self.memory_mb: dict[int, float] = {}
         self.points: list[Point] = []
         self.updates = 0
-        self._began: float | None = None
+        self._start: float | None = None
         self._reached = 0
-        self._asked = False
+        self._stopped = False
 
     def update(
         self,
@@ -64,42 +64,42 @@ class Probe(Display):
         workers_alive: int | tuple[int, int] | None = None,
         extra: Mapping[str, object] | None = None,
     ) -> None:
-        """Called by the run after every iteration, and without `sps` after evaluations."""
-        if sps is None or self._asked:
+        """Records an update; the run calls this without `sps` after evaluations."""
+        if sps is None or self._stopped:
             return
         self.updates += 1
         now = time.monotonic()
-        if self._began is None:
-            self._began = now
+        if self._start is None:
+            self._start = now
         if self.updates in self.memory_at:
             self.memory_mb[self.updates] = resident_mb(os.getpid())
         if self.target is not None and return_ is not None:
             self._reached = self._reached + 1 if return_ >= self.target else 0
-        elapsed = now - self._began
+        elapsed = now - self._start
         if not self.points:
             if elapsed >= self.seconds / 5:
-                self._note(now, steps)
-        elif self._is_over(elapsed):  # Two updates at least, however slow they are.
-            self._note(now, steps)
-            self._asked = True
+                self._record(now, steps)
+        elif self._is_over(elapsed):  # At least two updates.
+            self._record(now, steps)
+            self._stopped = True
             self.last()
             signal.raise_signal(signal.SIGINT)
 
     def last(self) -> None:
-        """The run is about to be stopped: a place to look at its processes."""
+        """Hook before the run is stopped, for measurements of its processes."""
 
     def _is_over(self, elapsed: float) -> bool:
         if self.memory_at:
             return self.updates >= self.memory_at[-1]
-        waits = self.target is not None and self._reached < PATIENCE and elapsed < self.limit
-        return elapsed >= self.seconds and not waits
+        extended = self.target is not None and self._reached < PATIENCE and elapsed < self.limit
+        return elapsed >= self.seconds and not extended
 
-    def _note(self, now: float, steps: int) -> None:
+    def _record(self, now: float, steps: int) -> None:
         self.points.append(Point(now, steps, cpu_seconds(), busy_seconds()))
 
 
 def speed(start: Point, stop: Point) -> dict[str, float]:
-    """Steps a second, CPU microseconds a step, and the cores that the run and others kept busy."""
+    """Returns steps per second, CPU microseconds per step, and busy cores of the run and others."""
     steps, seconds, cpu = (
         stop.steps - start.steps,
         stop.clock - start.clock,

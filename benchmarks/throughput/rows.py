@@ -1,4 +1,4 @@
-"""The rows of the table of speed: what is trained, in which variants, until when."""
+"""The rows of the table of speed: configs, variants and durations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAINING = "stages: {train: {type: pretrain, env_steps: 100G, validate_every: 10
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a row: settings to change, and what of the run is left out."""
+    """A variant of a row: overrides of settings, and whether tables are written."""
 
     settings: tuple[str, ...] = ()
     write_rows: bool = True
@@ -28,17 +28,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Row:
-    """One work, measured in each of its variants in turn.
+    """A config that is measured in several variants.
 
     Attributes:
-        title: what stands in the table.
+        title: the name in the table.
         text: the config, in YAML.
-        variants: by name; their runs alternate.
-        measure: name of the function of `measures` that runs it.
-        seconds: of each run, unless the command line says otherwise.
-        target: mean return of training, and of how many of the newest episodes.
-        limit: seconds after which a run that waits for its target stops without.
-        memory_at: updates after which memory is looked at.
+        variants: variants by name; their runs alternate.
+        measure: name of the function of `measures`.
+        seconds: default duration of a run.
+        target: mean return of training, and the number of newest episodes it is over.
+        limit: maximum seconds of a run that has not reached its target.
+        memory_at: updates at which memory is measured.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Row:
 
 
 def workers(*numbers: int, shards: bool = False) -> dict[str, Variant]:
-    """A variant for each number of workers; with `shards`, as many shards as workers."""
+    """Returns a variant for each number of workers; with `shards`, as many shards as workers."""
     return {
         f"{n} workers" if n else "0 workers, no Ray": Variant(
             (f"workers.num={n}", *([f"rollout.shards={n}"] if shards else []))

@@ -1,4 +1,4 @@
-"""The figures of several runs as one line each, and as a table."""
+"""Summarises the figures of several runs, as lines and as a table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _SHOWN = ("sps", "cpu_us_per_step", "to_target_s")
 
 
 Figure: TypeAlias = dict[str, float | int | None]
-"""Median, spread, and the number of runs that have it, under ``known``."""
+"""Median, spread, and the number of runs with the figure, ``known``."""
 
 
 def summary(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Figure]:
-    """Median and spread (largest minus smallest, as a share of the median) of every figure.
+    """Returns median and spread (range divided by the median) of every figure.
 
-    A run without a figure (None, as for a target that was not reached) is later than all others,
-    so that there is no median where half of the runs have none.
+    A missing figure (None, as for a target that was not reached) counts as infinite, so there is no
+    median if half of the runs have none.
     """
     figures: dict[str, Figure] = {}
     for name in runs[0]:
@@ -37,13 +37,13 @@ def summary(runs: Sequence[Mapping[str, float | None]]) -> dict[str, Figure]:
 
 
 def table(lines: Sequence[Mapping[str, object]]) -> str:
-    """Markdown, one row for each line of figures."""
+    """Returns a Markdown table with a row for each line of figures."""
     cells = [list(COLUMNS), ["---"] * len(COLUMNS)] + [_cells(line) for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def cost_of(lines: Sequence[Mapping[str, object]], base: str) -> dict[str, float]:
-    """Share of throughput that each variant loses to `base`, by CPU time a step."""
+    """Returns the fraction of throughput that variants lose to `base`, by CPU time per step."""
     cpu = {
         str(line["variant"]): line["figures"]["cpu_us_per_step"]["median"]  # type: ignore[index]
         for line in lines
@@ -60,7 +60,7 @@ def _cells(line: Mapping[str, object]) -> list[str]:
 
 
 def shown(figure: Figure | None, runs: int) -> str:
-    """As ``152 k (spread 4%)``; with the number of runs that have it, where not all do."""
+    """Formats as ``152 k (spread 4%)``, with the number of runs with the figure if not all."""
     if figure is None:
         return "-"
     middle, known = figure["median"], int(figure["known"] or 0)
@@ -73,7 +73,7 @@ def shown(figure: Figure | None, runs: int) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count, thousands as k."""
+    """Formats with three significant digits, thousands as k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:.3g} k" if abs(value) < 1_000_000 else f"{value / 1e6:.3g} M"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -1,7 +1,7 @@
-"""What every settings class is made of, and classes that a config names.
+"""Base class of settings, their numeric types, and components: classes chosen by the config.
 
-Classes that can be chosen by a config (task families, networks, encoders, algorithms) carry their
-own settings as a nested ``Config``; a config names them by import path or short name.
+Task families, networks, encoders and algorithms define their settings in a nested ``Config``; a
+config names these classes by import path or short name.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "rllib:DQN": "dmrl_ray.rllib.baselines:DQN",
     },
 }
-"""Short names of the built-in classes, by the setting they stand under."""
+"""Short names of the built-in classes, by the setting that names them."""
 
 OLD_NAMES: dict[str, str] = {
     "steps_per_shot": "steps_per_adaptation",
@@ -102,31 +102,30 @@ OLD_NAMES: dict[str, str] = {
     "trainable": "by",
     "episodes_per_update": "by",
 }
-"""Settings by the names that they had, and what they are called where there is such a setting."""
+"""Former names of settings, with the current names, for error messages."""
 
 OLD_TYPES = {"distillation": "dagger", "cloning": "behavior_cloning"}
-"""Short names of classes that have others, likewise."""
+"""Former short names of classes, with the current ones, for error messages."""
 
 LIBRARIES = ("rllib",)
-"""What a short name may begin with, before a colon, though it is no module."""
+"""Prefixes of short names that look like a module in ``module:Class``."""
 
 
 LARGEST_SIZE, LARGEST_NUMBER, LARGEST_COUNT = 65_536, 1_000_000, 10**15
-"""Bounds that nobody meets but by mistake."""
+"""Upper bounds that only a mistake exceeds."""
 
 LARGEST_SEED = 2**63 - 1
-"""What a column of 64-bit integers holds."""
+"""The largest 64-bit signed integer."""
 
 Condition: TypeAlias = tuple[str, tuple[object, ...]]
-"""Another setting and the values that it must have one of; without any, it must be set: not null,
-false, 0 or empty."""
+"""Another setting and its allowed values; ``()`` allows all but null, false, 0 and empty."""
 
 
 class Settings(BaseModel):
-    """Base of every settings class: frozen, and unknown keys are errors.
+    """Base of every settings class: frozen, with unknown keys as errors.
 
-    What a setting is read with is told by `read_with`: beside other values of that one it would
-    change nothing, and is refused unless it is at its default.
+    A setting with a condition in `read_with` has no effect unless the condition holds; it is then
+    rejected unless it is at its default.
     """
 
     model_config = ConfigDict(
@@ -134,11 +133,11 @@ class Settings(BaseModel):
     )
 
     read_with: ClassVar[Mapping[str, Condition]] = {}
-    """By the setting; those of base classes hold, too."""
+    """Conditions by setting; those of base classes apply too."""
 
     @classmethod
     def conditions(cls) -> dict[str, Condition]:
-        """`read_with` of this class and its bases."""
+        """Returns `read_with` of this class and its bases."""
         found: dict[str, Condition] = {}
         for base in reversed(cls.__mro__):
             found |= vars(base).get("read_with", {})
@@ -159,7 +158,7 @@ class Settings(BaseModel):
 
 
 def at_default(settings: BaseModel, name: str) -> bool:
-    """Whether a setting is as it is where nobody sets it."""
+    """Returns whether a setting has its default value."""
     field = type(settings).model_fields[name]
     if field.is_required():
         return False
@@ -189,21 +188,20 @@ def _count(value: object) -> object:
 
 
 Count = Annotated[int, Field(le=LARGEST_COUNT), BeforeValidator(_count)]
-"""A whole number, of what is counted and never held; YAML may write it as 1e6, 1_000_000, 2M or
-50k."""
+"""A count of what is never in memory at once; may be written as 1e6, 1_000_000, 2M or 50k."""
 
 Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER), BeforeValidator(_count)]
-"""How many there are of what is played or held; written as a `Count`."""
+"""A number of what is in memory at once; written as a `Count`."""
 
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
-"""The width of a layer, and of whatever else has weights or processes of its own."""
+"""The width of a layer, or a number of layers, processes or threads."""
 
 Sizes = Annotated[tuple[Size, ...], Field(max_length=64)]
-"""The widths of layers, one after the other."""
+"""The widths of consecutive layers."""
 
 
 class Component(BaseModel):
-    """A class chosen by the config, and its settings: ``{type: maml, inner_lr: 0.1}``.
+    """A class chosen by the config, with its settings: ``{type: maml, inner_lr: 0.1}``.
 
     ``type`` is a short name from `SHORT_NAMES` or an import path ``module:Class``; a component
     without settings may be written as its type alone.
@@ -219,27 +217,27 @@ class Component(BaseModel):
         return {"type": data} if isinstance(data, str) else data
 
     def load(self, kind: str | None = None) -> Any:
-        """Import the class.
+        """Imports the class.
 
         Args:
-            kind: the setting it stands under, a key of `SHORT_NAMES`; None searches all of them.
+            kind: the setting that names it, a key of `SHORT_NAMES`; None searches all of them.
 
         Raises:
-            ValueError: the name is unknown or the import fails, with what was probably meant.
+            ValueError: the name is unknown, with the closest known one, or the import fails.
         """
         return import_class(self.type, kind)
 
     @cached_property
     def settings(self) -> Any:
-        """The settings, validated once by the class's own ``Config``."""
+        """The settings, validated once by the ``Config`` of the class."""
         return self.load().Config.model_validate(self.model_extra or {})
 
 
 def import_class(name: str, kind: str | None = None) -> Any:
-    """The class behind a short name or an import path; it has a ``Config``.
+    """Returns the class with a short name or an import path.
 
     Raises:
-        ValueError: in one sentence, whatever is wrong with the name or its module.
+        ValueError: the name is unknown, its module cannot be imported, or it has no ``Config``.
     """
     module_name, _, class_name = _import_path(name, kind).partition(":")
     module = _import_module(module_name)
@@ -267,9 +265,9 @@ def _import_path(name: str, kind: str | None) -> str:
         return name
     for other, names in SHORT_NAMES.items():
         if name in names:
-            raise ValueError(f"'{name}' stands under '{other}', not here; {_choice(known)}")
+            raise ValueError(f"'{name}' is a choice for '{other}', not here; {_choice(known)}")
     if name in OLD_TYPES:
-        raise ValueError(f"'{name}' has another name: {OLD_TYPES[name]}")
+        raise ValueError(f"'{name}' was renamed to '{OLD_TYPES[name]}'")
     raise ValueError(f"unknown type '{name}'{did_you_mean(name, known) or '; ' + _choice(known)}")
 
 
@@ -295,7 +293,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where no known word is close."""
+    """Returns ``"; did you mean 'x'?"``, or an empty string where no known word is close."""
     nearest = min(known, key=lambda other: _edit_distance(word, other), default="")
     if nearest and _edit_distance(word, nearest) <= max(1, len(word) // 3):
         return f"; did you mean '{nearest}'?"
@@ -303,7 +301,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions, replacements and swaps of neighbours that lead from a to b."""
+    """Returns the Damerau-Levenshtein distance, with swaps of adjacent characters."""
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):

@@ -1,7 +1,7 @@
-"""YAML to settings: errors that say where, what was found, and what was probably meant.
+"""Loads configs from YAML, with errors that name the place and what was probably meant.
 
-The outer schema is validated with every `Component` closed; then each component is validated by
-its own class's ``Config``. All errors of a config are shown at once.
+The schema of the run is validated first, then each `Component` by the ``Config`` of its class. All
+errors of a config are shown at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dmrl_ray.config.components import SHORT_NAMES, Component, did_you_mean, imp
 from dmrl_ray.config.messages import NAME_PATTERN, NAME_RULE, message_of
 from dmrl_ray.config.schema import RLLIB, RunConfig
 from dmrl_ray.config.yaml_text import MAX_BYTES, Document, Path, dump, parse
-from dmrl_ray.errors import ConfigError, Misfit
+from dmrl_ray.errors import ConfigError, IncompatibleSettings
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 
@@ -26,31 +26,31 @@ Overrides = Sequence[str]
 
 
 def load_config(path: FilePath | str, overrides: Overrides = ()) -> RunConfig:
-    """Read a YAML file and apply ``key.path=value`` overrides.
+    """Loads a YAML file and applies ``key.path=value`` overrides.
 
     Raises:
-        ConfigError: every problem of the file and of the overrides, each with its place.
+        ConfigError: every problem of the file and of the overrides, each with its location.
     """
     return parse_config(_read(path), str(path), overrides)
 
 
 @contextmanager
-def places_told(path: FilePath | str, overrides: Overrides = ()) -> Iterator[None]:
-    """What is found within not to fit together is told with its place in this file.
+def locate_errors(path: FilePath | str, overrides: Overrides = ()) -> Iterator[None]:
+    """Adds locations in this file to `IncompatibleSettings` raised within the context.
 
     Raises:
-        ConfigError: every problem that a `Misfit` from within names, each with its place.
+        ConfigError: every problem of the caught error, each with its location.
     """
     try:
         yield
-    except Misfit as misfit:
+    except IncompatibleSettings as incompatible:
         document = _document(_read(path), str(path), overrides)
-        for stage, text in misfit.problems:
-            _report_misfit(document, stage, text)
+        for stage, text in incompatible.problems:
+            _report_incompatible(document, stage, text)
         try:
-            _refuse(document)
-        except ConfigError as told:
-            raise told from misfit
+            _raise_problems(document)
+        except ConfigError as located:
+            raise located from incompatible
 
 
 def _read(path: FilePath | str) -> str:
@@ -60,49 +60,49 @@ def _read(path: FilePath | str) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text, so not a config") from error
+        raise ConfigError(f"{path}: is not UTF-8 text") from error
 
 
 def parse_config(text: str, name: str, overrides: Overrides = ()) -> RunConfig:
-    """Settings of a YAML text; `name` stands for the file in messages.
+    """Returns the settings of a YAML text; `name` is the file name for messages.
 
-    Components of the answer carry all their settings, defaults included.
+    Components are returned with all their settings, defaults included.
 
     Raises:
-        ConfigError: every problem of the text and of the overrides, each with its place.
+        ConfigError: every problem of the text and of the overrides, each with its location.
     """
     document = _document(text, name, overrides)
     _check(document, RunConfig, document.data, ())
     _check_stages(document)
-    _refuse(document)
+    _raise_problems(document)
     return expanded(RunConfig.model_validate(document.data))
 
 
 def _document(text: str, name: str, overrides: Overrides) -> Document:
-    """The values as they are written, none of them validated."""
+    """Parses the text and applies the overrides, without validation."""
     document = parse(name, text)
-    _refuse(document)
+    _raise_problems(document)
     if not isinstance(document.data, dict):
         found = "is empty" if document.data is None else "holds no settings"
         raise ConfigError(f"{name}:1:1: the file {found}; a run needs at least tasks and stages")
     for override in overrides:
         document.override(override)
-    _refuse(document)
+    _raise_problems(document)
     return document
 
 
 def resolved(config: RunConfig) -> str:
-    """The complete YAML of a config, every default written out; reads back to an equal config."""
+    """Returns a config as YAML with every default; loading it gives an equal config."""
     return dump(plain(expanded(config)))
 
 
 def expanded(settings: AnySettings) -> AnySettings:
-    """The same settings, every component with all its settings, defaults included."""
+    """Returns the same settings, every component with all its settings, defaults included."""
     return type(settings).model_validate(plain(settings))
 
 
 def plain(value: object) -> Any:
-    """Settings as YAML has them: mappings, lists, texts and numbers."""
+    """Returns settings as plain mappings, lists, strings and numbers."""
     if isinstance(value, Component):
         return {"type": value.type} | plain(value.settings)
     if isinstance(value, BaseModel):
@@ -116,7 +116,7 @@ def plain(value: object) -> Any:
 
 
 def choices_of(settings: object, prefix: str = "") -> dict[str, list[str]]:
-    """Dotted names of all settings, each with the values that it can take, if they are few."""
+    """Returns the dotted names of all settings, each with its allowed values if they are few."""
     if isinstance(settings, Component):
         return {f"{prefix}type": [settings.type]} | choices_of(settings.settings, prefix)
     if isinstance(settings, dict):
@@ -139,13 +139,13 @@ def _choices_of_field(settings: BaseModel, name: str, prefix: str) -> dict[str, 
     return {f"{prefix}{name}": words or [str(x) for x in get_args(annotation) if type(x) is str]}
 
 
-def _refuse(document: Document) -> None:
+def _raise_problems(document: Document) -> None:
     if document.problems:
         raise ConfigError("\n".join(problem.text for problem in sorted(document.problems)))
 
 
 def _check(document: Document, model: type[BaseModel], data: dict[str, Any], path: Path) -> None:
-    """Report what is wrong with `data`, and with the components in it."""
+    """Reports the errors of `data` and of the components in it."""
     components = list(_components(model, data, path))
     try:
         model.model_validate(data)
@@ -153,11 +153,11 @@ def _check(document: Document, model: type[BaseModel], data: dict[str, Any], pat
         errors = invalid.errors(include_url=False)
         wrong = {error["loc"][:-1] for error in errors}
         for error in errors:
-            # A list whose items are refused counts as empty.
+            # Pydantic also reports a list whose items are all invalid as too short.
             if error["type"] != "too_short" or error["loc"] not in wrong:
                 _report(document, model, error, data, path)
     for owner, section, place in _sections(model, data, path):
-        _check_switches(document, owner, section, place)
+        _check_booleans(document, owner, section, place)
     for kind, below, component in components:
         _check_component(document, kind, component, below)
 
@@ -165,7 +165,7 @@ def _check(document: Document, model: type[BaseModel], data: dict[str, Any], pat
 def _sections(
     model: type[BaseModel], data: dict[str, Any], path: Path
 ) -> Iterator[tuple[type[BaseModel], dict[str, Any], Path]]:
-    """(model, data, path) of `data` and of every section in it, components excepted."""
+    """Yields (model, data, path) of `data` and of every section in it, except components."""
     yield model, data, path
     for name, field in model.model_fields.items():
         value, models = data.get(name), _models(field.annotation)
@@ -181,7 +181,7 @@ def _sections(
 def _components(
     model: type[BaseModel], data: dict[str, Any], path: Path
 ) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """(field, path, value) of each component in `data`; a type left to the default is filled in."""
+    """Yields (field, path, value) of each component in `data`, with default types filled in."""
     for owner, section, place in _sections(model, data, path):
         for name, field in owner.model_fields.items():
             if Component not in _models(field.annotation):
@@ -195,10 +195,10 @@ def _components(
                 yield name, (*place, name), value
 
 
-def _check_switches(
+def _check_booleans(
     document: Document, model: type[BaseModel], section: dict[str, Any], path: Path
 ) -> None:
-    """Python counts ``true`` as 1; a config that says so is wrong."""
+    """Reports booleans given for numbers, which pydantic would accept as 0 and 1."""
     for name, field in model.model_fields.items():
         kinds = _plain_types(field.annotation)
         if isinstance(section.get(name), bool) and bool not in kinds and kinds & {int, float}:
@@ -223,7 +223,7 @@ def _check_component(document: Document, kind: str, data: dict[str, Any], path: 
 
 
 def _models(annotation: object) -> list[type[BaseModel]]:
-    """The models that an annotation allows."""
+    """Returns the models in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
@@ -236,9 +236,9 @@ def _tagged(models: list[type[BaseModel]], tag: object) -> list[type[BaseModel]]
 def _place(
     model: type[BaseModel], error: ErrorDetails, data: Any
 ) -> tuple[Path, type[BaseModel] | None]:
-    """Where an error is, in keys of the data, and the model that the last key belongs to.
+    """Returns the path of an error in the data, and the model that its last key belongs to.
 
-    Pydantic puts the tag of a chosen model into its location; the data has no such key.
+    The location that pydantic gives also holds the tag of a union's member, which is no key.
     """
     path: Path = ()
     models, owner = [model], None
@@ -272,14 +272,14 @@ def _report(
 
 
 def _section(data: Any, path: Path) -> dict[str, Any]:
-    """What stands at a path, if it is a section."""
+    """Returns the section at a path; empty if there is none."""
     for key in path:
         data = data[key] if isinstance(data, dict) and key in data else None
     return data if isinstance(data, dict) else {}
 
 
-def _report_misfit(document: Document, stage: str, text: str) -> None:
-    """Report a sentence that begins with a setting, as seen from a stage."""
+def _report_incompatible(document: Document, stage: str, text: str) -> None:
+    """Reports a message that begins with a setting, at the place where the stage gets it from."""
     dotted, colon, message = text.partition(": ")
     parent = _owner(document.data, stage, dotted.split(".")[0]) if colon else None
     if parent is None:
@@ -293,7 +293,7 @@ def _report_misfit(document: Document, stage: str, text: str) -> None:
 
 
 def _owner(data: dict[str, Any], stage: str, key: str) -> tuple[str, ...] | None:
-    """The section that a stage takes a setting from; None if it has no such setting."""
+    """Returns the section that a stage takes a setting from; None if there is no such setting."""
     section = data["stages"][stage] if stage else {}
     stages = _models(RunConfig.model_fields["stages"].annotation)
     own = any(key in model.model_fields for model in _tagged(stages, section.get("type")))
@@ -311,7 +311,7 @@ def _owner(data: dict[str, Any], stage: str, key: str) -> tuple[str, ...] | None
 
 
 def _check_stages(document: Document) -> None:
-    """Names of stages, and the earlier stages they start from."""
+    """Checks the names of stages, and that they start from earlier stages."""
     stages = document.data.get("stages")
     earlier: dict[str, Any] = {}
     for name, stage in stages.items() if isinstance(stages, dict) else ():
@@ -326,7 +326,7 @@ def _check_stages(document: Document) -> None:
 def _wrong_source(
     source: str, name: str, earlier: dict[str, Any], stages: dict[str, Any]
 ) -> str | None:
-    """Why a stage cannot start from `source`, or None."""
+    """Returns why a stage cannot start from `source`; None if it can."""
     if source.startswith(RLLIB):
         return None
     if source in earlier:
@@ -335,7 +335,7 @@ def _wrong_source(
             return None
         trained = [key for key, s in earlier.items() if _is_pretrain(s)]
         known = f"; trained stages: {', '.join(trained) or 'none'}"
-        return f"stage '{source}' is of type {kind}, which leaves no one policy{known}"
+        return f"stage '{source}' is of type {kind}, which does not produce a single policy{known}"
     if source == name:
         return f"stage '{source}' is this stage itself"
     if source in stages:

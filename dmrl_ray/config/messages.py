@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, said in one sentence to the author of a config."""
+"""Validation errors of pydantic as one sentence each, for the author of a config."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from dmrl_ray.config.components import OLD_NAMES, did_you_mean
 NAME_PATTERN = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
 
 BY = "by: {type: continued, optimizer, lr, trainable, episodes}"
-"""How a stage names continued training, which was set beside its other settings."""
+"""The setting that replaces the former settings of continued training."""
 
 NAME_RULE = "must be letters, digits, '.', '_' or '-', at most 64, the first a letter or digit"
 
 
 def message_of(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> str:
-    """One sentence: what was found, and what is allowed or was probably meant."""
+    """Returns one sentence: what was found, and what is allowed or was probably meant."""
     kind, context, found = error["type"], error.get("ctx", {}), _shown(error["input"])
     fields = owner.model_fields if owner else {}
     if kind == "extra_forbidden":
         if (name := OLD_NAMES.get(key)) in fields:
-            like = BY if name == "by" else name
-            return f"this setting has another name: {like}"
+            return f"this setting was renamed to {BY if name == 'by' else name}"
         hint = did_you_mean(key, fields)
         return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"
     if kind == "missing":

@@ -1,4 +1,4 @@
-"""Where configs, runs and clusters are that a user names in short, or not at all."""
+"""Finds configs, runs and clusters by the short names that a user gives."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from dmrl_ray.config.components import did_you_mean
 from dmrl_ray.errors import ConfigError
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by `ray job submit`, for what the job runs."""
+"""Environment variable that `ray job submit` sets in a job."""
 
 
 def find_cluster(address: str | None) -> str | None:
-    """Of a running cluster: the address given, that of the environment, or the surrounding Ray
-    job's; None where Ray is to be started on this machine."""
+    """Returns the address of a running cluster; None if Ray is to be started on this machine.
+
+    Args:
+        address: the address given by the user; None takes the one of the environment, or of the Ray
+            job that this process runs in.
+    """
     inside_job = JOB_VARIABLE in os.environ
     found = address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else "local")
     return None if found == "local" else found
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Files of the configs that come with the package, by name."""
+    """Returns the files of the configs in the package, by name."""
     return {
         file.stem: file
         for root in reversed(list(dmrl_ray.__path__))
@@ -31,15 +35,15 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def runs_here() -> dict[str, Path]:
-    """Folders of the runs in ``runs/``, by name."""
+    """Returns the folders of the runs in ``runs/``, by name."""
     return {file.parent.name: file.parent for file in Path("runs").glob("*/run.json")}
 
 
 def find_config(name: str) -> Path:
-    """The file of that path, or the packaged config of that name.
+    """Returns the file with this path, or the packaged config with this name.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: neither exists.
     """
     if Path(name).is_file():
         return Path(name)
@@ -51,10 +55,10 @@ def find_config(name: str) -> Path:
 
 
 def find_run(name: str) -> Path:
-    """The run folder of that path, or the run in ``runs/`` whose name starts so.
+    """Returns the run folder with this path, or the run in ``runs/`` whose name starts so.
 
     Raises:
-        ConfigError: there is none, or more than one.
+        ConfigError: no run matches, or more than one.
     """
     if (Path(name) / "run.json").is_file():
         return Path(name).absolute()
@@ -63,7 +67,7 @@ def find_run(name: str) -> Path:
     if name in runs or len(found) == 1:
         return runs[name if name in runs else found[0]].absolute()
     if found:
-        raise ConfigError(f"{name}: more than one run starts so: {', '.join(found)}")
+        raise ConfigError(f"{name}: matches more than one run: {', '.join(found)}")
     if Path(name).is_dir():
-        raise ConfigError(f"{name}: is no run, it has no run.json")
+        raise ConfigError(f"{name}: is not a run folder: it has no run.json")
     raise ConfigError(f"{name}: there is no such run{did_you_mean(name, runs)}")

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 RLLIB = "rllib:"
-"""Begins an ``init_from`` that names a checkpoint of RLlib and not a stage."""
+"""Prefix of an ``init_from`` that names a checkpoint of RLlib instead of a stage."""
 
 
 _AUTO = Discriminator(lambda value: "auto" if value == "auto" else "number")  # one message, not two
@@ -53,7 +53,7 @@ Threads: TypeAlias = Annotated[
 
 
 def resolve_auto(number: Processes | Threads) -> int:
-    """The number; 1 for an auto that `placement` has not resolved, as in checks before a run."""
+    """Returns the number; 1 for an auto that `placement` has not resolved, as in checks."""
     return 1 if number == "auto" else number
 
 
@@ -68,57 +68,58 @@ class RolloutSettings(Settings):
     """Environments per shard."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """Where pretraining steps environments and policy, as tensors that the learner takes as they
-    are; with ``workers: {num: 0}``. It takes thousands of environments to keep a GPU busy. null,
-    and the other stages: in NumPy, in the workers."""
+    """Device on which pretraining steps environments and policy, as tensors that the learner uses
+    directly; requires ``workers: {num: 0}``. A GPU needs thousands of environments to be busy. null
+    is NumPy in the workers, as in all other stages."""
 
 
 class TaskRollout(Settings):
-    """The rollout of a job on a single task in one iteration, in one shard and in NumPy."""
+    """The rollout of one iteration of a job on a single task, in one shard and in NumPy."""
 
     num_envs: Number = 64
-    """Environments."""
+    """Parallel environments."""
 
 
 class WorkerSettings(Settings):
     """Rollout workers. Their number changes the speed of a run, never its result."""
 
     num: Processes = "auto"
-    """Ray actors that roll out; 0 runs everything in this process, without Ray. auto measures
-    what a step costs when the run starts, and says what it chose."""
+    """Ray actors that collect rollouts; 0 runs everything in this process, without Ray. auto
+    chooses by the measured time of a step when the run starts, and reports its choice."""
 
     timeout_s: float = Field(default=60.0, gt=0)
-    """A worker that has not answered after max(this, 5 x the median answer) is replaced."""
+    """A worker that has not answered after max(this, 5 x the median time of an answer) is
+    replaced."""
 
     max_failures: int = Field(default=100, ge=0, le=LARGEST_NUMBER)
-    """Workers lost in one run before it stops."""
+    """Number of workers that may be lost before the run stops."""
 
 
 class LearnerSettings(Settings):
-    """Learners: they train the policy."""
+    """Learners, which train the policy."""
 
     num: Size = 1
-    """Learner actors; gradients are averaged over them. More than one takes workers."""
+    """Learner actors; gradients are averaged over them. More than one requires workers."""
 
     threads: Threads = "auto"
-    """Torch threads of each learner; auto chooses by the cores. Part of the result: they change
+    """Torch threads of each learner; auto chooses by the number of cores. Results depend on it in
     the last bits."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one."""
+    """auto uses a GPU if there is one."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the layers below the heads in gradient steps on minibatches. bfloat16 is faster
-    on CPUs and GPUs that have it, and learns less well where differences are small, as in long
+    """Precision of the layers below the heads, in gradient steps on minibatches. bfloat16 is faster
+    on hardware that supports it, and learns worse where differences are small, as in long
     trials."""
 
     compile: bool = False
-    """Gradients by compiled code, for policies without memory: twice as fast where networks are
-    small, after seconds of compiling. Takes a C++ compiler, or on a GPU Triton."""
+    """Compile the gradient computation of policies without memory: twice as fast for small
+    networks, after seconds of compilation. Requires a C++ compiler, or Triton on a GPU."""
 
 
 class CommitSettings(Settings):
-    """When a run is made durable; no result depends on it."""
+    """When a run is committed to disk; results do not depend on it."""
 
     read_with: ClassVar = {"every_s": ("every_updates", (None,))}
 
@@ -126,33 +127,33 @@ class CommitSettings(Settings):
     """Seconds between commits inside a job; the end of a job is always committed."""
 
     every_updates: Count | None = Field(default=None, ge=1)
-    """Instead of seconds: a commit after this many updates."""
+    """Updates between commits, instead of seconds."""
 
     keep: int = Field(default=3, ge=2, le=LARGEST_NUMBER)
-    """Commits whose checkpoints are kept on disk."""
+    """Number of commits whose checkpoints are kept on disk."""
 
 
 class Starting(Settings):
     """Settings shared by all stages, which may start from a policy."""
 
     trust: bool = False
-    """That a checkpoint of RLlib may be read: it is a pickle, and can run code."""
+    """Allow reading a checkpoint of RLlib: it is a pickle, and can run code."""
 
     @model_validator(mode="after")
-    def _needs_trust(self) -> Starting:
+    def _trust_needs_rllib(self) -> Starting:
         if self.trust and not str(getattr(self, "init_from", None)).startswith(RLLIB):
             raise ValueError("trust: is read only where init_from is rllib:PATH; leave it out")
         return self
 
     @field_validator("init_from", check_fields=False)
     @classmethod
-    def _may_be_read(cls, source: str | None, info: ValidationInfo) -> str | None:
+    def _rllib_needs_trust(cls, source: str | None, info: ValidationInfo) -> str | None:
         if source is None or not source.startswith(RLLIB):
             return source
         if not info.data.get("trust"):
             raise ValueError(
                 "a checkpoint of RLlib is a pickle, which can run code when it is read; if you "
-                "trust whoever wrote it, say trust: true beside it"
+                "trust its source, set trust: true beside it"
             )
         return RLLIB + os.path.abspath(os.path.expanduser(source.removeprefix(RLLIB)))
 
@@ -161,16 +162,17 @@ class Training(Starting):
     """Settings shared by the stages that train."""
 
     algorithm: Component | None = None
-    """Instead of the run's algorithm."""
+    """The algorithm; the run's if null."""
 
     network: Component | None = None
-    """Instead of the run's network."""
+    """The network; the run's if null."""
 
     record: bool = False
-    """Keep every step of training in the transitions table, in the order of learning."""
+    """Record every transition in the transitions table, in the order of training."""
 
     allow_seen: bool = False
-    """Learn from recordings of tasks that it is selected by or reported on; the report marks it."""
+    """Allow learning from recordings of tasks that the policy is selected or reported on, which the
+    report marks."""
 
 
 class Pretrain(Training):
@@ -182,28 +184,28 @@ class Pretrain(Training):
     """Environment steps to train for."""
 
     rollout: RolloutSettings | None = None
-    """Instead of the run's rollout."""
+    """The rollout; the run's if null."""
 
     max_policy_lag: int = Field(default=0, ge=0, le=1_000)
-    """Updates that the acting policy may be behind the learner; 0 is synchronous and exact."""
+    """Updates by which the acting policy may lag behind the learner; 0 is synchronous and exact."""
 
     validate_every: Count = Field(default=20, ge=1)
     """Updates between evaluations on the validation split."""
 
     validation_tasks: Number = 128
-    """Tasks in each of those evaluations, always the same ones."""
+    """Tasks in each of these evaluations, always the same ones."""
 
     greedy: bool = True
-    """Take the most probable action in them. Where exploring brings reward, a policy that learned
-    to explore at random is worth more with false, here and in the evaluation."""
+    """Take the most probable action in these evaluations. false is better for a policy that
+    explores by sampling, here and in evaluation stages."""
 
     init_from: str | None = None
-    """Name of an earlier stage whose weights to start from, or ``rllib:PATH``, here and in other
-    stages: a checkpoint of RLlib."""
+    """Name of an earlier stage whose weights to start from or, in all stages, ``rllib:PATH``, a
+    checkpoint of RLlib."""
 
 
 class Finetune(Training):
-    """Specialise a pretrained policy to single tasks, one job for each, side by side."""
+    """Fine-tune a pretrained policy on single tasks, one job per task, in parallel."""
 
     type: Literal["finetune"] = "finetune"
 
@@ -214,21 +216,21 @@ class Finetune(Training):
     """Which of that stage's checkpoints."""
 
     split: Literal["train", "validation", "test"] = "test"
-    """Tasks to specialise to."""
+    """Split of the tasks to fine-tune on."""
 
     tasks: Number = 16
-    """Number of tasks, hence of jobs."""
+    """Number of tasks, and of jobs."""
 
     rollout: TaskRollout | None = None
-    """Instead of the run's ``num_envs``."""
+    """The rollout; the run's ``num_envs`` if null."""
 
     updates: Number = 3
-    """Updates on each task; the return before update n is reported as step n."""
+    """Updates on each task; the return before update n is reported as adaptation step n."""
 
     trainable: tuple[str, ...] = ("",)
-    """Parameters that move, by prefixes of their names; the rest is frozen. ``[""]`` is everything,
-    ``[policy_head, value_head]`` or ``["last:1"]`` the heads, ``["last:2"]`` and the last layer
-    before them, ``["*adapter*"]`` what matches: adapters that ``network`` adds here."""
+    """Prefixes of the names of the parameters that are trained; the others are frozen. ``[""]`` is
+    all, ``[policy_head, value_head]`` or ``["last:1"]`` the heads, ``["last:2"]`` also the last
+    layer before them, ``["*adapter*"]`` a pattern: adapters that ``network`` adds here."""
 
 
 class ContinuedTraining(Settings):
@@ -237,19 +239,19 @@ class ContinuedTraining(Settings):
     type: Literal["continued"] = "continued"
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """How the gradients move the parameters; its state lasts as long as the parameters do."""
+    """The optimizer; its state is kept and reset together with the parameters."""
 
     lr: float = Field(default=0.1, gt=0)
     """Step size."""
 
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled from the gradient."""
+    """Decoupled weight decay."""
 
     trainable: tuple[str, ...] = Field(default=("",), min_length=1)
-    """Prefixes of the names of the parameters that move."""
+    """Prefixes of the names of the parameters that are trained."""
 
     episodes: Number = 20
-    """Episodes in a round: parallel copies of the task that a step averages over."""
+    """Episodes in a round, on parallel copies of the task; a step averages over them."""
 
 
 By: TypeAlias = Literal["own"] | ContinuedTraining | None
@@ -257,29 +259,29 @@ _BY = Discriminator(lambda value: "own" if value == "own" else "continued")  # o
 
 
 class Playing(Starting):
-    """Settings shared by the stages that play a policy and leave it as it is."""
+    """Settings of stages that evaluate a policy without training it."""
 
     init_from: str
-    """Name of the stage whose policy is played."""
+    """Name of the stage whose policy is evaluated."""
 
     algorithm: Component | None = None
-    """How the policy adapts; that stage's own algorithm if null."""
+    """The algorithm that adapts the policy; that stage's own if null."""
 
     checkpoint: Literal["best", "last"] = "best"
     """Which of that stage's checkpoints."""
 
     split: Literal["train", "validation", "test"] = "test"
-    """Tasks that are played."""
+    """Split of the tasks."""
 
     greedy: bool = True
-    """Take the most probable action where the algorithm does not need to explore at random."""
+    """Take the most probable action, unless the algorithm needs to explore by sampling."""
 
 
 class Adapt(Playing):
-    """Meet streams of tasks that change, and keep adapting.
+    """Adapt online to streams of tasks that change.
 
-    Beside the agent stand the same one restarted at each change (`JOB.restarted` in tables) and one
-    that never adapts (`JOB.unadapted`).
+    Two references are evaluated on the same streams: the agent reset at each change
+    (`JOB.restarted` in tables) and the agent without adaptation (`JOB.unadapted`).
     """
 
     type: Literal["adapt"] = "adapt"
@@ -288,25 +290,25 @@ class Adapt(Playing):
     """Independent streams of tasks."""
 
     tasks_per_stream: Number = 3
-    """Tasks in each stream, one after the other."""
+    """Consecutive tasks in each stream."""
 
     episodes_per_task: Number = 4
-    """Episodes of each environment between changes."""
+    """Episodes of each environment between task changes."""
 
     change: Literal["ignore", "told"] = "ignore"
-    """ignore: the agent does not observe that the task changes, and continues as it has adapted;
-    told: memory, belief, parameters and optimiser start from scratch with every task."""
+    """ignore: the agent does not observe task changes, and continues in its state; told: memory,
+    belief, parameters and optimiser are reset with every task."""
 
     by: Annotated[
         Annotated[Literal["own"], Tag("own")] | Annotated[ContinuedTraining, Tag("continued")], _BY
     ] = "own"
-    """Who adapts: own is the algorithm's own adaptation with its own settings, such as memory,
-    inner steps or a belief, or for algorithms without a trial continued training by their
-    optimiser; ``{type: continued, ...}`` takes gradient steps on any differentiable policy."""
+    """How the agent adapts: own is the adaptation of its algorithm, such as memory, inner steps or
+    a belief, or continued training by its optimiser for algorithms without trials;
+    ``{type: continued, ...}`` takes gradient steps on any differentiable policy."""
 
 
 class Evaluate(Playing):
-    """Run a policy on held-out tasks, without learning across them."""
+    """Evaluate a policy on held-out tasks, without learning across them."""
 
     type: Literal["evaluate"] = "evaluate"
 
@@ -317,25 +319,25 @@ class Evaluate(Playing):
     """Trials on each task."""
 
     record: bool = False
-    """Keep every step in the transitions table."""
+    """Record every transition in the transitions table."""
 
 
 Stage = Annotated[Pretrain | Finetune | Adapt | Evaluate, Field(discriminator="type")]
 
 
 class RunConfig(Settings):
-    """Everything that defines a run."""
+    """The settings of a run."""
 
     name: str = Field(default="run", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
-    """Names the run folder, together with the time."""
+    """Name of the run folder, followed by the time."""
 
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Fixes every random number of the run but the choice of evaluation tasks."""
+    """Seed of all random numbers except those of `evaluation_seed`."""
 
     evaluation_seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Fixes which tasks are validated, fine-tuned, adapted to and evaluated on, and the random
-    numbers of evaluations and streams. Runs of one study leave it as it is and differ in
-    `seed`, so that they are compared on the same tasks."""
+    """Seed of the tasks of validation, fine-tuning, adaptation and evaluation, and of the random
+    numbers of evaluations and streams. Runs of one study share it and differ in `seed`, so that
+    they are compared on the same tasks."""
 
     tasks: Component
     """The task family."""
@@ -344,7 +346,7 @@ class RunConfig(Settings):
     """The policy network."""
 
     algorithm: Component = Component(type="ppo")
-    """The algorithm of stages that name none."""
+    """The algorithm of stages without their own."""
 
     rollout: RolloutSettings = RolloutSettings()
     workers: WorkerSettings = WorkerSettings()
@@ -352,15 +354,15 @@ class RunConfig(Settings):
     commit: CommitSettings = CommitSettings()
 
     stages: dict[str, Stage] = Field(min_length=1)
-    """Stages by name, run in this order."""
+    """Stages by name, in the order in which they run."""
 
     @model_validator(mode="after")
-    def _is_one_process_on_a_device(self) -> RunConfig:
+    def _device_needs_one_process(self) -> RunConfig:
         own = [s.rollout for s in self.stages.values() if isinstance(s, Pretrain) and s.rollout]
         devices = [r.device for r in (self.rollout, *own) if r.device is not None]
         if devices and self.workers.num not in (0, "auto"):
             raise ValueError(
-                f"rollout.device: {devices[0]} keeps everything in this process, which needs "
+                f"rollout.device: {devices[0]} runs everything in this process, which requires "
                 f"workers.num: 0, found {self.workers.num}"
             )
         return self

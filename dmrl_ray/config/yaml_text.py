@@ -1,6 +1,6 @@
-"""YAML text to plain values, with the place of every key.
+"""Parses YAML text to plain values, with the line and column of every key.
 
-A careful subset of YAML: no anchors, aliases, tags or duplicate keys, bounded size and depth. Only
+A strict subset of YAML: no anchors, aliases, tags or duplicate keys, bounded size and depth. Only
 ``true`` and ``false`` are booleans, ``1e-3`` is a number, keys are strings.
 """
 
@@ -24,19 +24,19 @@ MAX_VALUES = 20_000
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One thing that is wrong with a config, and where."""
+    """An error in a config, with its location."""
 
-    line: int  # From 0; values of the command line come after those of the file.
+    line: int  # From 0; overrides of the command line come after the lines of the file.
     column: int
-    text: str  # As it is shown: place, key, message, and the offending line with a caret.
+    text: str  # As shown: location, key, message, and the offending line with a caret.
 
 
 @dataclass
 class Document:
-    """Values of a config, and where each was written.
+    """Values of a config, with the location of each.
 
     Args:
-        name: the file, as it is to stand in messages.
+        name: the file, as shown in messages.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def report(self, path: Path, message: str) -> None:
-        """Note a problem at a key; where the key was not written, at its nearest parent."""
+        """Adds a problem at a key or, if the key is not in the file, at its nearest parent."""
         key = ".".join(map(str, path))
         subject = f"{key}: {message}" if key else message
         for length in range(len(path), -1, -1):
@@ -65,19 +65,19 @@ class Document:
         self.report_at(0, 0, subject)
 
     def report_at(self, line: int, column: int, message: str) -> None:
-        """Note a problem at a place of the file, both counted from 0."""
+        """Adds a problem at a line and column, counted from 0."""
         text = f"{self.name}:{line + 1}:{column + 1}: {message}"
         if line < len(self.lines) and self.lines[line].strip() and column < 110:
             text += f"\n    {self.lines[line][:110]}\n    {' ' * column}^"
         self.problems.append(Problem(line, column, text))
 
     def override(self, text: str) -> None:
-        """Apply ``key.path=value`` of the command line."""
+        """Applies an override ``key.path=value`` of the command line."""
         dotted, equals, value_text = text.partition("=")
         path = self.resolve(dotted.strip())
         if not equals or not dotted.strip():
             self.overrides[path] = text
-            self.report(path, "a setting is changed by 'key.path=value'")
+            self.report(path, "an override has the form 'key.path=value'")
             return
         value = parse("command line", value_text)
         self.overrides[path] = text
@@ -89,7 +89,7 @@ class Document:
             self.marks = {p: m for p, m in self.marks.items() if p[: len(path)] != path}
 
     def resolve(self, dotted: str) -> Path:
-        """The path of a dotted key; existing keys may contain dots themselves."""
+        """Returns the path of a dotted key; existing keys may contain dots themselves."""
         words, path, here = dotted.split("."), [], self.data
         while words:
             lengths = range(len(words), 0, -1) if isinstance(here, dict) else ()
@@ -100,7 +100,7 @@ class Document:
         return tuple(path)
 
     def _section(self, path: Path) -> dict[str | int, Any] | None:
-        """The mapping that holds `path`, made where it is missing."""
+        """Returns the mapping that contains `path`, and creates it if it is missing."""
         here: dict[str | int, Any] = self.data
         for depth, key in enumerate(path[:-1]):
             if path[:depth] == ("stages",) and key not in here:
@@ -114,14 +114,14 @@ class Document:
                 here[key] = below
                 self.marks.pop(path[: depth + 1], None)
             if not isinstance(below, dict):
-                self.report(path, f"'{key}' is not a section, so nothing can be set below it")
+                self.report(path, f"'{key}' is not a section, so it has no settings")
                 return None
             here = below
         return here
 
 
 def parse(name: str, text: str) -> Document:
-    """Read a text; what is wrong with it stands in the answer's ``problems``."""
+    """Parses a text; errors are in the ``problems`` of the result."""
     document = Document(name, text.splitlines())
     if len(text.encode(errors="replace")) > MAX_BYTES:
         document.report_at(0, 0, "the file is larger than 1 MB, too large for a config")
@@ -142,7 +142,7 @@ def parse(name: str, text: str) -> Document:
 
 
 def dump(data: object) -> str:
-    """Values as YAML that `parse` reads back as they were."""
+    """Returns values as YAML text, which `parse` reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
 
 
@@ -210,7 +210,7 @@ def _value(document: Document, loader: _Loader, node: yaml.Node, path: Path) -> 
         return _mapping(document, loader, node, path)
     try:
         return loader.construct_object(node)
-    except ValueError as error:  # A number of thousands of digits.
+    except ValueError as error:  # A number with thousands of digits.
         raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
 
@@ -221,7 +221,7 @@ def _mapping(
     for key_node, value_node in node.value:
         mark = key_node.start_mark
         if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="a key must be a plain scalar", problem_mark=mark)
         key = str(key_node.value)
         below = (*path, key)
         if key in found:

@@ -21,7 +21,7 @@ from dmrl_ray.config.schema import (
 )
 from dmrl_ray.control.held_out import check_seen
 from dmrl_ray.data.sources import recordings_of
-from dmrl_ray.errors import Misfit
+from dmrl_ray.errors import IncompatibleSettings
 from dmrl_ray.jobs.external import check_external, external_of
 from dmrl_ray.jobs.learner import compiled
 from dmrl_ray.jobs.memory import Part, estimate, machine_bytes, refusal
@@ -44,7 +44,7 @@ def check(config: RunConfig) -> list[Part]:
         The memory of the stage that needs most.
 
     Raises:
-        Misfit: all that was found, each with its stage and setting.
+        IncompatibleSettings: all that was found, each with its stage and setting.
         EnvironmentFault: the task family breaks its contract within the first steps.
     """
     problems: dict[str, str] = {}  # sentence, and the first stage that it is of
@@ -73,7 +73,7 @@ def check(config: RunConfig) -> list[Part]:
         attempt("", partial(_check_shared, config, own))
     attempt("", partial(check_gpu, config))
     if problems:
-        raise Misfit([(stage, text) for text, stage in problems.items()])
+        raise IncompatibleSettings([(stage, text) for text, stage in problems.items()])
     return max(held.values(), key=lambda parts: sum(p.about_bytes for p in parts), default=[])
 
 

@@ -16,7 +16,7 @@ from dmrl_ray.config.loading import expanded, plain
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.data.sources import recordings_of
-from dmrl_ray.errors import Misfit
+from dmrl_ray.errors import IncompatibleSettings
 from dmrl_ray.jobs.external import ExternalAlgorithm
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.store.commits import as_overrides
@@ -45,7 +45,7 @@ def changes(before: RunConfig, after: RunConfig, state: Mapping[str, Any]) -> di
         state: of its newest commit.
 
     Raises:
-        Misfit: there are others, each of which is named with both values.
+        IncompatibleSettings: there are others, each of which is named with both values.
     """
     allowed: dict[str, Any] = {}
     problems = []
@@ -61,7 +61,7 @@ def changes(before: RunConfig, after: RunConfig, state: Mapping[str, Any]) -> di
         order = ", ".join(before.stages)
         problems.append(("", f"stages: this run has another order of them: {order}; keep it"))
     if problems:
-        raise Misfit(problems)
+        raise IncompatibleSettings(problems)
     return allowed
 
 

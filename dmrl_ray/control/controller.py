@@ -87,7 +87,7 @@ def resume(
 
     Raises:
         ConfigError: the folder is no run, or a newer version's.
-        Misfit: the config differs from the run's where a run may not change.
+        IncompatibleSettings: the config differs from the run's where a run may not change.
         CorruptRun: none of its commits is complete.
         Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
     """

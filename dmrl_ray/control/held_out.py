@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dmrl_ray.config.schema import Adapt, Finetune, Pretrain, RunConfig, Stage
-from dmrl_ray.data.lineage import learned_from, line_of
+from dmrl_ray.data.lineage import learned_from, stage_lineage
 from dmrl_ray.data.sources import DataSettings, recordings_of
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import sample
@@ -47,7 +47,7 @@ def check_seen(
             raise ValueError("allow_seen: this stage learns from no recordings; leave it out")
         return
     starts = {key: _starts(config, other) for key, other in config.stages.items()}
-    later = [key for key in config.stages if name in line_of(starts, key)]
+    later = [key for key in config.stages if name in stage_lineage(starts, key)]
     for field, data in learns_from.items():
         recorded = _recorded(config, data, family)
         for key in later if recorded else ():

@@ -1,1 +1,1 @@
-"""Recorded and replayed steps, for learning from what was not just collected."""
+"""Replay and datasets of recorded transitions, for off-policy and offline learning."""

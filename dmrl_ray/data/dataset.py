@@ -1,16 +1,16 @@
 """Recorded transitions as batches of sequences, for algorithms that learn from data.
 
-A dataset is one long row of steps in a fixed order: history after history (an environment column
-of a job), in each the order in which it was lived. What is drawn from it is a function of a random
-stream alone: not of how rows were spread over files, nor of what was read before. Blocks are read
-when a step in them is wanted, and the last ones are kept, up to a number of bytes.
+A dataset is a sequence of steps in a fixed order: one history (an environment of a job) after the
+other, each in the order of collection. Samples depend on the random generator alone: neither on the
+distribution of rows over files nor on earlier reads. Blocks are read on demand and cached up to a
+number of bytes.
 
-Rollout workers read, each for its shards, and several learners take their share of what was read:
-nothing has to be split beforehand, as by Ray Data's ``streaming_split``, and nothing remembered.
+Each rollout worker reads for its own shards, and learners split what was read: data need not be
+split beforehand, as by Ray Data's ``streaming_split``, and there is no reading position to restore.
 
-Before the first draw all numbers are read once. A row with one that is not finite is left out, and
-so is the step before it where that leads to the row's observation; and of what is read whole, such
-as an episode or a trial, all of it. Nothing is joined over the gap.
+All numbers are read once before the first sample. A row with a non-finite number is left out, with
+the step before it where the row's observation is that step's successor; of units that are sampled
+whole, such as episodes or trials, the whole unit is left out. Sequences never continue over a gap.
 """
 
 from __future__ import annotations
@@ -31,43 +31,42 @@ from dmrl_ray.types import Arrays, Rollout
 
 Unit: TypeAlias = Literal["episode", "trial", "history"]
 Segment: TypeAlias = tuple[int, int, bool]
-"""First step, the one after the last, and whether memory is forgotten before the first."""
+"""First step, end (exclusive), and whether the memory is reset before the first step."""
 
 Spans: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""First steps, and those after the last."""
+"""First steps and ends (exclusive)."""
 
-PLACES_NAMED = 3
-"""Rows with numbers that are not finite that are named; others are counted."""
+MAX_NAMED = 3
+"""Rows with non-finite numbers that a message names; further ones are counted."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows of the data that are not learned from, as some of their numbers are not finite."""
+    """Rows left out of the dataset because of non-finite numbers."""
 
     rows: int
     of: int
-    first: tuple[str, ...]  # places and columns of the first of them
+    first: tuple[str, ...]  # locations and columns of the first rows
 
     def __str__(self) -> str:
         more = self.rows - len(self.first)
         rest = f" and {more} more" if more else ""
         return (
-            f"{self.rows} of {self.of} rows hold numbers that are not finite: "
-            f"{'; '.join(self.first)}{rest}"
+            f"{self.rows} of {self.of} rows hold non-finite numbers: {'; '.join(self.first)}{rest}"
         )
 
 
 class Dataset:
-    """Steps in a fixed order, and where their episodes, trials and histories begin.
+    """Recorded steps in a fixed order, from which sequences are sampled.
 
     Args:
-        source: the blocks.
-        obs_space: of the task family; what is read must fit it.
-        action_space: likewise.
-        memory_bytes: of blocks kept.
+        source: the recorded blocks.
+        obs_space: the observation space of the task family; the data must match it.
+        action_space: the action space, likewise.
+        memory_bytes: maximum size of the cached blocks.
 
     Raises:
-        ValueError: there are no steps, or they do not fit the family.
+        ValueError: there are no steps, or they do not match the family.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Dataset:
         block = np.repeat(np.arange(len(found)), [len(pieces) for pieces in found])
         pieces = np.concatenate(found) if found else np.empty((0, 7), np.int64)
         if len(pieces) == 0:
-            raise ValueError("data: no steps were recorded there; record a stage with record: true")
+            raise ValueError("data: no steps were recorded; record a stage with record: true")
         self._index(pieces, block)
         self._block(int(self._piece_block[0]))
 
@@ -104,7 +103,7 @@ class Dataset:
         first = end - length
         new = {"history": _changes(history)}
         new["trial"] = new["history"] | _changes(trial)
-        # What goes on in the next collection is one episode still.
+        # An episode may continue in the next rollout.
         new["episode"] = new["history"] | (t != np.append(0, (t + length)[:-1]))
         self.num_steps = int(end[-1])
         self.starts: dict[str, np.ndarray] = {
@@ -118,8 +117,8 @@ class Dataset:
         self._piece_block, self._piece_row = block[apart], row[apart]
 
     @cached_property
-    def _unfit(self) -> tuple[np.ndarray, LeftOut | None]:
-        """Steps that are left out, in their order, and what to say of them."""
+    def _excluded(self) -> tuple[np.ndarray, LeftOut | None]:
+        """Sorted steps that are left out, and their description."""
         found: list[np.ndarray] = []
         named: list[str] = []
         rows = 0
@@ -131,76 +130,76 @@ class Dataset:
             step = self._steps_at(block, row)
             row, step = row[step >= 0], step[step >= 0]
             rows += len(row)
-            for r in row[: PLACES_NAMED - len(named)].tolist():
-                names = ", ".join(name for name, wrong in columns.items() if wrong[r])
+            for r in row[: MAX_NAMED - len(named)].tolist():
+                names = ", ".join(name for name, bad in columns.items() if bad[r])
                 named.append(f"{self._source.where(block, r)}: {names}")
             found.append(step)
-            if "obs" in columns:  # What leads there leads to nothing that is known.
-                blind = step[columns["obs"][row]]
-                found.append(np.setdiff1d(blind, self.starts["episode"]) - 1)
+            if "obs" in columns:  # The successor of the step before is unknown.
+                unknown = step[columns["obs"][row]]
+                found.append(np.setdiff1d(unknown, self.starts["episode"]) - 1)
         if not rows:
             return np.empty(0, np.int64), None
         return np.unique(np.concatenate(found)), LeftOut(rows, self.num_steps, tuple(named))
 
     @property
     def left_out(self) -> LeftOut | None:
-        """What is not drawn from, if anything is not."""
-        return self._unfit[1]
+        """Rows left out; None if there are none."""
+        return self._excluded[1]
 
     @cached_property
-    def _stretches(self) -> Spans:
-        """Parts of episodes, as long as nothing in them is left out."""
-        unfit = self._unfit[0]
-        cuts = np.unique(np.concatenate([self.starts["episode"], unfit, unfit + 1]))
+    def _segments(self) -> Spans:
+        """Maximal parts of episodes in which no step is left out."""
+        excluded = self._excluded[0]
+        cuts = np.unique(np.concatenate([self.starts["episode"], excluded, excluded + 1]))
         begin, end = cuts[:-1], cuts[1:]
-        fit = ~np.isin(begin, unfit)
-        if not fit.any():
-            raise ConfigError(f"data: nothing is left to learn from, as {self.left_out}")
-        return begin[fit], end[fit]
+        valid = ~np.isin(begin, excluded)
+        if not valid.any():
+            raise ConfigError(f"data: nothing is left to learn from: {self.left_out}")
+        return begin[valid], end[valid]
 
     @cached_property
-    def _stretch_ends(self) -> np.ndarray:
-        """Steps in the stretches up to and with each."""
-        begin, end = self._stretches
+    def _segment_ends(self) -> np.ndarray:
+        """Cumulative numbers of steps of the segments."""
+        begin, end = self._segments
         ends: np.ndarray = (end - begin).cumsum()
         return ends
 
     @cached_property
     def _task_of(self) -> np.ndarray:
-        """Whose each stretch is, as a place in `task_names`."""
-        episode = np.searchsorted(self.starts["episode"], self._stretches[0], "right") - 1
+        """The task of each segment, as an index into `task_names`."""
+        episode = np.searchsorted(self.starts["episode"], self._segments[0], "right") - 1
         task: np.ndarray = self._task_of_episode[episode]
         return task
 
     def _whole(self, unit: Unit) -> Spans:
-        """Units of which nothing is left out."""
+        """Returns the units in which no step is left out."""
         if unit not in self._whole_units:
             starts = self.starts[unit]
-            fit = np.diff(np.searchsorted(self._unfit[0], starts)) == 0
-            if not fit.any():
+            whole = np.diff(np.searchsorted(self._excluded[0], starts)) == 0
+            if not whole.any():
                 raise ConfigError(
-                    f"data: no {unit} is whole, and only whole ones can be learned from, as "
+                    f"data: no {unit} is complete, and only complete ones can be learned from: "
                     f"{self.left_out}"
                 )
-            self._whole_units[unit] = starts[:-1][fit], starts[1:][fit]
+            self._whole_units[unit] = starts[:-1][whole], starts[1:][whole]
         return self._whole_units[unit]
 
     @cached_property
-    def _lives(self) -> np.ndarray:
-        """Where the whole episodes of a history begin among all whole ones, if it has any."""
+    def _history_starts(self) -> np.ndarray:
+        """Index of each history's first whole episode, for histories that have one."""
         begin, _ = self._whole("episode")
         return np.unique(np.searchsorted(begin, self.starts["history"]))
 
-    def windows(self, rng: np.random.Generator, columns: int, steps: int) -> Rollout:
-        """Steps that follow each other, from anywhere: each step is as likely as any other.
+    def windows(self, rng: np.random.Generator, num_envs: int, num_steps: int) -> Rollout:
+        """Samples windows of consecutive steps, whose first steps are uniform over all steps.
 
-        Where a row is left out, what follows it is another sequence.
+        After a row that is left out, a new sequence begins.
         """
-        (begin, end), ends = self._stretches, self._stretch_ends
-        drawn = []
-        for start in rng.integers(ends[-1], size=columns).tolist():
+        (begin, end), ends = self._segments, self._segment_ends
+        sequences = []
+        for start in rng.integers(ends[-1], size=num_envs).tolist():
             segments: list[Segment] = []
-            i, left = int(np.searchsorted(ends, start, "right")), steps
+            i, left = int(np.searchsorted(ends, start, "right")), num_steps
             at = int(end[i]) - (int(ends[i]) - start)
             while left:
                 stop = min(int(end[i]), at + left)
@@ -208,58 +207,58 @@ class Dataset:
                 left -= stop - at
                 i = (i + 1) % len(begin)
                 at = int(begin[i])
-            drawn.append(segments)
-        return self.rollout(drawn, steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
-    def units(self, rng: np.random.Generator, unit: Unit, columns: int, steps: int) -> Rollout:
-        """Whole units, one behind the other and each from its beginning; the last ones are cut.
+    def units(self, rng: np.random.Generator, unit: Unit, num_envs: int, num_steps: int) -> Rollout:
+        """Samples whole units uniformly and concatenates them; the last of a sequence is cut off.
 
-        One with a row that is left out is left out as a whole.
+        Units with a row that is left out are left out as a whole.
         """
         begin, end = self._whole(unit)
-        drawn = []
-        for _ in range(columns):
+        sequences = []
+        for _ in range(num_envs):
             segments: list[Segment] = []
-            left = steps
+            left = num_steps
             while left:
                 i = int(rng.integers(len(begin)))
                 stop = min(int(end[i]), int(begin[i]) + left)
                 segments.append((int(begin[i]), stop, True))
                 left -= stop - int(begin[i])
-            drawn.append(segments)
-        return self.rollout(drawn, steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
     def histories(
-        self, rng: np.random.Generator, columns: int, steps: int, *, every: int
+        self, rng: np.random.Generator, num_envs: int, num_steps: int, *, every: int
     ) -> Rollout:
-        """Episodes of a history in the order in which they were lived, as one sequence.
+        """Samples consecutive episodes of a history, in the order of collection, as one sequence.
 
-        What is too short for all steps is followed by another sequence. An episode with a row that
-        is left out is left out as a whole, as those are that `every` passes over.
+        A history that is too short is followed by another sequence. Episodes with a row that is
+        left out are left out as a whole.
 
         Args:
-            every: of a history only every n-th episode counts, beginning with one of the first n.
+            every: keep every n-th episode of a history, from a random one of the first n.
         """
-        drawn = []
-        for _ in range(columns):
+        sequences = []
+        for _ in range(num_envs):
             segments: list[Segment] = []
-            left = steps
+            left = num_steps
             while left:
-                fresh = True
+                resets = True
                 for start, end in self._excerpt(rng, left, every):
                     stop = min(end, start + left)
-                    segments.append((start, stop, fresh))
-                    left, fresh = left - (stop - start), False
+                    segments.append((start, stop, resets))
+                    left, resets = left - (stop - start), False
                     if left == 0:
                         break
-            drawn.append(segments)
-        return self.rollout(drawn, steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
     def _excerpt(self, rng: np.random.Generator, steps: int, every: int) -> list[tuple[int, int]]:
-        """Episodes of one history, from one after which enough steps follow if there is one."""
+        """Samples consecutive episodes of one history, with at least `steps` steps if possible."""
         begin, end = self._whole("episode")
-        i = int(rng.integers(len(self._lives) - 1))
-        first, last = self._lives[i : i + 2].tolist()
+        i = int(rng.integers(len(self._history_starts) - 1))
+        first, last = self._history_starts[i : i + 2].tolist()
         kept = slice(first + int(rng.integers(min(every, last - first))), last, every)
         begin, end = begin[kept], end[kept]
         enough = (end - begin)[::-1].cumsum()[::-1] >= steps
@@ -267,20 +266,21 @@ class Dataset:
         return list(zip(begin[start:].tolist(), end[start:].tolist(), strict=True))
 
     def of_tasks(
-        self, rng: np.random.Generator, tasks: Sequence[str], steps: int, *, newest: float = 1.0
+        self, rng: np.random.Generator, tasks: Sequence[str], num_steps: int, *, newest: float = 1.0
     ) -> Rollout:
-        """For each task a column of stretches of its episodes, from anywhere in them.
+        """Samples one sequence per task, of parts of its episodes that begin at a random step.
 
         Args:
-            tasks: names.
-            newest: share of each history, its end, that is drawn from.
+            tasks: names of the tasks.
+            num_steps: length of each sequence.
+            newest: fraction of each history to sample from, at its end.
         """
-        drawn = []
+        sequences = []
         for task in tasks:
-            begin, end = self._stretches_of(task, newest)
+            begin, end = self._segments_of(task, newest)
             ends = (end - begin).cumsum()
             segments: list[Segment] = []
-            left = steps
+            left = num_steps
             while left:
                 at = int(rng.integers(ends[-1]))
                 i = int(np.searchsorted(ends, at, "right"))
@@ -288,16 +288,16 @@ class Dataset:
                 stop = min(int(end[i]), start + left)
                 segments.append((start, stop, True))
                 left -= stop - start
-            drawn.append(segments)
-        return self.rollout(drawn, steps)
+            sequences.append(segments)
+        return self.rollout(sequences, num_steps)
 
     def tasks_of(self, newest: float) -> list[str]:
-        """Tasks that `of_tasks` can draw from."""
-        return [name for name in self.task_names if len(self._stretches_of(name, newest)[0])]
+        """Returns the tasks that `of_tasks` can sample."""
+        return [name for name in self.task_names if len(self._segments_of(name, newest)[0])]
 
-    def _stretches_of(self, task: str, newest: float) -> Spans:
-        """Where the task's stretches begin and end, within the newest part of their histories."""
-        (begin, end), histories = self._stretches, self.starts["history"]
+    def _segments_of(self, task: str, newest: float) -> Spans:
+        """Returns the segments of a task, within the newest part of their histories."""
+        (begin, end), histories = self._segments, self.starts["history"]
         mine = np.flatnonzero(self._task_of == self.task_names.index(task))
         begin, end = begin[mine], end[mine]
         of = np.searchsorted(histories, begin, "right")
@@ -306,42 +306,42 @@ class Dataset:
         kept = begin < end
         return begin[kept], end[kept]
 
-    def rollout(self, drawn: Sequence[Sequence[Segment]], steps: int) -> Rollout:
-        """Segments, end to end in their columns, `steps` in each; their successors are the true."""
-        columns = len(drawn)
+    def rollout(self, sequences: Sequence[Sequence[Segment]], num_steps: int) -> Rollout:
+        """Returns a rollout of segments, concatenated per environment, with true successors."""
+        num_envs = len(sequences)
         obs_shape, action_shape = self._shapes
-        arrays, final = self._gather(drawn, steps)
-        none = np.full((columns, *action_shape), -1 if self._discrete else 0, self._action_dtype)
+        arrays, final = self._gather(sequences, num_steps)
+        none = np.full((num_envs, *action_shape), -1 if self._discrete else 0, self._action_dtype)
         where = np.array(list(final), np.int64)
         final_obs = np.stack(list(final.values())).astype(self._obs_dtype)
-        obs = arrays.pop("obs").reshape(steps + 1, columns, *obs_shape)
-        never_said = ("log_prob", "value", "next_value", "advantage", "value_target")
+        obs = arrays.pop("obs").reshape(num_steps + 1, num_envs, *obs_shape)
+        unknown = ("log_prob", "value", "next_value", "advantage", "value_target")
         return Rollout(
-            task_index=np.zeros(columns, np.int64),
+            task_index=np.zeros(num_envs, np.int64),
             policy_version=0,
-            adaptation_step=np.zeros(columns, np.int64),
+            adaptation_step=np.zeros(num_envs, np.int64),
             obs=obs,
-            mask=np.ones((steps, columns), np.bool_),
+            mask=np.ones((num_steps, num_envs), np.bool_),
             all_count=True,
             final_step=where[:, 0],
             final_env=where[:, 1],
             final_obs=final_obs.reshape(-1, *obs_shape),
             previous_action=none,
-            previous_reward=np.zeros(columns, np.float32),
-            previous_done=np.ones(columns, np.bool_),
+            previous_reward=np.zeros(num_envs, np.float32),
+            previous_done=np.ones(num_envs, np.bool_),
             initial_memory=(),
             **arrays,
-            **{name: np.empty((steps, 0), np.float32) for name in (*never_said, "expert_action")},
+            **{name: np.empty((num_steps, 0), np.float32) for name in (*unknown, "expert_action")},
         )
 
     def _gather(
-        self, drawn: Sequence[Sequence[Segment]], steps: int
+        self, sequences: Sequence[Sequence[Segment]], num_steps: int
     ) -> tuple[Arrays, dict[tuple[int, int], np.ndarray]]:
-        """Arrays of the steps, and the successors known at (t, b), among them all last steps'."""
-        shape = (steps, len(drawn))
+        """Returns arrays of the steps, and successors by (t, b), including those of all ends."""
+        shape = (num_steps, len(sequences))
         obs_shape, action_shape = self._shapes
         arrays: Arrays = {
-            "obs": np.empty((steps + 1, len(drawn), math.prod(obs_shape)), self._obs_dtype),
+            "obs": np.empty((num_steps + 1, len(sequences), math.prod(obs_shape)), self._obs_dtype),
             "action": np.empty((*shape, *action_shape), self._action_dtype),
             "reward": np.empty(shape, np.float32),
             "terminated": np.empty(shape, np.bool_),
@@ -349,10 +349,10 @@ class Dataset:
         }
         reset = np.zeros(shape, np.bool_)
         copies, ends = [], []
-        for b, segments in enumerate(drawn):
+        for b, segments in enumerate(sequences):
             t = 0
-            for start, stop, fresh in segments:
-                reset[t, b] = fresh
+            for start, stop, resets in segments:
+                reset[t, b] = resets
                 copies += [(*piece, t + at, b) for *piece, at in self._pieces(start, stop)]
                 t += stop - start
                 ends.append((t - 1, b, stop - 1))
@@ -366,17 +366,17 @@ class Dataset:
         for t, b, at in ends:
             if (t, b) not in final:
                 final[t, b] = self._next(at)
-            if t == steps - 1:
-                arrays["obs"][steps, b] = final[t, b]
+            if t == num_steps - 1:
+                arrays["obs"][num_steps, b] = final[t, b]
         return {**arrays, "reset": reset}, dict(sorted(final.items()))
 
     def _end(self, unit: Unit, step: int) -> int:
-        """Where the unit that a step belongs to ends."""
+        """Returns the end of the unit that contains a step."""
         starts = self.starts[unit]
         return int(starts[np.searchsorted(starts, step, "right")])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """Block, row, size and distance from `start` of what steps consist of."""
+        """Returns (block, row, size, offset from `start`) of the pieces that hold the steps."""
         found, at = [], start
         i = int(np.searchsorted(self._piece_first, start, "right")) - 1
         while at < stop:
@@ -388,7 +388,7 @@ class Dataset:
         return found
 
     def _steps_at(self, block: int, row: np.ndarray) -> np.ndarray:
-        """(n,) numbers of the steps in some rows of a block; -1 for rows of other stages."""
+        """Returns (n,) the steps at rows of a block; -1 for rows of other stages."""
         mine = np.flatnonzero(self._piece_block == block)
         mine = mine[self._piece_row[mine].argsort()]
         i = mine[np.maximum(np.searchsorted(self._piece_row[mine], row, "right") - 1, 0)]
@@ -396,7 +396,7 @@ class Dataset:
         return np.where((row >= self._piece_row[i]) & (step < self._piece_first[i + 1]), step, -1)
 
     def _next(self, step: int) -> np.ndarray:
-        """The observation after a step whose successor is not told; its own if it is the last."""
+        """Returns the observation after a step; the step's own at the end of an episode."""
         last = step + 1 == self._end("episode", step)
         ((number, row, _, _),) = self._pieces(step + (not last), step + 1 + (not last))
         return np.asarray(self._block(number).obs[row])
@@ -414,12 +414,12 @@ class Dataset:
 
 
 def _ranks(names: Sequence[Any]) -> np.ndarray:
-    """The place of each name in their order."""
+    """Returns the rank of each name in sorted order."""
     rank = np.empty(len(names), np.int64)
     rank[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
     return rank
 
 
 def _changes(x: np.ndarray) -> np.ndarray:
-    """(n,) bool: where a value differs from the one before; True at the first."""
+    """Returns (n,) bool: True at the first value, and where a value differs from the one before."""
     return np.append(True, x[1:] != x[:-1])

@@ -1,6 +1,6 @@
-"""Blocks of recorded transitions: the row groups of Parquet files, with an index of what they hold.
+"""Blocks of recorded transitions: the row groups of Parquet files, with an index of their contents.
 
-Blocks are read whole, and nothing else is read of the steps in them.
+Blocks are read whole.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from dmrl_ray.store.tables import HISTORY, IN_HISTORY, fits
 CONTENT = ("obs", "action", "reward", "terminated", "truncated", "next_obs")
 KEYS = ("episode", "trial", "history", "task_id")
 TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
-"""Extension types that are lists of numbers."""
+"""Extension types whose storage is lists of numbers."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Steps in memory: arrays (n, ...), observations flat; what is missing is NaN or None."""
+    """Steps in memory: arrays (n, ...) with flat observations; missing values are NaN or None."""
 
     obs: np.ndarray
     action: np.ndarray
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
-    next_obs: np.ndarray  # (m, D) successors that are not the observation of the next row ...
-    next_row: np.ndarray  # (n,) ... and each step's row in them, or -1
+    next_obs: np.ndarray  # (m, D) successors that differ from the observation of the next row
+    next_row: np.ndarray  # (n,) each step's row in `next_obs`, or -1
 
     @property
     def size_bytes(self) -> int:
-        """Memory it takes."""
+        """Size of the arrays in bytes."""
         return sum(int(array.nbytes) for array in vars(self).values())
 
     def check(self, obs_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
-        """Raise ValueError if the steps cannot be of a family with these spaces."""
+        """Raises ValueError if the steps do not match the spaces of the task family."""
         width, shape = self.obs.shape[1], tuple(obs_space.shape or ())
         if width != math.prod(shape):
             raise ValueError(
                 f"data: observations have {width} numbers, but those of the task family have shape "
-                f"{shape}; use the family that was recorded"
+                f"{shape}; use the task family of the recording"
             )
         action = self.action
         fits = action.shape[1:] == tuple(action_space.shape or ())
@@ -59,10 +59,10 @@ class Block:
             within = (action >= 0) & (action < action_space.n)
             fits = bool(within.all() and (action == action.astype(np.int64)).all())
         if not fits:
-            raise ValueError("data: there are actions that the task family does not have")
+            raise ValueError("data: some actions are not in the action space of the task family")
 
     def not_finite(self) -> dict[str, np.ndarray]:
-        """(n,) bool for each column with numbers that float32 cannot hold: the rows with one."""
+        """Returns, for each column with non-finite numbers as float32, (n,) bool: rows with one."""
         found = {name: _not_finite(getattr(self, name)) for name in CONTENT}
         if found["next_obs"].any():
             found["next_obs"] = (self.next_row >= 0) & found["next_obs"][self.next_row]
@@ -70,7 +70,7 @@ class Block:
 
 
 class Source(ABC):
-    """Blocks of steps, numbered from 0; histories are put in order by their names."""
+    """Blocks of steps, numbered from 0; histories are sorted by their names."""
 
     num_blocks: int
 
@@ -90,35 +90,36 @@ class Source(ABC):
 
     @abstractmethod
     def pieces(self, block: int) -> np.ndarray:
-        """(P, 7) history, trial, episode, t, task, row, length of unbroken parts of episodes."""
+        """Returns (P, 7) history, trial, episode, t, task, row and length of contiguous parts of
+        episodes."""
 
     @abstractmethod
     def read(self, block: int) -> Block:
-        """The steps of a block."""
+        """Returns the steps of a block."""
 
     @abstractmethod
     def where(self, block: int, row: int) -> str:
-        """The place of a row, as messages name it."""
+        """Returns the location of a row, for messages."""
 
     def not_finite(self, block: int) -> dict[str, np.ndarray]:
-        """As `Block.not_finite`, of a block that need not be read otherwise."""
+        """Returns `Block.not_finite` of a block; reads no more than needed."""
         return self.read(block).not_finite()
 
     def history_number(self, history: tuple[Any, ...]) -> int:
-        """The number of a history, a new one if it is met for the first time."""
+        """Returns the number of a history, a new one for a new history."""
         return self._numbers.setdefault(history, len(self._numbers))
 
     def task_number(self, task: str) -> int:
-        """The number of a task, likewise."""
+        """Returns the number of a task, a new one for a new task."""
         return self._task_numbers.setdefault(task, len(self._task_numbers))
 
 
 class ParquetSource(Source):
-    """Row groups of files.
+    """Row groups of Parquet files as blocks.
 
     Args:
         paths: the files.
-        names: our names of the columns that are read, and theirs.
+        names: names of columns in the files, by the names used here.
 
     Raises:
         ValueError: a file cannot be read, or lacks a column.
@@ -142,15 +143,15 @@ class ParquetSource(Source):
             present = column.is_valid().to_numpy(zero_copy_only=False)
             next_obs = _flat(column.drop_null())
             next_row[present] = np.arange(len(next_obs))
-        zero, never = np.zeros(size, np.float32), np.zeros(size, np.bool_)
+        zero, false = np.zeros(size, np.float32), np.zeros(size, np.bool_)
         column = {name: _flat(table[name].combine_chunks()) for name in names if name != "next_obs"}
         obs = column.get("obs", zero).reshape(size, -1)
         return Block(
             obs=obs,
             action=column.get("action", zero),
             reward=column.get("reward", zero),
-            terminated=column.get("terminated", never),
-            truncated=column.get("truncated", never),
+            terminated=column.get("terminated", false),
+            truncated=column.get("truncated", false),
             next_obs=next_obs.reshape(-1, obs.shape[1]),
             next_row=next_row,
         )
@@ -163,42 +164,40 @@ class ParquetSource(Source):
 
     def not_finite(self, block: int) -> dict[str, np.ndarray]:
         schema = self.file(self.place[block][0]).schema_arrow
-        doubtful = {name for name in self.names if not _pixels(schema.field(self.names[name]))}
-        return self.read(block, doubtful).not_finite()
+        floats = {name for name in self.names if not _pixels(schema.field(self.names[name]))}
+        return self.read(block, floats).not_finite()
 
     def table(self, block: int, names: Sequence[str]) -> pa.Table:
-        """Some columns of a row group, under our names."""
+        """Returns columns of a row group, with the names used here."""
         file, group = self.place[block]
-        theirs = [self.names[name] for name in names]
-        table = self.file(file).read_row_group(group, columns=theirs, use_threads=False)
-        return pa.table(
-            {ours: _storage(table[name]) for ours, name in zip(names, theirs, strict=True)}
-        )
+        columns = [self.names[name] for name in names]
+        table = self.file(file).read_row_group(group, columns=columns, use_threads=False)
+        return pa.table({name: _storage(table[self.names[name]]) for name in names})
 
     def file(self, number: int) -> Any:
-        """One of the files, checked and opened."""
+        """Opens a file and checks its schema."""
         if self._opened[0] != number:
             path = self.paths[number]
             try:
                 file = pq.ParquetFile(path, page_checksum_verification=True)
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"{path}: cannot be read: {error}") from error
-            self._check(path, file.schema_arrow)  # Before any data: some types run code.
+            self._check(path, file.schema_arrow)  # Before reading data, as some types run code.
             self._opened = (number, file)
         return self._opened[1]
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
-        for ours, theirs in self.names.items():
-            if theirs not in schema.names:
+        for name, column in self.names.items():
+            if column not in schema.names:
                 raise ValueError(
-                    f"{path}: has no column {theirs!r} for {ours!r}, but {', '.join(schema.names)}"
+                    f"{path}: has no column {column!r} for {name!r}, but {', '.join(schema.names)}"
                 )
-            field = schema.field(theirs)
+            field = schema.field(column)
             if not _plain(field):
-                raise ValueError(f"{path}: column {theirs!r} is {field.type}, which is not plain")
-            if ours in CONTENT and pa.types.is_string(field.type):
+                raise ValueError(f"{path}: column {column!r} is {field.type}, which is not plain")
+            if name in CONTENT and pa.types.is_string(field.type):
                 raise ValueError(
-                    f"{path}: column {theirs!r} is text instead of numbers; RLlib writes them with "
+                    f"{path}: column {column!r} is text instead of numbers; RLlib writes them with "
                     "output_compress_columns=[]"
                 )
 
@@ -207,8 +206,8 @@ class Recorded(ParquetSource):
     """Transitions tables of run folders.
 
     Args:
-        runs: folders, or patterns.
-        stage: None takes all that were recorded.
+        runs: run folders, or glob patterns.
+        stage: the recorded stage; None takes all.
 
     Raises:
         ValueError: nothing was recorded there.
@@ -219,7 +218,7 @@ class Recorded(ParquetSource):
         paths = [part for folder in folders for part in committed_parts(folder, "transitions")]
         if not paths:
             raise ValueError(
-                f"data: {', '.join(runs)}: no transitions are recorded there; record a stage with "
+                f"data: {', '.join(runs)}: no transitions were recorded; record a stage with "
                 "record: true"
             )
         self._stage = stage
@@ -240,13 +239,13 @@ class Recorded(ParquetSource):
         at = {name: column[row] for name, column in columns.items()}
         names = [codes[name][1][at[name]] for name in ("run_id", "stage", "job")]
         task = codes["task_id"][1][at["task_id"]]
-        mine = np.ones(len(row), np.bool_) if self._stage is None else names[1] == self._stage
-        labels = zip(*(n[mine] for n in names), at["environment"][mine].tolist(), strict=True)
+        chosen = np.ones(len(row), np.bool_) if self._stage is None else names[1] == self._stage
+        labels = zip(*(n[chosen] for n in names), at["environment"][chosen].tolist(), strict=True)
         numbers = (
             np.array([self.history_number(label) for label in labels], np.int64),
-            np.array([self.task_number(name) for name in task[mine]], np.int64),
+            np.array([self.task_number(name) for name in task[chosen]], np.int64),
         )
-        rest = np.stack([at["trial"], at["episode"], t[row], row, length], 1)[mine]
+        rest = np.stack([at["trial"], at["episode"], t[row], row, length], 1)[chosen]
         return np.column_stack([numbers[0], rest[:, :3], numbers[1], rest[:, 3:]])
 
     def where(self, block: int, row: int) -> str:
@@ -255,8 +254,8 @@ class Recorded(ParquetSource):
         known = ", ".join(f"{name} {cell}" for name, cell in cells.items())
         return f"{super().where(block, row)} ({known})"
 
-    def drawn(self) -> set[tuple[str, str, str, str]]:
-        """Run, stage, task and split of everything that was recorded."""
+    def sources(self) -> set[tuple[str, str, str, str]]:
+        """Returns the (run, stage, task, split) combinations of all recorded rows."""
         names = ["run_id", "stage", "task_id", "split"]
         found: set[tuple[str, str, str, str]] = set()
         for block in range(self.num_blocks):
@@ -272,9 +271,9 @@ class Recorded(ParquetSource):
 
 
 def _plain(field: pa.Field) -> bool:
-    """Whether reading it runs no code: numbers, text, lists of numbers, and Ray's tensors of them.
+    """Returns whether reading a field runs no code: numbers, text, lists of numbers, Ray's tensors.
 
-    Where Ray's data library is imported its tensors are types of their own, elsewhere lists.
+    Ray's tensors are extension types where its data library is imported, and lists elsewhere.
     """
     kind, name = field.type, (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
     if isinstance(kind, pa.BaseExtensionType):
@@ -284,12 +283,12 @@ def _plain(field: pa.Field) -> bool:
 
 
 def _pixels(field: pa.Field) -> bool:
-    """Whether it holds lists of whole numbers, which are always finite, and large."""
+    """Returns whether a field holds lists of integers, which are finite and large to read."""
     return field.type != _element(field.type) and pa.types.is_integer(_element(field.type))
 
 
 def _element(kind: pa.DataType) -> pa.DataType:
-    """The type of the numbers in lists, or in lists of lists."""
+    """Returns the type of the numbers in lists, or in lists of lists."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     while _is_list(kind):
@@ -303,19 +302,19 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """What an extension type is made of, or the column as it is."""
+    """Returns the storage of an extension type; other columns unchanged."""
     if not isinstance(column.type, pa.BaseExtensionType):
         return column
     return pa.chunked_array([c.storage for c in column.chunks], column.type.storage_type)
 
 
 def _flat(column: pa.Array) -> np.ndarray:
-    """Numbers (n,), or lists as (n, width); NaN for a list that is missing."""
+    """Returns numbers (n,), or lists as (n, width); NaN for missing lists."""
     size, nested = len(column), False
     if column.null_count and _is_list(column.type) and pa.types.is_floating(_element(column.type)):
-        there = _flat(column.drop_null())
-        rows = np.full((size, math.prod(there.shape[1:])), np.nan, there.dtype)
-        rows[column.is_valid().to_numpy(zero_copy_only=False)] = there.reshape(-1, rows.shape[1])
+        present = _flat(column.drop_null())
+        rows = np.full((size, math.prod(present.shape[1:])), np.nan, present.dtype)
+        rows[column.is_valid().to_numpy(zero_copy_only=False)] = present.reshape(-1, rows.shape[1])
         return rows
     while _is_list(column.type):
         column, nested = column.flatten(), True
@@ -328,11 +327,11 @@ def _flat(column: pa.Array) -> np.ndarray:
 
 
 def _not_finite(x: np.ndarray) -> np.ndarray:
-    """(n,) bool: rows of an array (n, ...) in which float32 cannot hold a number, or it is None."""
+    """Returns (n,) bool: the rows of an array (n, ...) that are non-finite as float32, or None."""
     with np.errstate(over="ignore", invalid="ignore"):
         if x.dtype == object:
             x = x.astype(np.float32)  # None becomes NaN.
-        # The sum of finite numbers may overflow, but one that is finite has no others in it.
+        # A fast check: a finite sum has only finite terms (an infinite one may be an overflow).
         if x.dtype.kind != "f" or np.isfinite(x.sum(dtype=np.float32)):
             return np.zeros(len(x), np.bool_)
         rows = x.astype(np.float32).reshape(len(x), -1)
@@ -340,6 +339,6 @@ def _not_finite(x: np.ndarray) -> np.ndarray:
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the words, and the words."""
+    """Returns the dictionary encoding of a column: codes, and the distinct values."""
     encoded = column.combine_chunks().dictionary_encode()
     return encoded.indices.to_numpy(), np.array(encoded.dictionary.to_pylist(), object)

@@ -1,9 +1,9 @@
-"""What policies were trained on: tasks of their own training, and of what they learned from.
+"""The tasks that policies were trained on, in their own training and through recordings.
 
-It is kept while a run goes, so that nothing that becomes of recordings later changes it. The table
-``trained_on`` has the tasks of every stage that trains: those that it played, those in its
-recordings, and those that the recorded policies were trained on. The event ``learned_from`` says
-where the recordings were.
+They are stored while a run goes, so that later changes of recordings do not matter. The table
+``trained_on`` has the tasks of every training stage: those it was trained on, those in its
+recordings, and those that the recorded policies were trained on. The event ``learned_from`` holds
+the location of the recordings.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dmrl_ray.store.tables import read_columns
 
 @dataclass(frozen=True)
 class Trained:
-    """What a policy was trained on.
+    """The tasks and data that a policy was trained on.
 
     Attributes:
         tasks: id and split of each task.
-        complete: False where there may have been others, as in data of others.
-        allowed_by: of the stages it goes back to, one that says ``allow_seen``; "" if none does.
+        complete: False if there may be others, as for external data.
+        allowed_by: a stage in its lineage with ``allow_seen``; "" if there is none.
         runs: ids of the runs whose recordings it learned from.
     """
 
@@ -41,10 +41,10 @@ class Trained:
 
 
 class Lineage:
-    """What the policies of a run were trained on, as far as it is committed.
+    """The tasks that the policies of a run were trained on, as of its newest commit.
 
     Args:
-        run: its folder.
+        run: the run folder.
     """
 
     def __init__(self, run: Path) -> None:
@@ -59,55 +59,56 @@ class Lineage:
                 self._learned[stage].append(json.loads(detail))
 
     def of(self, stage: str) -> Trained:
-        """What the policy of a stage was trained on, in all stages that it goes back to."""
+        """Returns what the policy of a stage was trained on, in all stages of its lineage."""
         starts = {key: [settings.get("init_from")] for key, settings in self._stages.items()}
         tasks: set[tuple[str, str]] = set()
         complete, allowed_by = True, ""
-        for name in line_of(starts, stage):
+        for name in stage_lineage(starts, stage):
             settings, learned = self._stages.get(name, {}), self._learned[name]
             tasks |= self._tasks[name]
-            # Without any task it was trained before these were kept.
+            # A pretrained stage without tasks is from a version that did not store them.
             known = settings.get("type") != "pretrain" or bool(self._tasks[name] or learned)
             here = (settings.get("init_from") or name) in self._stages
             complete = complete and known and here and all(d["complete"] for d in learned)
-            marks = [name] if settings.get("allow_seen") else [d["allowed_by"] for d in learned]
-            allowed_by = allowed_by or next(filter(None, marks), "")
+            allowing = [name] if settings.get("allow_seen") else [d["allowed_by"] for d in learned]
+            allowed_by = allowed_by or next(filter(None, allowing), "")
         return Trained(frozenset(tasks), complete, allowed_by)
 
 
-def line_of(starts: Mapping[str, Sequence[str | None]], stage: str) -> list[str]:
-    """A stage and those that its policy goes back to, newest first.
+def stage_lineage(starts: Mapping[str, Sequence[str | None]], stage: str) -> list[str]:
+    """Returns a stage and those that its policy descends from, newest first.
 
     Args:
-        starts: of all stages, those that each starts or learns from.
-        stage: the newest.
+        starts: for each stage, those that it starts or learns from.
+        stage: the newest stage.
     """
-    line = [stage]
-    for name in line:  # It grows.
-        line += [s for s in starts.get(name, ()) if s is not None and s in starts and s not in line]
-    return line
+    found = [stage]
+    for name in found:  # Grows during the iteration.
+        parents = (s for s in starts.get(name, ()) if s is not None and s in starts)
+        found += [parent for parent in parents if parent not in found]
+    return found
 
 
 def learned_from(data: DataSettings, run: Path) -> Trained:
-    """What whoever learns from these data is trained on, that of the recorded policies included.
+    """Returns what a stage that learns from data is trained on, including the recorded policies.
 
     Args:
-        data: of a stage that is about to begin.
-        run: folder of its run.
+        data: the data settings of the stage.
+        run: the run folder of the stage.
 
     Raises:
-        ValueError: nothing is recorded there.
+        ValueError: no transitions were recorded.
     """
     if not (data.stage or data.runs):
         return Trained(complete=False)
     patterns = data.runs or (glob.escape(str(run)),)
-    drawn = Recorded(patterns, data.stage).drawn()
+    sources = Recorded(patterns, data.stage).sources()
     folders = [Path(path) for pattern in patterns for path in glob.glob(pattern)]
     lineages = [Lineage(folder) for folder in folders if (folder / "run.json").is_file()]
     own = Lineage(run).run_id if (run / "run.json").is_file() else ""
-    tasks = {(task_id, split) for _, _, task_id, split in drawn}
+    tasks = {(task_id, split) for _, _, task_id, split in sources}
     complete, allowed_by = True, ""
-    made_by = {(run_id, stage) for run_id, stage, _, _ in drawn}
+    made_by = {(run_id, stage) for run_id, stage, _, _ in sources}
     for lineage in {lineage.run_id: lineage for lineage in lineages}.values():
         for stage in sorted(stage for run_id, stage in made_by if run_id == lineage.run_id):
             before = lineage.of(stage)
@@ -121,7 +122,7 @@ def learned_from(data: DataSettings, run: Path) -> Trained:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """The settings that a run goes on with, as they are written; empty if there are none."""
+    """Returns the settings of a run with later overrides, unvalidated; empty if there are none."""
     path = run / "config.yaml"
     document = parse(str(path), path.read_text() if path.is_file() else "")
     if not isinstance(document.data, dict):

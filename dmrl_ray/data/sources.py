@@ -1,4 +1,4 @@
-"""Where data for offline learning come from: earlier stages, other runs, and files of others."""
+"""Sources of data for offline learning: earlier stages, other runs, and external files."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ RLLIB_COLUMNS = {
     "next_obs": "new_obs",
     "episode": "eps_id",
 }
-"""Our names of columns, and those of RLlib's offline data."""
+"""Names of columns in RLlib's offline data, by the names used here."""
 
 
 class DataSettings(Settings):
-    """Where data are: what a stage recorded, Parquet files of others, or a Minari dataset."""
+    """The source of data: recordings of a stage, external Parquet files, or a Minari dataset."""
 
     read_with: ClassVar = {"columns": ("files", ())}
 
     stage: str | None = None
-    """Stage that was recorded; of this run, unless `runs` says of which."""
+    """The recorded stage, of this run or of `runs`."""
 
     runs: tuple[str, ...] = ()
-    """Run folders, or patterns of them; every worker must be able to read them."""
+    """Run folders, or glob patterns; every worker must be able to read them."""
 
     files: tuple[str, ...] = ()
-    """Parquet files, or patterns of them, likewise."""
+    """Parquet files, or glob patterns; every worker must be able to read them."""
 
     columns: dict[str, str] = Field(default={})
-    """What the columns of `files` are called, such as ``{obs: observations}``: of obs, action,
-    reward, terminated, truncated, next_obs, episode, trial, history and task_id. The first two
-    must be there."""
+    """Names of columns in `files` that differ, such as ``{obs: observations}``; the names here are
+    obs, action, reward, terminated, truncated, next_obs, episode, trial, history and task_id. Only
+    the first two are required."""
 
     rllib: tuple[str, ...] = ()
-    """Folders or Parquet files, or patterns, in the layout of RLlib's offline data: exported from
-    here, or recorded there with ``output_write_episodes=False, output_compress_columns=[]``."""
+    """Folders, Parquet files or glob patterns, in the layout of RLlib's offline data: exported from
+    here, or recorded by RLlib with ``output_write_episodes=False, output_compress_columns=[]``."""
 
     minari: str | None = None
-    """Name of a Minari dataset that is on this machine."""
+    """Name of a Minari dataset on this machine."""
 
     memory_mb: Number = 256
-    """What has been read is kept in each worker up to this size; changes the speed alone."""
+    """Size of each worker's cache of blocks that were read; affects only the speed."""
 
     @field_validator("runs", "files", "rllib", mode="before")
     @classmethod
     def _absolute(cls, paths: object) -> object:
-        """Workers may have another working directory."""
+        """Makes paths absolute, as workers may have another working directory."""
         paths = [paths] if isinstance(paths, str) else paths
         if not isinstance(paths, list | tuple):
             return paths
@@ -73,30 +73,30 @@ class DataSettings(Settings):
         if unknown := self.columns.keys() - {*CONTENT, *KEYS}:
             raise ValueError(
                 f"columns: {min(unknown)!r} is none of {', '.join(CONTENT + KEYS)}; write "
-                "{ours: theirs}"
+                "{NAME: COLUMN}"
             )
         return self
 
 
 def recordings_of(algorithm: Settings) -> dict[str, DataSettings]:
-    """What an algorithm learns from, by the setting that names it."""
+    """Returns the data settings of an algorithm, by the name of the setting."""
     found = {name: getattr(algorithm, name) for name in type(algorithm).model_fields}
     return {name: data for name, data in found.items() if isinstance(data, DataSettings)}
 
 
 class External(ParquetSource):
-    """Parquet files of others: a row is a step, and rows of an episode follow each other.
+    """External Parquet files: a row is a step, and rows of an episode are consecutive.
 
-    Without a column for it, an episode ends where it is terminated or truncated, and is a trial of
-    its own; a file is a history, and all is one task. The successor of an episode's last step is
-    taken to be its own observation where there is no ``next_obs``.
+    Defaults for missing columns: an episode ends where it is terminated or truncated, each episode
+    is a trial, each file a history, and all are one task. Without ``next_obs``, the successor of an
+    episode's last step is its own observation.
 
     Args:
-        patterns: files, or patterns.
-        names: our names of columns and theirs, where they differ.
+        patterns: files, or glob patterns.
+        names: names of columns in the files, by the names used here, where they differ.
 
     Raises:
-        ValueError: there is no such file, or it lacks a column.
+        ValueError: no file matches, or a column is missing.
     """
 
     def __init__(self, patterns: Sequence[str], names: Mapping[str, str]) -> None:
@@ -104,48 +104,49 @@ class External(ParquetSource):
         paths = [Path(path) for files in found for path in files]
         if not paths:
             raise ValueError(f"data: there is no file {', '.join(patterns)}")
-        there = pq.ParquetFile(paths[0]).schema_arrow.names
-        same = {name: name for name in (*CONTENT, *KEYS) if name in there}
+        present = pq.ParquetFile(paths[0]).schema_arrow.names
+        same = {name: name for name in (*CONTENT, *KEYS) if name in present}
         super().__init__(paths, {"obs": "obs", "action": "action"} | same | dict(names))
-        self._before: tuple[int, dict[str, Any]] = (-1, {})  # file, and the last row's books
+        self._last: tuple[int, dict[str, Any]] = (-1, {})  # file, and state after the last row read
 
     def pieces(self, block: int) -> np.ndarray:
         names = [n for n in (*KEYS, "terminated", "truncated") if n in self.names]
         table = self.table(block, names)
         column = {name: table[name].to_numpy() for name in names}
         size = self.file(self.place[block][0]).metadata.row_group(self.place[block][1]).num_rows
-        file, books = self._before
+        file, last = self._last
         if file != self.place[block][0]:
-            file, books = self.place[block][0], {"number": 0, "t": -1, "over": False}
-        over = np.zeros(size, np.bool_)
-        for name in ("terminated", "truncated"):  # Where it is not known, the episode goes on.
-            over |= np.nan_to_num(column.get(name, over).astype(np.float32)) != 0
-        begins = np.concatenate([[books["over"]], over[:-1]])
+            file, last = self.place[block][0], {"number": 0, "t": -1, "done": False}
+        done = np.zeros(size, np.bool_)
+        for name in ("terminated", "truncated"):  # If unknown, the episode continues.
+            done |= np.nan_to_num(column.get(name, done).astype(np.float32)) != 0
+        begins = np.concatenate([[last["done"]], done[:-1]])
         for name in [n for n in KEYS if n in column]:
-            last = books.get(name, column[name][0])
-            begins |= np.concatenate([[last], column[name][:-1]]) != column[name]
-            books[name] = column[name][-1]
-        begins[0] |= books["t"] < 0
+            before = last.get(name, column[name][0])
+            begins |= np.concatenate([[before], column[name][:-1]]) != column[name]
+            last[name] = column[name][-1]
+        begins[0] |= last["t"] < 0
         at = np.arange(size)
         since = np.maximum.accumulate(np.where(begins, at, -1))
-        t = np.where(since < 0, books["t"] + 1 + at, at - since)
-        episode = books["number"] + begins.cumsum()
-        self._before = (file, {**books, "number": episode[-1], "t": t[-1], "over": over[-1]})
+        t = np.where(since < 0, last["t"] + 1 + at, at - since)
+        episode = last["number"] + begins.cumsum()
+        self._last = (file, {**last, "number": episode[-1], "t": t[-1], "done": done[-1]})
         row = np.flatnonzero(np.concatenate([[True], begins[1:]]))
-        own, one = np.full(size, file), np.full(size, "")
-        history = [self.history_number((str(name),)) for name in column.get("history", own)[row]]
-        task = [self.task_number(str(name)) for name in column.get("task_id", one)[row]]
+        numbers, unnamed = np.full(size, file), np.full(size, "")
+        histories = column.get("history", numbers)[row]
+        history = [self.history_number((str(name),)) for name in histories]
+        task = [self.task_number(str(name)) for name in column.get("task_id", unnamed)[row]]
         trial = column.get("trial", episode)[row].astype(np.int64)
         length = np.diff(np.append(row, size))
         return np.stack([history, trial, episode[row], t[row], task, row, length], 1)
 
 
 class Minari(Source):
-    """Episodes of a Minari dataset, each a block, a trial and all of one history.
+    """Episodes of a Minari dataset: each is a block and a trial, all are one history.
 
     Args:
-        dataset: what ``minari.load_dataset`` gives, or any object like it.
-        name: how messages name it.
+        dataset: the result of ``minari.load_dataset``, or an object with its interface.
+        name: the name of the dataset in messages.
     """
 
     def __init__(self, dataset: Any, name: str = "") -> None:
@@ -155,7 +156,7 @@ class Minari(Source):
 
     @classmethod
     def load(cls, name: str) -> Minari:
-        """A dataset on this machine; ValueError if it, or the package, is not there."""
+        """Loads a dataset on this machine; ValueError if it or the package is missing."""
         try:
             import minari
         except ModuleNotFoundError as error:
@@ -179,7 +180,7 @@ class Minari(Source):
         episode = self._episodes[block]
         obs = np.asarray(episode.observations)
         if obs.dtype == object or obs.ndim == 0:
-            raise ValueError("data.minari: observations of several parts cannot be read")
+            raise ValueError("data.minari: composite observations are not supported")
         length = len(episode.rewards)
         next_row = np.full(length, -1)
         next_row[-1] = 0
@@ -196,10 +197,10 @@ class Minari(Source):
 
 
 def source_of(settings: DataSettings, run_folder: str) -> Source:
-    """What `settings` name; `run_folder` is of the run that reads.
+    """Returns the source that settings name; `run_folder` is that of the reading run.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the source does not exist.
     """
     if settings.minari:
         return Minari.load(settings.minari)

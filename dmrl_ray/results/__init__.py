@@ -1,4 +1,4 @@
-"""What runs achieved: tables, statistics, reports, and the screen."""
+"""Results of runs: tables, statistics, reports and the live display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["adaptation", "load", "over_experience", "paired", "run_config", "see
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use: pandas takes longer to import than a run may to start."""
+    """Imports on first use: importing pandas would slow down the start of a run."""
     if name in __all__:
         from dmrl_ray.results import reading
 

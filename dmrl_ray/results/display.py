@@ -1,7 +1,7 @@
-"""What a run shows while it runs: a live table on a terminal, one line at a time elsewhere.
+"""Progress of a run: a live table on a terminal, single lines elsewhere.
 
-Calls are cheap and never fail: they store the newest figures and draw at most every so often. A
-reader that goes away (``| head``) silences the display and leaves the run alone.
+Calls are cheap and never fail: they store the newest values and limit the rate of drawing. A closed
+output (``| head``) silences the display without an effect on the run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Row:
     score: float | None = None
     workers: str | None = None
     extra: dict[str, object] = field(default_factory=dict)
-    shown: float = -math.inf  # When its last line was printed.
+    shown: float = -math.inf  # Time at which the last line was printed.
     elapsed_s: float = 0.0
 
     @property
@@ -42,13 +42,13 @@ class _Row:
 
 
 class Display:
-    """Shows the stages of a run; used as a context.
+    """Shows the stages of a run; a context manager.
 
     Args:
-        quiet: show nothing at all.
-        every_s: seconds between two lines of a stage, where the output is no terminal.
-        stream: where to write; standard output if None.
-        clock: seconds that never run backwards.
+        quiet: show nothing.
+        every_s: seconds between lines of a stage, where the output is not a terminal.
+        stream: the output; standard output if None.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Display:
         self.close()
 
     def close(self) -> None:
-        """Leave the last picture standing."""
+        """Ends the live table; its last state stays on the terminal."""
         if self._live is not None:
             self._draw(now=True)
             self._live.stop()
             self._live = None
 
     def stage(self, name: str, total_steps: int | None = None) -> None:
-        """A stage starts, or goes on; `total_steps` is its budget, where it has one."""
+        """Starts or continues a stage; `total_steps` is its budget of environment steps, if any."""
         self._rows[name] = _Row(total_steps, self._clock())
         self._draw()
 
@@ -99,16 +99,16 @@ class Display:
         workers_alive: int | tuple[int, int] | None = None,
         extra: Mapping[str, object] | None = None,
     ) -> None:
-        """The newest figures of a stage; None keeps the figure before.
+        """Sets the newest values of a stage; None keeps the previous value.
 
         Args:
             stage: its name, as given to `stage`.
             steps: environment steps so far.
             sps: environment steps per second.
-            return_: mean return of late episodes.
-            score: their mean score, 0 random and 1 the best reference known.
-            workers_alive: rollout workers that answer, or (those, all of them).
-            extra: anything else, shown as ``name=value``.
+            return_: mean return of recent episodes.
+            score: their mean score: 0 is the random policy, 1 the best known reference.
+            workers_alive: number of responsive rollout workers, or (responsive, all).
+            extra: other values, shown as ``name=value``.
         """
         row = self._rows.setdefault(stage, _Row(None, self._clock()))
         row.steps = steps
@@ -125,7 +125,7 @@ class Display:
             self._line(stage, row)
 
     def finish(self, stage: str, state: str = "done") -> None:
-        """A stage ended: done, interrupted or failed."""
+        """Ends a stage as done, interrupted or failed."""
         row = self._rows.setdefault(stage, _Row(None, self._clock()))
         row.state, row.elapsed_s = state, self._clock() - row.started
         if self._live is not None:
@@ -134,7 +134,7 @@ class Display:
             self._line(stage, row)
 
     def message(self, text: str) -> None:
-        """One sentence to the user, above the table."""
+        """Shows a sentence above the table."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
@@ -160,7 +160,7 @@ class Display:
             return
         try:
             print(text, file=self._stream, flush=True)
-        except (OSError, ValueError):  # The reader went away; the run goes on.
+        except (OSError, ValueError):  # The output was closed; the run continues.
             self._quiet = True
 
     def _start_live(self) -> Live:
@@ -207,7 +207,7 @@ class Display:
 
 
 def short(number: float) -> str:
-    """``1234567`` as ``1.23M``: three digits and a letter."""
+    """Formats ``1234567`` as ``1.23M``: three digits and a suffix."""
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit * 0.9995:
             return f"{number / limit:.3g}{letter}"
@@ -215,5 +215,5 @@ def short(number: float) -> str:
 
 
 def _word(value: object) -> str:
-    """A value without spaces, so that a line stays ``name=value name=value``."""
+    """Formats a value without spaces, for lines of ``name=value name=value``."""
     return f"{value:.4g}" if isinstance(value, float) else "_".join(str(value).split())

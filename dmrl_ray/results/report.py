@@ -1,7 +1,6 @@
-"""A run as text: how well it adapts, what it took to train, and what went wrong on the way.
+"""The report of a run as text: adaptation, training cost, and notable events.
 
-Everything is read from the run's tables, so the report of a run that is still going, or was killed,
-is the report of what it has committed.
+It is made from the run's tables, so for a running or killed run it covers what is committed.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from dmrl_ray.store.commits import settings_changed
 ADAPTATION = "Adaptation on {} tasks, by episodes and steps of the task before"
 STREAM_WINDOWS = 3
 TRAINING = ("pretrain", "finetune")
-WORTH_KNOWING = "lost|replace|skip|recover|retr|fail|error|drift|interrupt|exten"
-"""Parts of the names of events that a reader of results should know of."""
+NOTABLE = "lost|replace|skip|recover|retr|fail|error|drift|interrupt|exten"
+"""Pattern of the names of events that may matter for results."""
 
 
 def text_report(run_folder: Path | str) -> str:
-    """The report of one run.
+    """Returns the report of a run.
 
     Raises:
-        ValueError: the folder is no run, or a table of it is damaged.
+        ValueError: the folder is not a run, or a table is damaged.
     """
     folder = Path(run_folder)
     tables = {name: results.load(folder, table=name) for name in ("episodes", "metrics", "events")}
@@ -52,8 +51,8 @@ def text_report(run_folder: Path | str) -> str:
     parts += _seen(folder)
     parts += _online(tables, stages)
     columns = [table["stage"] for table in (tables["episodes"], tables["metrics"])]
-    begun = {stage for column in columns for stage in column.unique()}
-    trained = [n for n, s in stages.items() if n in begun and s.get("type") in TRAINING]
+    started = {stage for column in columns for stage in column.unique()}
+    trained = [n for n, s in stages.items() if n in started and s.get("type") in TRAINING]
     if trained:
         parts += ["Training", _training_table(trained, tables)]
     parts += _events(tables["events"])
@@ -63,26 +62,26 @@ def text_report(run_folder: Path | str) -> str:
 
 
 def evaluation_report(episodes: pd.DataFrame) -> str:
-    """The adaptation table of the episodes of one evaluation."""
+    """Returns the adaptation table of the episodes of an evaluation."""
     tasks = episodes["task_id"].nunique()
     heading = f"{len(episodes)} episodes on {tasks} tasks"
     return _rendered([heading, *adaptation(episodes)])
 
 
 def families_report() -> str:
-    """The built-in task families."""
-    titles = ("name", "domain", "observation", "actions", "episodes x steps", "what it is")
+    """Returns a table of the built-in task families."""
+    titles = ("name", "domain", "observation", "actions", "episodes x steps", "description")
     rows = [(name, *_family_cells(name)) for name in SHORT_NAMES["tasks"]]
     hint = "Others are named by import path, as in  tasks: {type: my_module:MyTasks}"
     return _rendered([table(titles, rows), hint])
 
 
 def next_steps(run_folder: Path) -> str:
-    """Commands that go on from a run."""
+    """Returns suggested commands after a run."""
     rows = {
         f"python -m dmrl_ray report {run_folder}": "this report again",
         f"python -m dmrl_ray evaluate {run_folder}": "more held-out tasks",
-        f"python -m dmrl_ray resume {run_folder}": "go on from the last commit",
+        f"python -m dmrl_ray resume {run_folder}": "continue from the last commit",
         f"dmrl_ray.load('{run_folder}')": "in Python: every episode, as a pandas frame",
     }
     width = max(map(len, rows))
@@ -109,7 +108,7 @@ def _facts(folder: Path, config: dict[str, Any], tables: Iterable[pd.DataFrame])
 
 
 def _types(component: object) -> str:
-    """``actor_critic (gru)``: the type of a component, and of those in it."""
+    """Returns the type of a component and of those in it, as ``actor_critic (gru)``."""
     if not isinstance(component, dict):
         return str(component or "")
     inner = [_types(x) for x in component.values() if isinstance(x, dict) and "type" in x]
@@ -137,7 +136,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _reported(episodes: pd.DataFrame, stages: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Episodes of fine-tuning and evaluation on the split that the stage reports."""
+    """Returns episodes of fine-tuning and evaluation stages on their reported split."""
     wanted = {
         name: stage.get("split", "test")
         for name, stage in stages.items()
@@ -152,20 +151,20 @@ def _seen(folder: Path) -> list[RenderableType]:
     lines = []
     for row in results.seen_in_training(folder).to_dict("records"):
         share = f"{row['seen']} of {row['tasks']} ({row['stage']}: {row['starts']} starts"
-        share = share if row["complete"] else f"at least {share}, learned from data of others too"
-        marked = f", allow_seen in {row['allowed_by']}" if row["allowed_by"] else ""
-        lines.append(f"{row['split']} tasks seen in training: {share}{marked})")
+        share = share if row["complete"] else f"at least {share}, also learned from external data"
+        allowed = f", allow_seen in {row['allowed_by']}" if row["allowed_by"] else ""
+        lines.append(f"{row['split']} tasks seen in training: {share}{allowed})")
     return ["\n".join(lines)] if lines else []
 
 
 def _online(
     tables: dict[str, pd.DataFrame], stages: dict[str, dict[str, Any]]
 ) -> list[RenderableType]:
-    """Streams of tasks: regret where the family knows an oracle, returns where not."""
+    """Returns tables of streams: regret if the family has an oracle, else returns."""
     parts: list[RenderableType] = []
     metrics, episodes = tables["metrics"], tables["episodes"]
     regret = metrics[metrics["name"].str.startswith("regret_")]
-    over = "since the task was met [95 % interval over streams]"
+    over = "since the start of the task [95 % interval over streams]"
     for stage in (n for n, s in stages.items() if s.get("type") == "adapt"):
         rows, played = (table[table["stage"] == stage] for table in (regret, episodes))
         if len(rows):
@@ -176,17 +175,17 @@ def _online(
 
 
 def _windows(values: pd.Series) -> tuple[list[str], list[np.ndarray]]:
-    """A few windows of whole numbers, and their titles."""
+    """Splits integers into a few windows; returns titles and windows."""
     windows = np.array_split(np.sort(values.unique()), min(STREAM_WINDOWS, values.nunique()))
     return [f"{w[0]}-{w[-1]}" if len(w) > 1 else str(w[0]) for w in windows], windows
 
 
 def _agent(stage: object, job: object) -> str:
-    return str(job).removeprefix(str(stage)).removeprefix(".") or "as it goes"
+    return str(job).removeprefix(str(stage)).removeprefix(".") or "continuing"
 
 
 def _stream_returns_table(episodes: pd.DataFrame) -> Table:
-    """Means over windows of episodes: of streams' first tasks, and of those met by a change."""
+    """Returns means over windows of episodes, for the first and for later tasks of streams."""
     titles, windows = _windows(episodes["episode"])
     rows = []
     for (stage, job), group in episodes.groupby(["stage", "job"], sort=False):
@@ -210,10 +209,10 @@ def _interval_cell(of_streams: pd.Series) -> str:
 
 
 def _regret_table(regret: pd.DataFrame) -> Table:
-    """Means over windows of steps: of streams' first tasks, and of those met by a change.
+    """Returns means over windows of steps, for the first and for later tasks of streams.
 
-    An interval is the mean of its steps' intervals; a step that is the same in all streams adds
-    nothing to it.
+    An interval is the mean of its steps' intervals; a step that is the same in all streams has
+    width 0.
     """
     titles, windows = _windows(regret["env_steps"])
     rows = []
@@ -258,9 +257,9 @@ def _training_table(stages: list[str], tables: dict[str, pd.DataFrame]) -> Table
 
 
 def _finished(events: pd.DataFrame, name: str) -> float:
-    """A sum over what finished jobs say of themselves; their seconds leave out all pauses.
+    """Returns the sum of a value reported by finished jobs; their seconds exclude interruptions.
 
-    A job that was trained on after its end counts everything at its last one.
+    Of a job that was trained further after its end, the last report is complete.
     """
     finished = events[events["event"] == "job_finished"].drop_duplicates("job", keep="last")
     details = map(json.loads, finished["detail"])
@@ -279,19 +278,19 @@ def _best_validation(metrics: pd.DataFrame) -> str:
 
 
 def _events(events: pd.DataFrame) -> list[RenderableType]:
-    known = events["event"].str.lower().str.contains(WORTH_KNOWING, regex=True)
-    worth = events[known.fillna(False).astype(bool)]
-    if not len(worth):
+    known = events["event"].str.lower().str.contains(NOTABLE, regex=True)
+    notable = events[known.fillna(False).astype(bool)]
+    if not len(notable):
         return []
     rows = [
         (name, len(group), str(group["stage"].iloc[-1]), _detail(str(group["detail"].iloc[-1])))
-        for name, group in worth.groupby("event", sort=False)
+        for name, group in notable.groupby("event", sort=False)
     ]
-    return ["Events worth knowing", table(("event", "times", "last in", "last detail"), rows)]
+    return ["Notable events", table(("event", "count", "last stage", "last detail"), rows)]
 
 
 def _detail(text: str) -> str:
-    """On one line, without tracebacks, which are in the table of events."""
+    """Returns the detail on one line, without tracebacks, which are in the table of events."""
     try:
         detail = json.loads(text)
         if isinstance(detail, dict):
@@ -311,7 +310,7 @@ def _family_cells(name: str) -> tuple[str, ...]:
     about = next(iter(text.strip().splitlines()), "")
     try:
         family = kind(kind.Config())
-    except ValueError:  # It needs settings, so it has no shape before it is configured.
+    except ValueError:  # It has required settings, on which its spaces depend.
         return (kind.domain, "as configured", "as configured", "as configured", about)
     length = f"{family.episodes_per_trial} x {family.max_episode_steps}"
     spaces = (_space(family.observation_space), _space(family.action_space))

@@ -1,12 +1,12 @@
-"""The RLlib edge: baselines, environments, policies and data across; imported on demand.
+"""Interoperability with RLlib: baselines, environments, policies and data; imported on demand.
 
-RLlib calls most of what is built on here alpha, so that its versions are checked.
+It depends on RLlib APIs that are marked as alpha, so the version is checked.
 """
 
 import ray
 
 OLDEST, TOO_NEW = (2, 60), (3, 0)
-"""Versions of Ray that this package was written for; the tests run on the oldest."""
+"""Supported versions of Ray; the tests run on the oldest."""
 
 if not OLDEST <= tuple(map(int, ray.__version__.split(".")[:2])) < TOO_NEW:
     raise ImportError(
@@ -15,6 +15,6 @@ if not OLDEST <= tuple(map(int, ray.__version__.split(".")[:2])) < TOO_NEW:
         f"pip install 'ray[rllib]>={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, TOO_NEW))}'"
     )
 
-from dmrl_ray.rllib.environments import register  # noqa: E402 (the version first)
+from dmrl_ray.rllib.environments import register  # noqa: E402 (after the version check)
 
 __all__ = ["register"]

@@ -1,7 +1,6 @@
-"""One job of an algorithm of RLlib: built, iterated, saved and played. `baselines` names them.
+"""Base class of the `baselines`: builds, trains, saves and evaluates an algorithm of RLlib.
 
-Everything of RLlib that has moved between versions, and may again, is called here, in `settings`
-and in `player`.
+RLlib APIs that change between versions are called only here, in `settings` and in `player`.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from dmrl_ray.errors import NumericalError
 from dmrl_ray.jobs.external import ExternalAlgorithm
 from dmrl_ray.jobs.messages import CollectReport, EvaluateCall
 from dmrl_ray.rllib.environments import EnvCreator, EnvSettings, Row, TaskEnv
+from dmrl_ray.rllib.metrics import columns_of, metrics_of, sample_once, take_episodes_of
+from dmrl_ray.rllib.observations import ObservationBuilder
 from dmrl_ray.rllib.player import play
-from dmrl_ray.rllib.previous import Shown
-from dmrl_ray.rllib.readings import envs_of, metrics_of, sample_once, take_episodes_of
 from dmrl_ray.rllib.settings import BaselineSettings, apply, settings_of
 from dmrl_ray.rollout.rows import episode_rows, evaluation_rows, task_rows
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Arrays, Columns, EnvironmentFault, random_stream
 
 MODULE = f"learner/rl_module/{DEFAULT_MODULE_ID}"
-"""Where a learner group's state has the weights."""
+"""Path of the weights in the state of a learner group."""
 
 
 class Baseline(ExternalAlgorithm):
@@ -46,24 +45,24 @@ class Baseline(ExternalAlgorithm):
 
     library: ClassVar[type[AlgorithmConfig]]
 
-    _usual_steps = 0  # of an iteration
+    _usual_steps = 0  # per iteration
 
     def __init_subclass__(cls) -> None:
         cls.Config = settings_of(cls.library)
 
     @property
     def memory_spans_trial(self) -> bool:
-        """Where an RLlib episode is a whole trial."""
+        """Whether an RLlib episode is a whole trial."""
         return bool(self.settings.whole_trials)
 
     @property
     def settings(self) -> BaselineSettings:
-        """Of the algorithm."""
+        """The settings of the algorithm."""
         settings: BaselineSettings = self.spec.algorithm.settings
         return settings
 
     def check(self, start: ExternalAlgorithm | None) -> None:
-        """See that environment, settings and network can be made."""
+        """Checks that environment, settings and network can be built."""
         env = TaskEnv(self._env_settings())
         env.reset(seed=0)
         env.step(env.action_space.sample())
@@ -73,13 +72,13 @@ class Baseline(ExternalAlgorithm):
             config.validate()
         except ValueError as error:
             raise ValueError(
-                f"algorithm: RLlib refuses the settings of {kind} ({first_sentence(error)})"
+                f"algorithm: RLlib rejects the settings of {kind} ({first_sentence(error)})"
             ) from error
         try:
             module = self._module(config)
-        except Exception as error:  # RLlib's networks raise what they come upon.
+        except Exception as error:  # RLlib's networks raise errors of any type.
             raise ValueError(
-                f"algorithm: RLlib can make no network of {kind} for observations "
+                f"algorithm: RLlib cannot build a network of {kind} for observations "
                 f"{env.observation_space} and actions {env.action_space} "
                 f"({first_sentence(_first(error))})"
             ) from error
@@ -87,16 +86,16 @@ class Baseline(ExternalAlgorithm):
             start._module(start._config())
         ):
             raise ValueError(
-                f"init_from: the network of stage {start.spec.stage!r} is another one; make model, "
-                "previous and observe_task the same here"
+                f"init_from: the network of stage {start.spec.stage!r} differs; use the same "
+                "model, previous and observe_task"
             )
 
     def iterate(
         self, env_steps: int, *, learn: bool = True
     ) -> tuple[CollectReport, dict[str, float]]:
-        """One iteration of RLlib's."""
+        """Runs one iteration of RLlib."""
         start, iteration = time.monotonic(), self.version
-        # Threads that wait for each other at every step of a few columns are slower than one.
+        # For steps of few environments, synchronising threads costs more than it saves.
         samples_here = self._algorithm.config.num_env_runners == 0
         torch.set_num_threads(1 if samples_here else self.spec.learner_threads)
         with _library_errors():
@@ -122,7 +121,7 @@ class Baseline(ExternalAlgorithm):
         return report, metrics_of(result)
 
     def play(self, call: EvaluateCall, weights: Arrays) -> Columns:
-        """Rows of one trial on each of the call's tasks."""
+        """Returns the episodes of one trial on each task of the call."""
         torch.set_num_threads(1)
         family = self._env_settings().family()
         module = self._module(self._config())
@@ -132,19 +131,19 @@ class Baseline(ExternalAlgorithm):
         stream = random_stream(seed, *key)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
         seed = int(random_stream(seed, *key, "torch").integers(2**63))
-        shown = Shown(family, "flat" if self.settings.previous else "none")
-        play(module, shown, sampler, list(call.tasks), greedy=call.greedy, seed=seed)
+        observe = ObservationBuilder(family, "flat" if self.settings.previous else "none")
+        play(module, observe, sampler, list(call.tasks), greedy=call.greedy, seed=seed)
         return evaluation_rows(sampler, trial=call.trial)
 
     def weights(self) -> Arrays:
-        """Of the module, target networks included."""
+        """Returns the weights of the module, target networks included."""
         with _library_errors():
             state = self._algorithm.learner_group.get_state(components=MODULE)
         weights: Arrays = state["learner"]["rl_module"][DEFAULT_MODULE_ID]
         return {name: np.asarray(array) for name, array in weights.items()}
 
     def load_weights(self, weights: Arrays) -> None:
-        """Of a module that was made in the same way."""
+        """Loads the weights of a module with the same settings."""
         algorithm = self._algorithm
         with _library_errors():
             state = {"learner": {"rl_module": {DEFAULT_MODULE_ID: weights}}}
@@ -154,14 +153,14 @@ class Baseline(ExternalAlgorithm):
             )
 
     def get_state(self) -> Arrays:
-        """The files of RLlib's checkpoint, as bytes."""
+        """Returns the files of RLlib's checkpoint, as bytes."""
         with tempfile.TemporaryDirectory() as folder, _library_errors():
             self._algorithm.save_to_path(folder)
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             return {str(path.relative_to(folder)): np.fromfile(path, np.uint8) for path in files}
 
     def set_state(self, state: Arrays, version: int) -> None:
-        """Continue from a checkpoint, with fresh episodes."""
+        """Continues from a checkpoint, with new episodes."""
         self.version = version
         with tempfile.TemporaryDirectory() as folder, _library_errors():
             for name, data in state.items():
@@ -171,16 +170,16 @@ class Baseline(ExternalAlgorithm):
             self._algorithm.restore_from_path(folder)
 
     def close(self) -> None:
-        """End RLlib's processes."""
+        """Ends RLlib's processes."""
         if "_algorithm" in vars(self):
             self._algorithm.stop()
             del self._algorithm
 
     @cached_property
     def _algorithm(self) -> Any:
-        """RLlib's, built when it is first used."""
+        """RLlib's algorithm, built on first use."""
         config = self._config()
-        # RLlib registers its environment under this name each time, and Gymnasium warns of it.
+        # RLlib registers this name on each build, and Gymnasium warns about repeats.
         gym.registry.pop("rllib-single-agent-env-v0", None)
         register_env(str(config.env), EnvCreator(self._env_settings()))
         with _library_errors():
@@ -188,7 +187,7 @@ class Baseline(ExternalAlgorithm):
 
     def _config(self) -> AlgorithmConfig:
         for name in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # What fails, raises.
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # Failures raise errors.
         settings = self.settings
         if settings.num_env_runners is None:
             settings = settings.model_copy(update={"num_env_runners": self.processes})
@@ -201,7 +200,9 @@ class Baseline(ExternalAlgorithm):
             gym_env_vectorize_mode="vector_entry_point" if one_length else "sync",
             validate_env_runners_after_construction=True,
         )
-        config.fault_tolerance(restart_failed_env_runners=False)  # The run goes back to a commit.
+        config.fault_tolerance(
+            restart_failed_env_runners=False
+        )  # The run resumes from a commit instead.
         config.debugging(seed=int(seed.integers(2**31)), log_level="CRITICAL", log_sys_usage=False)
         return config
 
@@ -217,21 +218,21 @@ class Baseline(ExternalAlgorithm):
         )
 
     def _module(self, config: AlgorithmConfig) -> Any:
-        """A module as the learner has it, without its weights."""
+        """Returns a module like the learner's, with initial weights."""
         settings = self._env_settings()
         family = settings.family()
-        spaces = (Shown(family, settings.previous).space, family.action_space)
+        spaces = (ObservationBuilder(family, settings.previous).space, family.action_space)
         spec = config.get_rl_module_spec(spaces={DEFAULT_MODULE_ID: spaces}, inference_only=False)
         with torch.random.fork_rng(devices=[]):
             return spec.build()
 
     def _sampling_s(self, result: dict[str, Any], timer: str, steps: int) -> float:
-        """Seconds that all samplers spent so; RLlib times the mean step of its columns."""
+        """Returns the seconds of a timer over all samplers; RLlib reports means per vector step."""
         mean = float(result.get("env_runners", {}).get(timer, math.nan))
         return mean * steps / self._algorithm.config.num_envs_per_env_runner
 
     def _episodes(self, rows: list[Row], env_steps: int, iteration: int) -> Columns:
-        columns = envs_of(rows)
+        columns = columns_of(rows)
         columns["adaptation_step"] = columns["episode"] * self.memory_spans_trial
         scored = bool(self.spec.fixed_tasks)
         family = self._env_settings().family()
@@ -243,7 +244,7 @@ class Baseline(ExternalAlgorithm):
 
 
 def _first(error: BaseException) -> Exception:
-    """What went wrong before whatever went wrong while that was handled."""
+    """Returns the first error of a chain of contexts."""
     while error.__context__ is not None:
         error = error.__context__
     assert isinstance(error, Exception)
@@ -256,7 +257,7 @@ def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """Tell what RLlib wraps: a fault of the family or policy, or a process that was lost."""
+    """Unwraps errors of RLlib: a fault of the family or policy, or a lost process."""
     try:
         yield
     except RayError as error:

@@ -1,12 +1,12 @@
-"""RLlib's algorithms in the stages of a run, beside ours on the same tasks and in the same tables.
+"""RLlib's algorithms as stages of a run, on the same tasks and with the same tables.
 
     algorithm: {type: rllib:PPO, lr: 3e-4, model: {fcnet_hiddens: [64, 64]}}
 
-An update is an iteration of RLlib's ``Algorithm.train``; samples, learners and networks are
-RLlib's, on its new API stack. The policy is committed as arrays like ours. What a run resumes from
-is RLlib's own checkpoint, whose files are pickles: the one exception to "nothing on disk is a
-pickle". It is of the last iteration that was committed; episodes that were open begin afresh, and
-so does the replay of SAC and DQN, which RLlib's checkpoints leave out.
+An update is an iteration of RLlib's ``Algorithm.train``; samplers, learners and networks are
+RLlib's, on its new API stack. The policy is committed as arrays, like those of other algorithms. A
+run resumes from RLlib's own checkpoint of the last committed iteration; its files are the only
+pickles that a run writes. Unfinished episodes and the replay buffers of SAC and DQN are not part of
+RLlib's checkpoints, and start empty.
 """
 
 from ray.rllib.algorithms.appo import APPOConfig

@@ -1,7 +1,7 @@
-"""What a run recorded, in the columns that RLlib's offline readers expect.
+"""Exports recorded transitions in the format of RLlib's offline data.
 
-Our table has other names, and keeps a step's successor only where the next row does not, so that
-RLlib cannot read it as it lies; what is written here it reads without a schema of its own::
+The transitions table has other column names, and stores successors only where they differ from the
+next row, so RLlib cannot read it directly. The exported files need no schema::
 
     BCConfig().offline_data(input_=[folder], dataset_num_iters_per_learner=1)
 """
@@ -23,49 +23,49 @@ from dmrl_ray.store.files import atomic_folder
 
 
 def export_steps(run: Path, folder: Path, *, stage: str | None = None) -> int:
-    """Write the steps that a run recorded as Parquet files, and return their number.
+    """Writes the recorded steps of a run as Parquet files, and returns their number.
 
     Args:
         run: the run folder.
-        folder: where to; it must not exist.
-        stage: whose steps; None if one stage alone was recorded.
+        folder: the output folder; it must not exist.
+        stage: the recorded stage; None if only one was recorded.
 
     Raises:
-        ConfigError: nothing was recorded there, or not what RLlib reads; or the folder exists.
+        ConfigError: nothing was recorded, RLlib cannot read it, or the folder exists.
     """
     if folder.exists():
-        raise ConfigError(f"{folder}: exists already; name a folder that does not")
+        raise ConfigError(f"{folder}: exists already; choose another folder")
     run_facts(run)
     stages = load_run_config(run).stages
     recorded = [name for name, s in stages.items() if getattr(s, "record", False)]
     if stage not in recorded and (stage is not None or len(recorded) != 1):
         known = ", ".join(recorded) or "none; give a stage record: true"
-        asked = f"stage {stage!r} was not recorded" if stage else "which stage is meant"
+        asked = f"stage {stage!r} was not recorded" if stage else "choose a stage"
         raise ConfigError(f"{run}: {asked}; recorded stages: {known}")
     try:
         source = Recorded([glob.escape(str(run))], stage or recorded[0])
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with atomic_folder(folder) as there:
-        return _write(source, there)
+    with atomic_folder(folder) as temporary:
+        return _write(source, temporary)
 
 
 def _write(source: Recorded, folder: Path) -> int:
-    """A file for each block that holds steps of the stage."""
-    begun: Counter[int] = Counter()  # episodes, by history
+    """Writes a file for each block that holds steps of the stage."""
+    episodes: Counter[int] = Counter()  # started, by history
     steps = 0
     following = source.read(0)
     for number in range(source.num_blocks):
         block = following
         if block.obs.dtype == np.uint8:
-            raise ConfigError("images were recorded, and RLlib's reader takes vectors alone")
+            raise ConfigError("images were recorded, but RLlib's reader supports vectors only")
         more = number + 1 < source.num_blocks
         following = source.read(number + 1) if more else block
         rows, names = [], []
         for history, _, _, t, _, row, length in source.pieces(number).tolist():
-            begun[history] += t == 0
+            episodes[history] += t == 0
             rows.append(np.arange(row, row + length))
-            names += [f"{history}-{begun[history]}"] * length
+            names += [f"{history}-{episodes[history]}"] * length
         if rows:
             table = _table(block, following.obs[0], np.concatenate(rows), names)
             pq.write_table(table, folder / f"{number:08d}.parquet", compression="zstd")
@@ -74,12 +74,12 @@ def _write(source: Recorded, folder: Path) -> int:
 
 
 def _table(block: Block, next_obs: np.ndarray, rows: np.ndarray, episodes: list[str]) -> pa.Table:
-    """Some rows of a block; `next_obs` is the first observation after it."""
+    """Returns rows of a block; `next_obs` is the first observation after the block."""
     new_obs = np.concatenate([block.obs[1:], next_obs[None]])
-    told = block.next_row >= 0
-    new_obs[told] = block.next_obs[block.next_row[told]]
+    known = block.next_row >= 0
+    new_obs[known] = block.next_obs[block.next_row[known]]
     action = block.action
-    if action.ndim > 1:  # As it met the environment.
+    if action.ndim > 1:  # As applied by the environment.
         action = action.clip(-1.0, 1.0)
     return pa.table(
         {

@@ -1,14 +1,14 @@
-"""Our hot path inside RLlib, for those who drive everything by `AlgorithmConfig` and Tune.
+"""Rollouts and updates of this package inside RLlib, for use by `AlgorithmConfig` and Tune.
 
     PackedConfig().packed(tasks={"type": "cartpole"}, algorithm={"type": "ppo"}).build_algo()
 
-    algorithm    sample(weights v) --> env runners: collect, a shard at a time
+    algorithm    sample(weights v) --> env runners: collect, one shard at a time
                  trials (T, B, ...) --> learner: update --> weights v + 1
 
-RLlib's episodes and connectors are passed by: env runners return whole rollouts, and the learner
-takes them as our own loop does. So an update is the same, whatever the number of env runners. Left
-out, compared with our own runs: stages, tables, more than one learner, and exact resume but with
-one env runner, since RLlib keeps the state of one alone: the episodes of others begin afresh.
+RLlib's episodes and connectors are bypassed: env runners return whole rollouts, and the learner
+updates with them, so an update does not depend on the number of env runners. Left out, compared
+with the stages of a run: tables, more than one learner, and exact resume with several env runners
+(RLlib stores the state of one; the episodes of the others start again).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ STAGE = "packed"
 
 
 class PackedEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
-    """Plays its share of the shards, as a rollout worker of ours."""
+    """Collects the rollouts of its share of the shards, by a `RolloutWorker`."""
 
     def __init__(self, *, config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
@@ -58,7 +58,7 @@ class PackedEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
     def sample(
         self, *, env_steps: int = 0, weights: Weights | None = None, **kwargs: Any
     ) -> dict[int, tuple[CollectReport, Trial]]:
-        """One iteration of each of its shards, by their numbers."""
+        """Collects one iteration of each of its shards; returns results by shard."""
         assert weights is not None
         answers = {}
         for shard in self._shards:
@@ -69,36 +69,36 @@ class PackedEnvRunner(EnvRunner, Checkpointable):  # type: ignore[misc]
         return answers
 
     def assert_healthy(self) -> None:
-        """It is, once it is made."""
+        """Does nothing: an env runner is healthy once it is built."""
 
     def get_spaces(self) -> dict[str, Any]:
-        """Of the module."""
+        """Returns the spaces of the module."""
         module = module_spec(self._spec)
         spaces = (module.observation_space, module.action_space)
         return {INPUT_ENV_SPACES: spaces, DEFAULT_MODULE_ID: spaces}
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Open episodes and random streams of its shards; weights come with each call."""
+        """Returns open episodes and random states of its shards; weights come with each call."""
         return {"shards": self._states}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on with those of its shards that a checkpoint holds."""
+        """Restores those of its shards that are in the checkpoint."""
         self._states |= {n: s for n, s in state.get("shards", {}).items() if n in self._shards}
 
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[()], dict[str, Any]]:
-        """How RLlib makes it from a checkpoint."""
+        """Returns the arguments with which RLlib builds it from a checkpoint."""
         return (), {"config": self.config}
 
     def get_metrics(self) -> Any:
-        """Nothing of its own: they come with what was sampled."""
+        """Returns no metrics; they come with the samples."""
         return self.metrics.reduce()
 
 
 class PackedLearner(TorchLearner):  # type: ignore[misc]
-    """A learner of ours; RLlib's module holds its policy."""
+    """Wraps a `Learner`, whose policy is in RLlib's module."""
 
     def build(self) -> None:
-        """Make both."""
+        """Builds the module and the learner."""
         if self._is_built:
             return
         super().build()
@@ -107,21 +107,21 @@ class PackedLearner(TorchLearner):  # type: ignore[misc]
         self.module[DEFAULT_MODULE_ID].unwrapped().policy = self._packed.policy
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        """The optimiser is the algorithm's own."""
+        """Does nothing: the algorithm has its own optimiser."""
 
     def compute_loss_for_module(self, **kwargs: Any) -> Any:
-        """The loss is the algorithm's own, too."""
+        """Is never called: the algorithm has its own loss."""
         raise NotImplementedError
 
     def update_packed(self, trials: list[Trial], steps: int) -> dict[str, float]:
-        """One update from the trials of all shards, in their order."""
+        """Updates with the trials of all shards, in their order."""
         metrics = self._packed.update(self.version, self.env_steps, trials)
         self.version += 1
         self.env_steps += steps
         return metrics
 
     def published(self) -> tuple[Weights, int]:
-        """The policy's weights as workers take them, and the steps it was trained on."""
+        """Returns the weights for workers, and the environment steps trained on."""
         return Weights(self.version, self._packed.weights()), self.env_steps
 
     def _get_optimizer_state(self) -> dict[str, Any]:
@@ -135,15 +135,15 @@ class PackedLearner(TorchLearner):  # type: ignore[misc]
 
 
 class PackedAlgorithm(Algorithm):  # type: ignore[misc]
-    """Sample, then update, in packed rollouts."""
+    """Alternates sampling of rollouts and updates."""
 
     @classmethod
     def get_default_config(cls) -> PackedConfig:
-        """A config of it."""
+        """Returns the default config."""
         return PackedConfig(cls)
 
     def training_step(self) -> None:
-        """One iteration."""
+        """Runs one iteration: sample, then update."""
         runners, learners = self.env_runner_group, self.learner_group
         weights, env_steps = next(iter(learners.foreach_learner(PackedLearner.published))).get()
         answers = runners.foreach_env_runner(
@@ -166,7 +166,7 @@ class PackedAlgorithm(Algorithm):  # type: ignore[misc]
 
 
 class PackedConfig(AlgorithmConfig):  # type: ignore[misc]
-    """An `AlgorithmConfig` whose training is one of ours."""
+    """An `AlgorithmConfig` for training with algorithms of this package."""
 
     def __init__(self, algo_class: type[PackedAlgorithm] | None = None) -> None:
         super().__init__(algo_class=algo_class or PackedAlgorithm)
@@ -175,33 +175,33 @@ class PackedConfig(AlgorithmConfig):  # type: ignore[misc]
         self.num_env_runners = 0
 
     def packed(self, **settings: Any) -> PackedConfig:
-        """Set parts of a run's config: tasks, network, algorithm and rollout; and ``env_steps``,
-        the budget that schedules are measured by.
+        """Sets parts of a run's config: tasks, network, algorithm and rollout; and ``env_steps``,
+        the budget for schedules.
 
         Raises:
-            ValueError: they are not valid.
+            ValueError: the settings are invalid.
         """
         self.settings = {**self.settings, **settings}
         self.job_spec()
         return self
 
     def job_spec(self) -> JobSpec:
-        """What env runners and learners make their parts from."""
+        """Returns the job that env runners and learners are built from."""
         parts: Mapping[str, Any] = {k: v for k, v in self.settings.items() if k != "env_steps"}
         stage = {"type": "pretrain", "env_steps": self.settings.get("env_steps", 1)}
         run = {**parts, "seed": self.seed or 0, "stages": {STAGE: stage}}
         return job_spec(RunConfig.model_validate(run), STAGE)
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
-        """Our policy as a module."""
+        """Returns the policy as a module."""
         return module_spec(self.job_spec())
 
     def get_default_learner_class(self) -> type[PackedLearner]:
-        """Ours."""
+        """Returns `PackedLearner`."""
         return PackedLearner
 
     def validate(self) -> None:
-        """See that there is one learner at most."""
+        """Checks that there is at most one learner."""
         super().validate()
         if self.num_learners > 1:
-            self._value_error("num_learners: packed rollouts are not split over several; use 1")
+            self._value_error("num_learners: packed rollouts support only one learner; use 1")

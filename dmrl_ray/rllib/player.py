@@ -1,4 +1,4 @@
-"""An `RLModule` as our sampler plays a policy: all tasks at once, rows like any other's."""
+"""Evaluates an `RLModule` with `Sampler`: all tasks in parallel, with the usual episode rows."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from torch import Tensor
 
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory, select_memory
-from dmrl_ray.rllib.previous import Shown
+from dmrl_ray.rllib.observations import ObservationBuilder
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Task
 
 
 class ModulePolicy:
-    """What `Sampler` needs of a policy. Its ``pi`` is the action, which the module has drawn.
+    """Adapts an `RLModule` to the interface of a policy in `Sampler`.
 
-    Also its own head: the sampler asks the head for what to do with ``pi``.
+    Its ``pi`` is the action that the module has sampled; it is also its own policy head, which
+    returns ``pi`` as action.
 
     Args:
-        module: of RLlib, on the CPU.
-        shown: what it was trained to see.
-        greedy: act without exploring, as RLlib's evaluation does.
+        module: the module, on the CPU.
+        observe: the observations that it was trained on.
+        greedy: act without exploration, as in RLlib's evaluation.
     """
 
     value_encoder = None
 
-    def __init__(self, module: Any, shown: Shown, *, greedy: bool) -> None:
-        self._module, self._shown, self._greedy = module, shown, greedy
+    def __init__(self, module: Any, observe: ObservationBuilder, *, greedy: bool) -> None:
+        self._module, self._observe, self._greedy = module, observe, greedy
         self._state: dict[str, Any] = module.get_initial_state() if module.is_stateful() else {}
         self.recurrent = bool(self._state)
         self.sees_previous = True
 
     @property
     def policy_head(self) -> ModulePolicy:
-        """Itself."""
+        """The policy itself."""
         return self
 
     def initial_memory(self, num: int) -> Memory:
-        """RLlib's state, (B, ...) each."""
+        """Returns the initial state of the module, each leaf (B, ...)."""
         leaves = map(torch.as_tensor, _leaves(self._state))
         return tuple(leaf.expand(num, *leaf.shape).clone() for leaf in leaves)
 
     def __call__(
         self, obs: Tensor, previous: Previous | None, memory: Memory, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Memory]:
-        """Actions (1, B, ...) of one step."""
+        """Returns actions (1, B, ...) of one step, twice, and the memory."""
         assert previous is not None
         if reset is not None:
             memory = select_memory(reset[0], self.initial_memory(obs.shape[1]), memory)
-        batch: dict[str, Any] = {Columns.OBS: self._seen(obs[0].numpy(), previous)}
+        batch: dict[str, Any] = {Columns.OBS: self._observation(obs[0].numpy(), previous)}
         if self.recurrent:  # RLlib's sequences are (B, T, ...).
             batch[Columns.OBS] = batch[Columns.OBS].unsqueeze(1)
             batch[Columns.STATE_IN] = _like(self._state, iter(memory))
@@ -64,26 +65,26 @@ class ModulePolicy:
         return action.unsqueeze(0), action, memory
 
     def noise(self, rng: np.random.Generator, num_steps: int, num_envs: int) -> Tensor:
-        """None: the module draws its own, seeded by `play`."""
+        """Returns no noise: the module samples by itself, seeded by `play`."""
         return torch.empty(num_steps, 0)
 
     def mode(self, pi: Tensor) -> Tensor:
-        """The action."""
+        """Returns the action."""
         return pi
 
     def sample(self, pi: Tensor, noise: Tensor) -> Tensor:
-        """The action."""
+        """Returns the action."""
         return pi
 
     def log_prob(self, pi: Tensor, action: Tensor) -> Tensor:
-        """Not known: DQN has none."""
+        """Returns 0: log-probabilities are unknown, as DQN has none."""
         return torch.zeros(pi.shape[:2])
 
-    def _seen(self, obs: np.ndarray, previous: Previous) -> Tensor:
+    def _observation(self, obs: np.ndarray, previous: Previous) -> Tensor:
         action, reward, done = (part[0].numpy() for part in previous)
         if action.dtype.kind == "f":
             action = np.clip(action, -1.0, 1.0)
-        return torch.from_numpy(self._shown(obs, action, reward, done))
+        return torch.from_numpy(self._observe(obs, action, reward, done))
 
     def _act(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         module = self._module
@@ -99,14 +100,14 @@ class ModulePolicy:
 
 
 def _leaves(state: dict[str, Any]) -> Iterator[Any]:
-    """What a nested state holds, in order of its names."""
+    """Yields the leaves of a nested state, sorted by name."""
     for name in sorted(state):
         part = state[name]
         yield from _leaves(part) if isinstance(part, dict) else (part,)
 
 
 def _like(state: dict[str, Any], leaves: Iterator[Tensor]) -> dict[str, Any]:
-    """The same state with other leaves."""
+    """Returns a state of the same structure with other leaves."""
     return {
         name: _like(state[name], leaves) if isinstance(state[name], dict) else next(leaves)
         for name in sorted(state)
@@ -114,10 +115,16 @@ def _like(state: dict[str, Any], leaves: Iterator[Tensor]) -> dict[str, Any]:
 
 
 def play(
-    module: Any, shown: Shown, sampler: Sampler, tasks: list[Task], *, greedy: bool, seed: int
+    module: Any,
+    observe: ObservationBuilder,
+    sampler: Sampler,
+    tasks: list[Task],
+    *,
+    greedy: bool,
+    seed: int,
 ) -> None:
-    """One trial on each task; the rows are in the sampler afterwards."""
-    policy = cast(ActorCritic, ModulePolicy(module, shown, greedy=greedy))
+    """Runs one trial on each task; the episodes are in the sampler afterwards."""
+    policy = cast(ActorCritic, ModulePolicy(module, observe, greedy=greedy))
     episodes = sampler.distribution.episodes_per_trial
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

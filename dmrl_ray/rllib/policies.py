@@ -1,8 +1,7 @@
-"""Policies across to RLlib: a trained policy as an `RLModule` checkpoint.
+"""Exports a trained policy as an `RLModule` checkpoint.
 
-The module holds our own network, so that it computes what it computed before: normalisation of
-observations, the scale of values and what the policy sees of its previous step come along. RLlib's
-training moves its weights, and leaves the statistics of its normalisation as they are.
+The module contains the network itself, with the normalisation of observations and values, so its
+outputs are the same. Training in RLlib updates its weights, but not its normalisation statistics.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ from dmrl_ray.jobs.spec import JobSpec, get_weights, job_spec, load_family, set_
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.networks.heads import SquashedGaussianHead
-from dmrl_ray.rllib.previous import Shown
+from dmrl_ray.rllib.observations import ObservationBuilder
 from dmrl_ray.store.commits import load_run_config, newest_commit, run_facts
 from dmrl_ray.store.files import LocalFiles, atomic_folder, load_arrays
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays
 
 MODEL_FILE = "dmrl_ray.json"
-"""Beside RLlib's own files: how the policy is made, readable without a pickle."""
+"""File beside RLlib's own: the config of the policy, readable without a pickle."""
 
 SEQUENCE_STEPS = 20
-"""RLlib's own default: how far back it sends gradients through memory."""
+"""Length of truncated backpropagation through time, RLlib's default."""
 
 Batch: TypeAlias = dict[str, Any]
 
 
 class Squashed(TorchSquashedGaussian):  # type: ignore[misc]
-    """With an entropy and a divergence, which PPO asks for and RLlib's own does not have."""
+    """A squashed Gaussian with entropy and KL divergence, which PPO needs and RLlib's own lacks."""
 
     _head = SquashedGaussianHead(nn.Identity(), 1)
 
     def entropy(self) -> Tensor:
-        """(...) in nats."""
+        """Returns the entropy (...) in nats."""
         return self._head.entropy(self._pi)
 
     def kl(self, other: Squashed) -> Tensor:
-        """(...) in nats, of this from `other`."""
+        """Returns the KL divergence (...) in nats, from `other`."""
         return self._head.kl(self._pi, other._pi)
 
     @property
@@ -62,32 +61,32 @@ class Squashed(TorchSquashedGaussian):  # type: ignore[misc]
 
 
 class ActorCriticModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
-    """Our policy and value function as RLlib calls them.
+    """An `ActorCritic` with the interface of RLlib.
 
-    ``model_config`` holds ``tasks`` and ``network``, components of a config, and ``options``, what
-    `ActorCritic` takes by keyword. RLlib's sequences are (B, T, ...), ours (T, B, ...).
+    ``model_config`` contains ``tasks`` and ``network``, components of a config, and ``options``,
+    the keyword arguments of `ActorCritic`. RLlib's sequences are (B, T, ...), here (T, B, ...).
     """
 
     policy: ActorCritic
 
     def __init__(self, *args: Any, catalog_class: object = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)  # RLlib's catalog knows its own networks alone.
+        super().__init__(*args, **kwargs)  # RLlib's catalog supports only its own networks.
 
     def setup(self) -> None:
-        """Make the network.
+        """Builds the network.
 
         Raises:
-            ValueError: the environment shows something else than the policy was trained on.
+            ValueError: the observation space is not that of training.
         """
         network = Component.model_validate(self.model_config["network"])
         options = self.model_config["options"]
         family = load_family(Component.model_validate(self.model_config["tasks"]))
-        expected = _shown(family, options)
+        expected = _obs_space(family, options)
         if _layout(self.observation_space) != _layout(expected):
             raise ValueError(
-                f"this policy reads observations {_layout(expected)}, and the environment shows "
-                f"{_layout(self.observation_space)}; register its family as it was trained on, "
-                "with whole_trials=True and previous='parts' if it sees its previous step"
+                f"this policy expects observations {_layout(expected)}, but the environment has "
+                f"{_layout(self.observation_space)}; register its family as in training, with "
+                "whole_trials=True and previous='parts' if it observes its previous step"
             )
         self.policy = network.load("network")(
             network.settings, family.observation_space, family.action_space, **options
@@ -96,26 +95,26 @@ class ActorCriticModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
             self.action_dist_cls = Squashed
 
     def get_initial_state(self) -> dict[str, Tensor]:
-        """The memory of one column, without its axis."""
+        """Returns the initial memory of one environment, without its axis."""
         return {str(i): leaf[0] for i, leaf in enumerate(self.policy.initial_memory(1))}
 
     def compute_values(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
-        """(B,) or (B, T) values in units of return."""
+        """Returns (B,) or (B, T) values in units of return."""
         obs, previous = self._inputs(batch)
         if embeddings is not None:
-            features = self._ours(embeddings)
+            features = self._time_first(embeddings)
         elif self.policy.value_encoder is None:
             features = self.policy(obs, previous, self._memory(batch))[1]
         else:
             features = None
-        return self._theirs(self.policy.denormalize_value(self.policy.value(features, obs)))
+        return self._batch_first(self.policy.denormalize_value(self.policy.value(features, obs)))
 
     def _forward(self, batch: Batch, **kwargs: Any) -> Batch:
         obs, previous = self._inputs(batch)
         pi, features, memory = self.policy(obs, previous, self._memory(batch))
-        answer: Batch = {Columns.ACTION_DIST_INPUTS: self._theirs(pi)}
+        answer: Batch = {Columns.ACTION_DIST_INPUTS: self._batch_first(pi)}
         if self.policy.value_encoder is None:
-            answer[Columns.EMBEDDINGS] = self._theirs(features)
+            answer[Columns.EMBEDDINGS] = self._batch_first(features)
         if memory:
             answer[Columns.STATE_OUT] = {str(i): leaf for i, leaf in enumerate(memory)}
         return answer
@@ -123,66 +122,66 @@ class ActorCriticModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
     def _inputs(self, batch: Batch) -> tuple[Tensor, Previous | None]:
         obs = batch[Columns.OBS]
         if not self.policy.sees_previous:
-            return self._ours(obs), None
-        seen = {name: self._ours(part) for name, part in obs.items()}
-        return seen["obs"], (seen["action"], seen["reward"], seen["done"].bool())
+            return self._time_first(obs), None
+        parts = {name: self._time_first(part) for name, part in obs.items()}
+        return parts["obs"], (parts["action"], parts["reward"], parts["done"].bool())
 
     def _memory(self, batch: Batch) -> Memory:
         state = batch.get(Columns.STATE_IN, {})
         return tuple(state[str(i)] for i in range(len(state)))
 
-    def _ours(self, x: Tensor) -> Tensor:
-        """(T, B, ...); without memory all rows are columns of one step."""
+    def _time_first(self, x: Tensor) -> Tensor:
+        """Returns (T, B, ...); without memory, all rows are environments of a single step."""
         return x.transpose(0, 1) if self.policy.recurrent else x.unsqueeze(0)
 
-    def _theirs(self, x: Tensor) -> Tensor:
+    def _batch_first(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) if self.policy.recurrent else x.squeeze(0)
 
 
 def export_policy(
     run: Path, folder: Path, *, stage: str | None = None, checkpoint: str = "best"
 ) -> str:
-    """Write a policy of a run as an `RLModule` checkpoint, and return the name it has in the run.
+    """Exports a policy of a run as an `RLModule` checkpoint, and returns its name in the run.
 
     Args:
         run: the run folder.
-        folder: where to; it must not exist.
-        stage: whose policy, or the job of a fine-tuning stage; None takes the last trained stage.
+        folder: the output folder; it must not exist.
+        stage: the stage, or the job of a fine-tuning stage; None takes the last trained stage.
         checkpoint: best or last, of a stage.
 
     Raises:
-        ConfigError: there is no such policy, the folder exists, or RLlib cannot act as it does.
+        ConfigError: there is no such policy, the folder exists, or RLlib cannot run the policy.
     """
     if folder.exists():
-        raise ConfigError(f"{folder}: exists already; name a folder that does not")
+        raise ConfigError(f"{folder}: exists already; choose another folder")
     run_facts(run)
     config = load_run_config(run)
     commit = newest_commit(run)
     files = commit.files if commit is not None else {}
     name, owner = _choose(run, config, list(files), stage, checkpoint)
     module = _module(config, owner, load_arrays(LocalFiles(run), files[name]))
-    with atomic_folder(folder) as there:
-        module.save_to_path(str(there))
+    with atomic_folder(folder) as temporary:
+        module.save_to_path(str(temporary))
         facts = {"run": run.name, "policy": name, "model_config": module.model_config}
-        (there / MODEL_FILE).write_text(json.dumps(facts, indent=1))
+        (temporary / MODEL_FILE).write_text(json.dumps(facts, indent=1))
     return name
 
 
 def exported(folder: Path | str, **model_config: Any) -> RLModuleSpec:
-    """What `AlgorithmConfig.rl_module` takes to go on with a policy that `export_policy` wrote.
+    """Returns the argument of `AlgorithmConfig.rl_module` for a policy of `export_policy`.
 
     Args:
-        folder: of the checkpoint.
+        folder: the folder of the checkpoint.
         model_config: RLlib's own settings of modules, such as ``max_seq_len``.
 
     Raises:
-        ConfigError: no policy of ours is there.
+        ConfigError: the folder contains no exported policy.
     """
     path = Path(folder).absolute()
     try:
         facts = json.loads((path / MODEL_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: is no exported policy, it has no {MODEL_FILE}") from error
+        raise ConfigError(f"{path}: is not an exported policy: it has no {MODEL_FILE}") from error
     return RLModuleSpec(
         module_class=ActorCriticModule,
         model_config={**facts["model_config"], **model_config},
@@ -193,7 +192,7 @@ def exported(folder: Path | str, **model_config: Any) -> RLModuleSpec:
 def _choose(
     run: Path, config: RunConfig, files: list[str], stage: str | None, checkpoint: str
 ) -> tuple[str, str]:
-    """The checkpoint file, and the stage that trained it."""
+    """Returns the checkpoint file, and the stage that trained it."""
     trained = [name for name, s in config.stages.items() if isinstance(s, Pretrain)]
     ready = [name for name in trained if f"{name}.{checkpoint}" in files]
     chosen = stage or (ready[-1] if ready else "")
@@ -211,22 +210,22 @@ def _choose(
 
 
 def module_spec(spec: JobSpec) -> RLModuleSpec:
-    """The policy of a job as RLlib makes it, with weights that nothing has trained.
+    """Returns the policy of a job as a module specification, with initial weights.
 
     Raises:
-        ConfigError: its algorithm is another library's.
+        ConfigError: the algorithm is of another library.
     """
     kind = spec.algorithm.load("algorithm")
     if not issubclass(kind, Algorithm):
         raise ConfigError(
             f"stage {spec.stage!r}: {spec.algorithm.type} has a network of its own library; only "
-            "policies of our own algorithms can be handed to RLlib"
+            "policies of built-in algorithms can be exported to RLlib"
         )
     options = kind.policy_options(spec.algorithm.settings)
     family = load_family(spec.tasks)
     return RLModuleSpec(
         module_class=ActorCriticModule,
-        observation_space=_shown(family, options),
+        observation_space=_obs_space(family, options),
         action_space=family.action_space,
         model_config={
             "tasks": spec.tasks.model_dump(mode="json"),
@@ -238,32 +237,32 @@ def module_spec(spec: JobSpec) -> RLModuleSpec:
 
 
 def _module(config: RunConfig, stage: str, weights: Arrays) -> ActorCriticModule:
-    """The module with these weights."""
+    """Returns the module with these weights."""
     spec = job_spec(config, stage)
     module: ActorCriticModule = module_spec(spec).build()
     if module.policy.latent:
         raise ConfigError(
-            f"stage {stage!r}: {spec.algorithm_name}'s policy needs a guess of the task that its "
-            "algorithm makes between steps, which RLlib does not; export a policy of another one"
+            f"stage {stage!r}: {spec.algorithm_name}'s policy needs the latent task variable that "
+            "its algorithm infers between steps, which RLlib does not support"
         )
     if module.policy.recurrent and module.policy.value_encoder is not None:
         raise ConfigError(
-            f"stage {stage!r}: its value function has a memory of its own, which RLlib would cut "
-            "into sequences; train it with network: {separate_value: false}"
+            f"stage {stage!r}: its value function has its own memory, which RLlib does not "
+            "support; train it with network: {separate_value: false}"
         )
-    # Soft actor-critic leaves no value function; RLlib's training begins with a fresh one then.
-    fresh = {k: v for k, v in get_weights(module.policy).items() if k.startswith("value_")}
-    set_weights(module.policy, fresh | weights)
+    # Soft actor-critic has no state-value function; RLlib's training then starts from a new one.
+    initial = {k: v for k, v in get_weights(module.policy).items() if k.startswith("value_")}
+    set_weights(module.policy, initial | weights)
     return module
 
 
-def _shown(family: TaskDistribution, options: dict[str, Any]) -> gym.Space[Any]:
-    """The observations of an environment that such a policy acts in."""
-    return Shown(family, "parts" if options["sees_previous"] else "none").space
+def _obs_space(family: TaskDistribution, options: dict[str, Any]) -> gym.Space[Any]:
+    """Returns the observation space of environments for the policy."""
+    return ObservationBuilder(family, "parts" if options["sees_previous"] else "none").space
 
 
 def _layout(space: gym.Space[Any]) -> Any:
-    """Shapes of the parts."""
+    """Returns the shapes of the parts."""
     if isinstance(space, gym.spaces.Dict):
         return {name: part.shape for name, part in space.items()}
     return space.shape

@@ -1,7 +1,7 @@
-"""RLlib's settings as ours: named and typed as RLlib has them, with errors that have a place.
+"""Settings of RLlib's algorithms as `Settings`, with their names and types in RLlib.
 
-They are read from the methods of RLlib's own ``AlgorithmConfig`` classes, so that they are those of
-the Ray that is installed.
+They are derived from the methods of RLlib's ``AlgorithmConfig`` classes, so they are those of the
+installed Ray.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ COMMON: dict[str, str] = {
         "min_sample_timesteps_per_iteration"
     ),
 }
-"""Settings of all algorithms, by the method of ``AlgorithmConfig`` that takes them. All that an
-algorithm adds to ``training`` joins them."""
+"""Settings common to all algorithms, by method of ``AlgorithmConfig``; those that an algorithm adds
+to ``training`` are included too."""
 
-REFUSED = {
+OLD_STACK = {
     "model",
     "optimizer",
     "lr_schedule",
     "entropy_coeff_schedule",
     "store_buffer_in_checkpoints",
 }
-"""Of the old API stack; the new one refuses or ignores them. Here ``model`` is what RLlib calls
+"""Settings of the old API stack, which the new one rejects or ignores. Here, ``model`` is RLlib's
 ``DefaultModelConfig``."""
 
 OTHER_DEFAULTS: dict[str, Any] = {
@@ -63,7 +63,7 @@ OTHER_DEFAULTS: dict[str, Any] = {
     "num_learners": 0,
     "min_time_s_per_iteration": None,
 }
-"""Defaults that are not RLlib's, see `BaselineSettings`."""
+"""Defaults that differ from RLlib's, see `BaselineSettings`."""
 
 _WORDS = {
     int: "a whole number",
@@ -75,32 +75,32 @@ _WORDS = {
     tuple: "a list",
     types.NoneType: "",
 }
-"""Kinds of values that YAML can hold."""
+"""Types that YAML supports, with their names in messages."""
 
 
 class BaselineSettings(Settings):
-    """What every baseline has beside RLlib's settings.
+    """Settings of every baseline in addition to RLlib's.
 
-    RLlib's defaults stand, but for these: its samplers reserve no CPU, as the workers that wait
-    beside them have it; it learns in this process; an iteration ends when its work is done.
+    Defaults are RLlib's, except that samplers reserve no CPU (the idle rollout workers have it),
+    the learner is in this process, and iterations have no minimum time.
     """
 
     num_env_runners: int | None = Field(default=None, ge=0)
-    """RLlib's samplers; null takes the run's ``workers.num``, 0 samples in this process."""
+    """Number of RLlib's samplers; null is the run's ``workers.num``, 0 samples in this process."""
 
     whole_trials: bool = False
     """An RLlib episode is a whole trial: with ``previous: true`` and ``model: {use_lstm: true}``
-    this is RL^2 as RLlib can do it."""
+    this is RL^2 in RLlib."""
 
     previous: bool = False
-    """The previous action, reward and done join the observation."""
+    """Adds the previous action, reward and done to the observation."""
 
     observe_task: bool = False
-    """The task's parameters join the observation: the privileged reference."""
+    """Adds the task's parameters to the observation, for a privileged reference."""
 
 
 def settings_of(library: type[AlgorithmConfig]) -> type[BaselineSettings]:
-    """The settings class of one of RLlib's algorithms."""
+    """Returns the settings class of an algorithm of RLlib."""
     defaults = library()
     model = _model_settings(defaults.model_config)
     found: dict[str, Any] = {"model": (model, model())}
@@ -113,10 +113,10 @@ def settings_of(library: type[AlgorithmConfig]) -> type[BaselineSettings]:
 
 
 def apply(settings: BaselineSettings, config: AlgorithmConfig) -> None:
-    """Set what differs from RLlib's defaults.
+    """Applies the settings that differ from RLlib's defaults.
 
     Raises:
-        ValueError: RLlib refuses a value.
+        ValueError: RLlib rejects a value.
     """
     config.rl_module(model_config=DefaultModelConfig(**dict(settings.model)))  # type: ignore[attr-defined]
     for method, name, _ in _parameters(type(config)):
@@ -125,7 +125,7 @@ def apply(settings: BaselineSettings, config: AlgorithmConfig) -> None:
 
 
 def _parameters(library: type[AlgorithmConfig]) -> Iterator[tuple[str, str, Any]]:
-    """(method, name, annotation) of what may be set, the algorithm's own first."""
+    """Yields (method, name, annotation) of all settings, the algorithm's own first."""
     for method, common in COMMON.items():
         for base in library.__mro__:
             own = vars(base).get(method)
@@ -133,13 +133,13 @@ def _parameters(library: type[AlgorithmConfig]) -> Iterator[tuple[str, str, Any]
                 chosen = (
                     p.name in common.split() if base is AlgorithmConfig else method == "training"
                 )
-                taken = p.default is NotProvided and p.name[0] != "_" and p.name not in REFUSED
+                taken = p.default is NotProvided and p.name[0] != "_" and p.name not in OLD_STACK
                 if chosen and taken:
                     yield method, p.name, p.annotation
 
 
 def _plain(annotation: Any, default: Any) -> Any:
-    """The kinds of values that YAML can hold, and the default's; None if there are none."""
+    """Returns the type of a setting, restricted to YAML types and that of the default; or None."""
     kinds = [kind for kind in _members(annotation) if (get_origin(kind) or kind) in _WORDS]
     if float in kinds or isinstance(default, float):
         kinds = [kind for kind in kinds if kind is not int] + [float]
@@ -149,14 +149,14 @@ def _plain(annotation: Any, default: Any) -> Any:
         kind: Any = Union[tuple([*kinds, *more])]  # noqa: UP007 (made of a list)
         try:
             TypeAdapter(kind).validate_python(default)
-            return _told_once(kind)
+            return _with_one_message(kind)
         except ValidationError:  # RLlib's annotation does not allow its own default.
             continue
     return None
 
 
-def _told_once(kind: Any) -> Any:
-    """The same kinds of values, with one message where none of them fits."""
+def _with_one_message(kind: Any) -> Any:
+    """Returns a union type with a single message if no member matches."""
     names = {_WORDS[get_origin(part) or part] for part in _members(kind)} - {""}
     if len(names) == 1:
         return kind
@@ -180,7 +180,7 @@ def _members(annotation: Any) -> Iterator[Any]:
 
 
 def _model_settings(own: dict[str, Any]) -> type[Settings]:
-    """RLlib's ``DefaultModelConfig``: the network, with an algorithm's own defaults."""
+    """Returns the settings of RLlib's ``DefaultModelConfig``, with an algorithm's own defaults."""
     found: dict[str, Any] = {}
     for field in fields(DefaultModelConfig):
         default = own.get(field.name, getattr(DefaultModelConfig(), field.name))

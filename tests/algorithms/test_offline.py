@@ -395,7 +395,7 @@ def test_a_policy_goes_on_from_a_representation_without_its_decoder():
         (["stages.learned.algorithm.data.stage=taught"], "'taught' is not recorded"),
         (["stages.learned.record=true"], "record: this algorithm does not play"),
         (["stages.learned.algorithm.data={files: nowhere}"], "there is no file"),
-        (["stages.learned.algorithm.data={runs: nowhere}"], "no transitions are recorded"),
+        (["stages.learned.algorithm.data={runs: nowhere}"], "no transitions were recorded"),
     ],
 )
 def test_data_that_will_not_be_there_are_told_before_anything_starts(settings, message):

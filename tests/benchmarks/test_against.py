@@ -1,4 +1,4 @@
-"""What a comparison says, by hand; and that both sides are told the same."""
+"""The figures of a comparison, by hand; both sides have the same settings."""
 
 import importlib
 
@@ -61,14 +61,14 @@ def test_an_expensive_environment_makes_both_alike():
     }
 
 
-def test_a_score_lies_between_chance_and_the_best_known():
-    # Bandits of 5 arms and 10 pulls: 5 by chance, 6.660 at best.
+def test_a_score_is_0_for_the_random_policy_and_1_for_the_best_known():
+    # Bandits of 5 arms and 10 pulls: 5 at random, 6.660 at best.
     assert score("bandit_n10", 5.0) == pytest.approx(0, abs=0.01)
     assert score("bandit_n10", 6.66) == pytest.approx(1, abs=0.01)
     assert score("bandit_n10", None) is None
 
 
-def test_the_table_tells_both_sides():
+def test_the_table_shows_both_sides():
     mine, theirs = [figures(200.0, 10.0)] * 2, [figures(100.0, 50.0, None, 22.25)] * 2
     found = line("cartpole", "sb3", "2 workers", mine, theirs)
     row = cells(found)
@@ -100,7 +100,7 @@ def test_a_clock_waits_for_the_target(monkeypatch):
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_peer_says_what_it_needs(peer):
+def test_a_peer_names_the_packages_it_needs(peer):
     assert importlib.import_module(f"benchmarks.against.{peer}").NEEDS
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark of a device reports."""
+"""The figures of the benchmark of a device."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def test_time_is_of_the_updates_after_the_warm_up(place, monkeypatch):
     ticks = iter(range(100))  # A second passes between any two looks at the clock ...
     monkeypatch.setattr(device, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setitem(device.TASKS, "point_goal", short(device.TASKS["point_goal"]))
-    figures = device.measure("point_goal", place, columns=4, seconds=5)
+    figures = device.measure("point_goal", place, num_envs=4, seconds=5)
     # ... three in an iteration: one collects and one updates, so that three are needed.
     assert figures["updates"] == 3
     assert (figures["collect"], figures["update"]) == (0.5, 0.5)

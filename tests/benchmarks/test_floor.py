@@ -1,4 +1,4 @@
-"""The operations that a row is said to need are those that it makes."""
+"""The operations of a row are counted as they are executed."""
 
 import pytest
 import torch

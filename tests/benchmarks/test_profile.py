@@ -1,4 +1,4 @@
-"""Where time went, by hand."""
+"""The breakdown of time, by hand."""
 
 import pandas as pd
 import pytest
@@ -29,7 +29,7 @@ def test_every_process_spends_all_of_its_time(parallel, overlapped):
         assert set(parts) <= set(ROWS)
 
 
-def test_what_the_driver_waits_for_is_what_workers_do():
+def test_the_drivers_waiting_is_divided_like_a_workers_time():
     # Two workers share 8 s, so each played for 4 of the 4.5 s that the driver waited for them.
     found = shares(SECONDS, parallel=2, overlapped=False)
     driver = {"env": 0.2, "inference": 0.1, "rest": 0.1, "learning": 0.3, "writing": 0.05}
@@ -42,7 +42,7 @@ def test_what_the_driver_waits_for_is_what_workers_do():
     assert found["learner"] == pytest.approx({"learning": 0.3, "waiting": 0.7})
 
 
-def test_rollouts_beside_an_update_cost_the_driver_what_it_waits():
+def test_overlapped_rollouts_cost_the_driver_its_waiting_time():
     driver = shares(SECONDS, parallel=2, overlapped=True)["driver"]
     assert driver["waiting"] == pytest.approx(0.45)
     assert "env" not in driver

@@ -1,4 +1,4 @@
-"""What two checkouts are found to differ in, and how names of one are told to the other."""
+"""Differences between two checkouts, and translation of renamed settings."""
 
 import copy
 import shutil
@@ -37,7 +37,7 @@ def found_in(old, new):
     return found
 
 
-def told(old, new, name="weights/f/w"):
+def difference(old, new, name="weights/f/w"):
     (line,) = found_in({name: np.array(old)}, {name: np.array(new)}).lines["c"]
     return line
 
@@ -70,14 +70,14 @@ def test_a_learning_rate_shows_in_weights_optimiser_and_tables(ppo, tmp_path):
     assert {"weights/trained.learner", "weights/trained.last", "metrics/trained"} <= headings
 
 
-def test_a_stopped_and_resumed_run_leaves_what_an_uninterrupted_one_leaves(ppo, tmp_path):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(ppo, tmp_path):
     stopped = arrays_of(tmp_path / "run", case("ppo") | {"stops": True})
     assert "job_resumed" in stopped["events/trained/event"]
     kept = {name: array for name, array in ppo.items() if not name.startswith("events/")}
     assert found_in(kept, {name: stopped[name] for name in kept}).lines == {}
 
 
-def test_what_a_run_holds_of_a_learner_includes_its_optimiser_and_its_shards(ppo):
+def test_arrays_of_a_run_include_optimisers_and_shards(ppo):
     assert any(name.startswith("weights/trained.learner/optimizer") for name in ppo)
     assert any(name.startswith("weights/trained.shards/") for name in ppo)
 
@@ -88,13 +88,13 @@ def test_times_and_names_of_runs_are_left_out(ppo):
     ]
 
 
-def test_settings_are_told_in_the_names_that_a_checkout_knows():
+def test_settings_are_given_in_the_names_that_a_checkout_has():
     # Each case needs some of the older names, or none: whichever leave no problem.
     for name in CASES:
         understood(CASES[name])
 
 
-def test_older_names_of_settings_say_the_same():
+def test_older_names_of_settings_are_equivalent():
     algorithm = {"type": "maml", "steps_per_adaptation": 2}
     by = {"type": "continued", "optimizer": "adamw", "lr": 1, "weight_decay": 0.01, "episodes": 4}
     config = {
@@ -142,15 +142,16 @@ def test_jobs_and_weights_are_named_without_the_ids_of_tasks():
         assert newer(kept) == kept
 
 
-def test_the_size_of_a_difference_is_told():
-    assert told([1.0, 2.0, 3.0], [1.0, 2.5, 2.0]) == "weights/f: w by up to 1 in 2 of 3"
-    assert told([1.0, np.nan], [np.nan, np.nan]) == "weights/f: w in 1 of 2, NaN on one side"
-    assert told([0.0], [-0.0]) == "weights/f: w has other signs of 0 or bits of NaN"
-    assert told([1.0], [[1.0]]) == "weights/f: w has shape (1,) in OLD, (1, 1) in NEW"
-    assert told([1], [1.0]) == "weights/f: w is int64 in OLD, float64 in NEW"
-    assert told([True], [False]) == "weights/f: w by up to 1 in 1 of 1"
+def test_the_size_of_a_difference_is_reported():
+    assert difference([1.0, 2.0, 3.0], [1.0, 2.5, 2.0]) == "weights/f: w by up to 1 in 2 of 3"
+    assert difference([1.0, np.nan], [np.nan, np.nan]) == "weights/f: w in 1 of 2, NaN on one side"
+    assert difference([0.0], [-0.0]) == "weights/f: w has other signs of 0 or bits of NaN"
+    assert difference([1.0], [[1.0]]) == "weights/f: w has shape (1,) in OLD, (1, 1) in NEW"
+    assert difference([1], [1.0]) == "weights/f: w is int64 in OLD, float64 in NEW"
+    assert difference([True], [False]) == "weights/f: w by up to 1 in 1 of 1"
     assert (
-        told(["a", "b"], ["a", "xyz"]) == "weights/f: w in 1 of 2, first 'b' in OLD, 'xyz' in NEW"
+        difference(["a", "b"], ["a", "xyz"])
+        == "weights/f: w in 1 of 2, first 'b' in OLD, 'xyz' in NEW"
     )
 
 
@@ -161,16 +162,16 @@ def test_every_bit_counts_but_not_the_width_of_text():
     assert not identical(np.array([1.0]), np.nextafter([1.0], 2))
 
 
-def test_what_differs_is_counted_over_cases():
+def test_differences_are_counted_over_cases():
     found = Found()
     for name, value in (("a", 1), ("b", 2), ("c", 0)):
         old = {"episodes/tuned.0001/return": np.zeros(1), "weights/tuned.0001/w": np.zeros(1)}
         compare(name, old, {key: array + value for key, array in old.items()}, found)
     assert found.kinds == {"episodes.return": {"a", "b"}, "weights of tuned": {"a", "b"}}
-    assert "cases by what differs: episodes.return 2, weights of tuned 2" in found.report()
+    assert "cases by difference: episodes.return 2, weights of tuned 2" in found.report()
 
 
-def test_rows_in_another_order_are_told_in_one_line():
+def test_rows_in_another_order_are_one_line():
     old = {"episodes/s/length": np.array([1, 2, 2]), "episodes/s/return": np.array([5.0, 6.0, 7.0])}
     new = {name: array[[2, 0, 1]] for name, array in old.items()}
     assert found_in(old, new).lines["c"] == ["episodes/s: the same rows in another order"]

@@ -1,4 +1,4 @@
-"""The rows of the table of speed, and what is made of their figures."""
+"""The rows of the table of speed, and the summary of their figures."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_the_table_shows_every_figure_once():
         assert lines[2].count(part) == 1
 
 
-def test_what_writing_costs_is_a_share_of_the_throughput():
+def test_the_cost_of_writing_is_a_fraction_of_the_throughput():
     # 10 us a step without rows are 12.5 with them: 80 of 100 steps are left.
     costs = cost_of([line("no rows", 10.0), line("tables", 12.5)], "no rows")
     assert costs == {"tables": pytest.approx(0.2)}
@@ -92,7 +92,7 @@ def test_a_run_is_measured_for_its_seconds(monkeypatch):
     assert [point.steps for point in probe.points] == [200, 1000]
 
 
-def test_a_run_goes_on_to_its_target_or_its_limit(monkeypatch):
+def test_a_run_is_extended_to_its_target_or_its_limit(monkeypatch):
     returns = [0.0] * 15 + [5.0] * 30
     assert probed(monkeypatch, Probe(10.0, target=5.0, limit=100.0), returns) == 14 + PATIENCE
     assert probed(monkeypatch, Probe(10.0, target=6.0, limit=20.0), returns) == 20
@@ -134,7 +134,7 @@ def test_cpu_time_of_a_child_counts():
     assert "python" in machine.command_of(os.getpid())
 
 
-def test_a_busy_step_costs_what_it_says():
+def test_a_busy_step_has_the_configured_cost():
     import time
 
     from benchmarks.busy import Busy
@@ -144,7 +144,7 @@ def test_a_busy_step_costs_what_it_says():
     env.set_tasks(family.sample(np.random.default_rng(0), 5, "train"))
     env.reset(seed=0)
     start = time.thread_time()
-    reward = env.step(env.paid)[1]
+    reward = env.step(env.rewarded)[1]
     assert 0.010 <= time.thread_time() - start < 0.015
     assert reward.tolist() == [1.0] * 5
 

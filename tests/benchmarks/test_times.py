@@ -1,4 +1,4 @@
-"""Where the time of training went, as its metrics tell."""
+"""The breakdown of training time in metrics."""
 
 import re
 

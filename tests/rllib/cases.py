@@ -1,4 +1,4 @@
-"""Small trained runs, shared by the tests of what crosses to RLlib."""
+"""Small trained runs, shared by the tests of exports to RLlib."""
 
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.control import controller

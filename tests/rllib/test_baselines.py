@@ -99,7 +99,7 @@ def test_every_step_of_training_is_in_the_episodes_of_its_tasks(finished):
     assert set(training["algorithm"]) == {"rllib:ppo"}
 
 
-def test_fine_tuning_is_told_before_every_update_and_after_the_last(finished):
+def test_fine_tuning_is_reported_before_every_update_and_after_the_last(finished):
     episodes = dmrl_ray.load(finished[0])
     tuned = episodes[episodes["stage"] == "tuned"]
     assert tuned.groupby(["job", "adaptation_step"]).size().tolist() == [20] * 6
@@ -116,14 +116,14 @@ def test_held_out_tasks_are_played_once_each_and_scored(finished):
     assert set(held_out["task_id"]) <= set(tasks.loc[tasks["split"] == "test", "task_id"])
 
 
-def test_the_report_sets_it_beside_random_and_oracle(finished):
+def test_the_report_scores_it_against_random_and_oracle(finished):
     report = text_report(finished[0])
-    for line in ("| tuned ", "| held_out ", "| multi ", "0 is random play, 1 the oracle"):
+    for line in ("| tuned ", "| held_out ", "| multi ", "0 is the random policy, 1 the oracle"):
         assert line in report
     assert report.count("rllib:ppo") == 2
 
 
-def test_metrics_have_our_names_where_they_have_one(finished):
+def test_metrics_have_the_common_names_if_there_is_one(finished):
     metrics = dmrl_ray.load(finished[0], table="metrics")
     names = set(metrics["name"])
     assert {"policy_loss", "value_loss", "entropy", "approx_kl", "return"} <= names
@@ -155,7 +155,7 @@ def test_more_held_out_tasks_can_be_asked_for_later(finished):
     assert set(rows["algorithm"]) == {"rllib:ppo"}
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_newest_iteration(tmp_path, monkeypatch):
+def test_a_stopped_run_continues_from_its_newest_iteration(tmp_path, monkeypatch):
     iterate, calls = Baseline.iterate, []
 
     def stopping(self, *args, **kwargs):
@@ -208,8 +208,7 @@ def test_our_player_acts_as_rllibs_own_runner_does(algorithm, tasks):
     made.iterate(0)
     rows = made.play(EvaluateCall(made.spec, (task,), 0, 0, True, 0), made.weights())
     runner = made._algorithm.env_runner
-    columns = runner.env.unwrapped
-    columns._columns.held = task
+    runner.env.unwrapped._envs.fixed_task = task
     episode = runner.sample(num_episodes=1, explore=False, force_reset=True)[0]
     rewards = np.asarray(episode.get_rewards()).reshape(len(rows["return"]), 5)
     assert rows["return"] == pytest.approx(rewards.sum(1), rel=1e-4)
@@ -230,7 +229,7 @@ def test_weights_that_are_loaded_act():
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_learns_from_what_it_samples_and_can_be_played(name):
+def test_every_algorithm_learns_from_its_samples_and_can_be_evaluated(name):
     from dmrl_ray.jobs.messages import EvaluateCall
 
     family, settings = ALGORITHMS[name]
@@ -252,7 +251,7 @@ def test_every_algorithm_learns_from_what_it_samples_and_can_be_played(name):
     made.close()
 
 
-def test_a_fault_of_the_family_is_told_as_such(monkeypatch):
+def test_a_fault_of_the_family_is_reported_as_such(monkeypatch):
     from dmrl_ray.envs.point_goal import PointGoalVectorEnv
 
     made = baseline()
@@ -291,21 +290,21 @@ REFUSED = {
     ),
     "another network": (
         "  s: {type: finetune, init_from: multi, algorithm: 'rllib:PPO'}",
-        "stages.s: init_from: the network of stage 'multi' is another one; make model",
+        "stages.s: init_from: the network of stage 'multi' differs; use the same model",
     ),
     "a discrete algorithm on continuous actions": (
         "  s: {type: pretrain, env_steps: 1, algorithm: 'rllib:DQN'}",
-        "stages.s: algorithm: RLlib can make no network of rllib:DQN for observations Box",
+        "stages.s: algorithm: RLlib cannot build a network of rllib:DQN for observations Box",
     ),
-    "what RLlib refuses": (
+    "settings that RLlib rejects": (
         "  s: {type: pretrain, env_steps: 1, algorithm: {type: 'rllib:PPO', minibatch_size: 5000}}",
-        "stages.s: algorithm: RLlib refuses the settings of rllib:PPO (ValueError: ",
+        "stages.s: algorithm: RLlib rejects the settings of rllib:PPO (ValueError: ",
     ),
 }
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_cannot_be_is_told_before_anything_starts(more, message):
+def test_invalid_settings_are_reported_before_anything_starts(more, message):
     with pytest.raises(ConfigError) as raised:
         controller.check(config(more=more))
     assert message in str(raised.value)

@@ -1,4 +1,4 @@
-"""What was recorded here is read by RLlib, and the other way round."""
+"""Exports from here are read by RLlib, and recordings of RLlib are read here."""
 
 import gc
 import subprocess
@@ -58,7 +58,7 @@ def envs_of(folder):
     return {n: np.stack(list(c.to_numpy())) if n.endswith("obs") else c.to_numpy() for n, c in rows}
 
 
-def test_rllibs_cloning_learns_from_what_was_recorded(tmp_path):
+def test_rllibs_cloning_learns_from_recorded_steps(tmp_path):
     played = PLAYED.replace("greedy: false", "greedy: true")
     run = play(tmp_path / "run", "cartpole", MLP, "{type: ppo, num_steps: 20}", played)
     export_steps(run, tmp_path / "steps")
@@ -81,7 +81,7 @@ def test_rllibs_cloning_learns_from_what_was_recorded(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [BCConfig, MARWILConfig, CQLConfig, IQLConfig])
-def test_rllibs_offline_algorithms_train_on_what_was_recorded(config, recorded, ray_instance):
+def test_rllibs_offline_algorithms_train_on_recorded_steps(config, recorded, ray_instance):
     _, folder, _ = recorded("point_goal")
     register("recorded", "point_goal")
     algorithm = (
@@ -145,7 +145,7 @@ def steps_of(source, family):
     return [dataset.rollout([[(int(a), int(b), True)]], int(b - a)) for a, b in pairwise(starts)]
 
 
-def test_what_was_written_for_rllib_is_read_back(recorded):
+def test_exported_steps_are_read_back(recorded):
     run, folder, steps = recorded("point_goal")
     ours = steps_of(source_of(DataSettings(runs=(str(run),)), ""), "point_goal")
     back = steps_of(source_of(DataSettings(rllib=(str(folder),)), ""), "point_goal")
@@ -162,7 +162,7 @@ def test_what_was_written_for_rllib_is_read_back(recorded):
         np.testing.assert_array_equal(a.truncated, b.truncated)
 
 
-def test_a_stage_learns_from_what_rllib_recorded(recorded, tmp_path):
+def test_a_stage_learns_from_recordings_of_rllib(recorded, tmp_path):
     _, folder, _ = recorded("point_goal")
     run = play(
         tmp_path / "run",
@@ -212,7 +212,7 @@ class Bomb:
         return (pytest.fail, ("code of a file was run",))
 
 
-def test_what_would_run_code_is_refused_unread(tmp_path):
+def test_types_that_would_run_code_are_refused_unread(tmp_path):
     path = tmp_path / "steps.parquet"
     pq.write_table(table(obs=ArrowPythonObjectArray.from_objects([Bomb()] * 3)), path)
     with pytest.raises(ValueError, match=r"'obs' is .*, which is not plain"):
@@ -226,7 +226,7 @@ def test_compressed_observations_are_refused_with_the_way_out(tmp_path):
         source_of(DataSettings(rllib=(str(path),)), "")
 
 
-def test_what_cannot_be_written_is_one_sentence(recorded, tmp_path):
+def test_an_export_that_fails_is_one_sentence(recorded, tmp_path):
     run, folder, _ = recorded("point_goal")
     with pytest.raises(ConfigError, match="exists already"):
         export_steps(run, folder)

@@ -125,7 +125,7 @@ def test_a_time_limit_outside_of_trials_stays_a_time_limit():
     assert made.step(np.zeros(2))[2:4] == (False, True)
 
 
-def test_a_recurrent_policy_is_shown_what_came_before():
+def test_a_recurrent_policy_observes_its_previous_step():
     tasks = {"type": "bandit", "arms": 3, "pulls": 2}
     plain, flat, parts = (env(tasks, previous=p) for p in ("none", "flat", "parts"))
     first = [made.reset(seed=0)[0] for made in (plain, flat, parts)]
@@ -142,7 +142,7 @@ def test_a_recurrent_policy_is_shown_what_came_before():
     assert answers[2][0]["done"] == 0
 
 
-def test_the_end_of_an_episode_inside_a_trial_is_shown_with_the_next_ones_beginning():
+def test_the_end_of_an_episode_inside_a_trial_is_observed_with_the_first_observation_of_the_next():
     tasks = {"type": "point_goal", "horizon": 2, "episodes": 2}
     made = env(tasks, whole_trials=True, previous="flat")
     start = made.reset(seed=0)[0]
@@ -152,7 +152,7 @@ def test_the_end_of_an_episode_inside_a_trial_is_shown_with_the_next_ones_beginn
     assert again[-1] == 1
 
 
-def test_the_task_is_shown_where_that_is_asked_for():
+def test_the_task_is_observed_if_configured():
     made = env({"type": "point_goal"}, observe_task=True)
     obs = made.reset(seed=0)[0]
     params = made.get_task().params
@@ -161,7 +161,7 @@ def test_the_task_is_shown_where_that_is_asked_for():
 
 
 @pytest.mark.parametrize("whole_trials", [False, True])
-def test_columns_stepped_as_one_are_the_family_stepped_alone(whole_trials):
+def test_environments_in_lockstep_are_those_of_the_family(whole_trials):
     # The reset step that RLlib expects plays nothing: returns agree with the rewards between.
     tasks = {"type": "point_goal", "horizon": 3, "episodes": 2}
     made = vectors(tasks, 4, whole_trials=whole_trials)
@@ -177,7 +177,7 @@ def test_columns_stepped_as_one_are_the_family_stepped_alone(whole_trials):
     assert np.flatnonzero(ended).tolist() == [length - 1 + k * (length + 1) for k in range(3)]
 
 
-def test_the_true_successor_is_told_where_an_episode_ends_and_then_the_beginning():
+def test_an_episode_ends_with_its_true_successor_before_the_reset():
     made = vectors({"type": "point_goal", "horizon": 3}, 2)
     first, _ = made.reset(seed=0)
     ones = np.ones((2, 2), np.float32)
@@ -197,15 +197,15 @@ def test_the_same_seed_plays_the_same_tasks():
     )
 
 
-def test_columns_whose_episodes_differ_in_length_are_refused_together():
+def test_environments_with_episodes_of_different_lengths_are_refused_in_lockstep():
     with pytest.raises(ValueError, match=r"'cartpole' differ in length.* use 'sync'"):
         vectors("cartpole", 2)
 
 
-def test_what_is_not_finite_is_told_with_its_task():
+def test_non_finite_values_are_reported_with_their_task():
     made = env({"type": "point_goal", "horizon": 3})
     made.reset(seed=0)
-    made._columns._env.step = lambda action: (
+    made._envs._env.step = lambda action: (
         np.full((1, 2), np.nan),
         np.zeros(1),
         np.zeros(1, bool),
@@ -216,7 +216,7 @@ def test_what_is_not_finite_is_told_with_its_task():
         made.step(np.zeros(2))
 
 
-def test_a_family_or_setting_that_does_not_exist_is_told_when_it_is_registered():
+def test_an_unknown_family_or_setting_is_reported_at_registration():
     with pytest.raises(ValueError, match="did you mean 'bandit'"):
         register("x", {"type": "bandti"})
     with pytest.raises(ValueError, match="whole_trial"):
@@ -240,7 +240,7 @@ def test_the_readme_shows_how_to_register_a_family():
 
 @pytest.mark.usefixtures("ray_instance")
 @pytest.mark.parametrize("mode", ["sync", "vector_entry_point"])
-def test_rllib_trains_on_what_was_registered_by_name(mode):
+def test_rllib_trains_on_a_registered_family(mode):
     from ray.rllib.algorithms.ppo import PPOConfig
 
     register("bandits", BANDIT, previous="flat")

@@ -1,4 +1,4 @@
-"""The command that hands what is here to RLlib."""
+"""The command that exports to RLlib."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_recorded_steps_are_exported_in_one_line(run, tmp_path):
         (["--to", "rlib", "x"], "--to: found 'rlib'; did you mean 'rllib'?"),
         (["--to", "rllib", "x", "--stage", "mata"], "stage 'mata'; did you mean 'meta'?"),
         (["--to", "rllib-data", "x", "--stage", "meta"], "'meta' was not recorded"),
-        (["--to", "rllib", "."], "exists already; name a folder that does not"),
+        (["--to", "rllib", "."], "exists already; choose another folder"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, sentence, run, tmp_path, monkeypatch):

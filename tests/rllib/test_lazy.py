@@ -1,4 +1,4 @@
-"""RLlib takes seconds and hundreds of megabytes to import: whoever does not ask for it has none."""
+"""RLlib takes seconds and hundreds of megabytes to import, so it is imported on demand only."""
 
 import subprocess
 import sys

@@ -47,7 +47,7 @@ def test_a_run_with_workers_samples_fine_tunes_and_plays_in_them(tmp_path):
     assert verify(folder) == []
 
 
-def test_tune_trains_on_what_was_registered(tmp_path):
+def test_tune_trains_on_a_registered_family(tmp_path):
     from ray import tune
     from ray.rllib.algorithms.ppo import PPO, PPOConfig
 

@@ -1,4 +1,4 @@
-"""Our hot path inside RLlib is our hot path."""
+"""Packed rollouts inside RLlib equal those of a run."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_it_learns(ray_instance):
     assert returns[-1] > 2 * returns[0]
 
 
-def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(ray_instance, tmp_path):
+def test_it_resumes_from_a_checkpoint_exactly(ray_instance, tmp_path):
     _, algorithm = build()
     algorithm.train()
     path = algorithm.save_to_path(str(tmp_path / "checkpoint"))

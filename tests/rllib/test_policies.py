@@ -1,4 +1,4 @@
-"""A policy computes in RLlib what it computed here, goes on there, and comes back."""
+"""An exported policy computes the same in RLlib, can be trained there, and is read back."""
 
 import gymnasium as gym
 import numpy as np
@@ -104,7 +104,7 @@ def test_a_policy_with_memory_is_the_same_function_in_rllib(policies):
     torch.testing.assert_close(alone, values)
 
 
-def test_a_trial_played_in_rllib_is_what_the_policy_knows(policies):
+def test_acting_step_by_step_in_rllib_equals_the_policy_on_the_sequence(policies):
     # The module acts in a trial as RLlib lets it, step by step; then the policy is shown the
     # same steps, with their predecessors, as one sequence.
     run, path = policies("over_trials")
@@ -134,7 +134,9 @@ def test_a_trial_played_in_rllib_is_what_the_policy_knows(policies):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rllibs_ppo_goes_on_from_there_and_comes_back(kind, policies, ray_instance, tmp_path):
+def test_rllibs_ppo_continues_from_an_export_and_is_read_back(
+    kind, policies, ray_instance, tmp_path
+):
     run, path = policies(kind)
     seen = {"whole_trials": True, "previous": "parts"} if kind == "over_trials" else {}
     register(kind, KINDS[kind][0], **seen)
@@ -171,7 +173,7 @@ def after(first, x):
     return torch.cat([torch.tensor([first], dtype=x.dtype), x[:-1]]).unsqueeze(1)
 
 
-def test_what_rllib_cannot_act_as_is_refused_in_one_sentence(tmp_path):
+def test_policies_that_rllib_cannot_run_are_refused_in_one_sentence(tmp_path):
     def job(algorithm, network="actor_critic"):
         stage = {"type": "pretrain", "env_steps": 1}
         parts = {"tasks": "bandit", "algorithm": algorithm, "network": network}
@@ -179,9 +181,9 @@ def test_what_rllib_cannot_act_as_is_refused_in_one_sentence(tmp_path):
 
     with pytest.raises(ConfigError, match="stage 'meta': rllib:PPO has a network of its own"):
         module_spec(job("rllib:PPO"))
-    with pytest.raises(ConfigError, match=r"no exported policy, it has no dmrl_ray.json"):
+    with pytest.raises(ConfigError, match=r"not an exported policy: it has no dmrl_ray.json"):
         exported(tmp_path)
     spec = module_spec(job("ppo"))
     spec.observation_space = gym.spaces.Box(0, 1, (7,), np.float32)
-    with pytest.raises(ValueError, match=r"reads observations \(1,\), .* shows \(7,\)"):
+    with pytest.raises(ValueError, match=r"expects observations \(1,\), .* has \(7,\)"):
         spec.build()

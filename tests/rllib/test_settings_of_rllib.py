@@ -1,4 +1,4 @@
-"""RLlib's settings in YAML: every mistake is told with its place, every value arrives."""
+"""RLlib's settings in YAML: errors have locations, and values are applied."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("setting", "message"), MISTAKES.items(), ids=list(MISTAKES))
-def test_a_mistake_in_a_setting_is_told_once_with_its_place(setting, message):
+def test_an_error_in_a_setting_is_reported_once_with_its_location(setting, message):
     with pytest.raises(ConfigError) as raised:
         parse(setting)
     assert str(raised.value).startswith(f"test.yaml:{message}")
@@ -69,7 +69,7 @@ def test_a_misspelt_algorithm_is_understood():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_left_out_is_as_rllib_has_it(kind):
+def test_defaults_are_those_of_rllib(kind):
     ours, theirs = values(applied(kind)), values(kind.library())
     different = {name for name in theirs if ours[name] != theirs[name]}
     # A schedule read from YAML is made of lists, RLlib's own of tuples.
@@ -84,7 +84,7 @@ def test_what_is_left_out_is_as_rllib_has_it(kind):
     assert ours["model"] == model
 
 
-def test_what_is_set_arrives_by_whichever_method_rllib_takes_it():
+def test_settings_are_applied_by_any_method_of_rllib():
     config = applied(
         baselines.PPO,
         lambda_=0.5,

@@ -1,4 +1,4 @@
-"""What RLlib trained is where a stage starts from."""
+"""Stages that start from a checkpoint of RLlib."""
 
 import json
 import shutil
@@ -115,7 +115,7 @@ def config(path, trust="trust: true,", norm="normalize_obs: false"):
     return parse_config(CONFIG.format(path=path, trust=trust, norm=norm), "here.yaml")
 
 
-def test_a_stage_starts_from_it_and_says_from_what(checkpoint, tmp_path):
+def test_a_stage_starts_from_it_and_records_the_source(checkpoint, tmp_path):
     controller.run(config(checkpoint), tmp_path / "run", display=Display(quiet=True))
     events = load(tmp_path / "run", table="events")
     detail = json.loads(events[events["event"] == "policy_read"]["detail"].iloc[0])
@@ -148,7 +148,7 @@ def test_a_pickle_is_not_read_without_trust(checkpoint):
         config(checkpoint, trust="")
 
 
-def test_a_source_that_does_not_fit_is_told_before_anything_starts(checkpoint, tmp_path):
+def test_an_incompatible_source_is_reported_before_anything_starts(checkpoint, tmp_path):
     def mistake(**changes):
         with pytest.raises(ConfigError) as error:
             controller.check(config(**{"path": checkpoint, **changes}))

@@ -1,4 +1,4 @@
-"""RLlib's alpha parts move: another Ray is refused in one sentence before anything is imported."""
+"""RLlib's alpha APIs change: an unsupported Ray is refused in one sentence before any import."""
 
 import importlib
 import sys

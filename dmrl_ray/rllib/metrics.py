@@ -1,4 +1,4 @@
-"""What is read of RLlib: episodes from its environments, metrics from its learners."""
+"""Reads episodes from RLlib's environments, and metrics from its learners."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NAMES = {
     "total_loss": "loss",
     "gradients_default_optimizer_global_norm": "grad_norm",
 }
-"""Metrics that have another name here ..."""
+"""Metrics of RLlib, with their names here."""
 
-OWN_NAMES = ("policy_loss", "entropy")
-"""... or the same."""
+SAME_NAMES = ("policy_loss", "entropy")
+"""Metrics with the same name here; others get the prefix ``rllib/``."""
 
 
 def take_episodes_of(group: Any) -> tuple[list[Row], int]:
-    """Rows of the episodes that ended since the last call, and steps of all environments.
+    """Returns the episodes that ended since the last call, and the steps of all environments.
 
     Args:
-        group: an ``EnvRunnerGroup``. Its environments count as stepping side by side.
+        group: an ``EnvRunnerGroup``, whose environments count as stepping in parallel.
     """
     taken = [part for parts in group.foreach_env_runner(_take_episodes) for part in parts]
     steps = sum(count for _, count in taken)
@@ -36,13 +36,13 @@ def take_episodes_of(group: Any) -> tuple[list[Row], int]:
 
 
 def sample_once(runner: Any) -> None:
-    """Let an ``EnvRunner`` sample, and forget what it saw."""
+    """Lets an ``EnvRunner`` sample, and discards the result."""
     if runner.env is not None:
         runner.sample()
 
 
-def envs_of(rows: list[Row]) -> Columns:
-    """Rows, column by column."""
+def columns_of(rows: list[Row]) -> Columns:
+    """Returns rows as columns."""
     names = ("episode", "return", "length", "success", "step")
     columns = {name: np.array([row[name] for row in rows]) for name in names}
     columns["task"] = np.empty(len(rows), object)
@@ -51,10 +51,10 @@ def envs_of(rows: list[Row]) -> Columns:
 
 
 def metrics_of(result: dict[str, Any]) -> dict[str, float]:
-    """What the learner reports, by our names where there is one."""
+    """Returns the metrics of the learner, with the names used here."""
     found = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
     return {
-        NAMES.get(name, name if name in OWN_NAMES else f"rllib/{name}"): float(value)
+        NAMES.get(name, name if name in SAME_NAMES else f"rllib/{name}"): float(value)
         for name, value in found.items()
         if isinstance(value, int | float | np.number) and math.isfinite(value)
     }
@@ -65,7 +65,7 @@ def _take_episodes(runner: Any) -> list[tuple[list[Row], int]]:
 
 
 def _environments(runner: Any) -> list[Any]:
-    """Those of an ``EnvRunner``; none in a process that only learns."""
+    """Returns the environments of an ``EnvRunner``; none in a process that only learns."""
     if runner.env is None:
         return []
     vectors = runner.env.unwrapped
