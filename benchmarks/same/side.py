@@ -123,6 +123,10 @@ OLD_COLUMNS = {"shot": "adaptation_step", "column": "environment"}
 OLD_NAMES: list[tuple[str, str]] = [
     (r"(\.\d{4})\.[^/]+", r"\1"),  # Jobs of fine-tuning, by the number and the id of their task.
     (r"\bbody\.", "torso."),
+    (r"\benv\.(next_)?chance$", r"env.\1reward_prob"),
+    (r"\benv\.shown\.", "env.observed."),
+    (r"\benv\.unseen$", "env.task_changed"),
+    (r"\benv\.place$", "env.state"),
 ]
 """Names of jobs and of what checkpoints hold, by regular expression, older to newer."""
 

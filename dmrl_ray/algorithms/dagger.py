@@ -62,7 +62,7 @@ class DAgger(RL2):
         return self.config.epochs
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        sampler.env.remembers = True
+        sampler.env.tracks_belief = True
         sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         share = self.config.beta * max(0.0, 1 - self.progress / self.config.beta_until)
         return [self.with_advantage(sampler.rollout(self.policy, beta=share))]

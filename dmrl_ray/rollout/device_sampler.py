@@ -49,7 +49,7 @@ class DeviceSampler(Sampler):
     ) -> None:
         super().__init__(distribution, num_envs, memory_spans_trial=memory_spans_trial)
         self.device = device
-        self.env.put_on(device, distribution.max_episode_steps)
+        self.env.to_device(device, distribution.max_episode_steps)
 
     def start(
         self,
