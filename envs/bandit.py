@@ -1,4 +1,4 @@
-"""Bernoulli bandits: which of the arms pays most, found out while being paid.
+"""Bernoulli bandits: the agent must find the best arm while its rewards already count.
 
 The setting of RL^2's table 1 (Duan et al. 2016, arXiv:1611.02779), and the two-armed bandits of
 Wang et al. 2016 (arXiv:1611.05763).
@@ -18,118 +18,120 @@ from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stre
 from dmrl_ray.types import Array, Reference, Split, Task
 
 from .bandit_oracle import bayes_optimal_return
-from .bandit_priors import Prior, dependent_return, draw_chances, posterior_mean
-from .gittins import LONGEST, gittins_table
-from .memory import RememberingVectorEnv
+from .bandit_priors import Prior, dependent_return, posterior_mean, sample_reward_probs
+from .belief import BeliefVectorEnv
+from .gittins import MAX_PULLS, gittins_table
 
 
-class BanditVectorEnv(RememberingVectorEnv):
-    """Columns of bandits with hidden chances of a reward.
+class BanditVectorEnv(BeliefVectorEnv):
+    """Bandits with hidden reward probabilities.
 
-    * Observation: (1,) share of the pulls done, as Wang et al. 2016 (arXiv:1611.05763) show the
-      trial's number; what the arms pay is told by previous actions and rewards alone. Without it
-      the memory must count, and values of 100 pulls are learned too late to explore by.
+    * Observation: (1,) fraction of the pulls done, as Wang et al. 2016 (arXiv:1611.05763) provide
+      the time step; only previous actions and rewards carry information about the arms. Without
+      it a recurrent policy must count, and learns values of 100 pulls too late to explore.
     * Action: the arm to pull.
-    * Reward: 1 with the arm's chance, else 0.
+    * Reward: 1 with the arm's reward probability, else 0.
     * End: terminated after `pulls` pulls; the number of pulls is part of the problem.
     """
 
-    state_fields: ClassVar[tuple[str, ...]] = ("chance", "next_chance", "t")
-    memory_fields: ClassVar[tuple[str, ...]] = ("wins", "pulled")
+    state_fields: ClassVar[tuple[str, ...]] = ("reward_prob", "next_reward_prob", "t")
+    belief_fields: ClassVar[tuple[str, ...]] = ("wins", "pulled")
 
     def __init__(self, num_envs: int, arms: int, pulls: int, prior: Prior = "independent"):
         super().__init__(num_envs, Box(0.0, 1.0, (1,), np.float32), Discrete(arms))
         self.pulls = pulls
         self.prior = prior
-        self.chance = np.full((num_envs, arms), 0.5)
-        self.next_chance = self.chance.copy()
+        self.reward_prob = np.full((num_envs, arms), 0.5)
+        self.next_reward_prob = self.reward_prob.copy()
         self.t = np.zeros(num_envs, np.int64)
         self.wins, self.pulled = np.zeros((2, num_envs, arms), np.int64)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         super().set_tasks(tasks)
-        self.next_chance[:] = self.array([task.params["chance"] for task in tasks])
+        self.next_reward_prob[:] = self.array([task.params["chance"] for task in tasks])
 
-    def begin(self, columns: Array) -> None:
-        """Put the pulls of these columns back to none."""
-        super().begin(columns)
-        self.chance[columns] = self.next_chance[columns]
-        self.t[columns] = 0
+    def begin(self, env_ids: Array) -> None:
+        """Starts trials at their first pull."""
+        super().begin(env_ids)
+        self.reward_prob[env_ids] = self.next_reward_prob[env_ids]
+        self.t[env_ids] = 0
 
-    def forget(self, columns: np.ndarray) -> None:
-        """No pulls of these columns are known."""
-        self.wins[columns] = 0
-        self.pulled[columns] = 0
+    def reset_belief(self, env_ids: np.ndarray) -> None:
+        """Sets the counts of pulls to zero."""
+        self.wins[env_ids] = 0
+        self.pulled[env_ids] = 0
 
     def observe(self) -> Array:
-        """(B, 1) share of the pulls done."""
+        """Returns the fractions of pulls done (B, 1)."""
         return self.xp.asarray(self.t / self.pulls, dtype=self.xp.float32)[:, None]
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Pull one arm in every column."""
+        """Pulls one arm in every environment."""
         xp = self.xp
-        paid = self.np_random.random(self.num_envs) < self.chance[self.everyone, actions]
-        reward = xp.asarray(paid, dtype=xp.float32)
-        if self.remembers:
-            self.wins[self.everyone, actions] += paid
-            self.pulled[self.everyone, actions] += 1
+        rewarded = self.np_random.random(self.num_envs) < self.reward_prob[self.env_ids, actions]
+        reward = xp.asarray(rewarded, dtype=xp.float32)
+        if self.tracks_belief:
+            self.wins[self.env_ids, actions] += rewarded
+            self.pulled[self.env_ids, actions] += 1
         self.t += 1
         terminated = self.t >= self.pulls
         obs, infos = self.auto_reset(self.observe(), terminated)
-        return obs, reward, terminated, self.never, infos
+        return obs, reward, terminated, self.all_false, infos
 
     def belief(self) -> np.ndarray:
-        """(B, 2 k + 1) the arms' means, their pulls on a log scale, and the share of pulls done."""
+        """Returns posterior means, log-scaled counts of pulls, and time, (B, 2 k + 1)."""
         mean = posterior_mean(self.prior, self.wins, self.pulled)
         count = np.log1p(self.pulled) / np.log1p(self.pulls)
         done = (self.t / self.pulls)[:, None]
         return np.concatenate([mean, count, done], axis=1, dtype=np.float32)
 
     def expert_action(self) -> np.ndarray:
-        """(B,) arms of the largest index, or mean where arms are dependent; the first of equals."""
+        """Returns the arms (B,) of the largest Gittins index, or mean where arms are dependent."""
         if self.prior != "independent":
             mean = posterior_mean(self.prior, self.wins, self.pulled)
             return np.asarray(mean.argmax(axis=1))
-        if self.pulls > LONGEST:
-            raise NotImplementedError(f"an index table is for at most {LONGEST} pulls")
-        left = (self.pulls - self.t)[:, None]
-        return np.asarray(gittins_table(self.pulls)(left, self.wins, self.pulled).argmax(axis=1))
+        if self.pulls > MAX_PULLS:
+            raise NotImplementedError(f"Gittins indices are limited to {MAX_PULLS} pulls")
+        pulls_left = (self.pulls - self.t)[:, None]
+        index = gittins_table(self.pulls)(pulls_left, self.wins, self.pulled)
+        return np.asarray(index.argmax(axis=1))
 
     def best_action(self) -> np.ndarray:
-        """(B,) the arm that pays most."""
-        return np.asarray(self.chance.argmax(axis=1))
+        """Returns the arms of the highest reward probability (B,)."""
+        return np.asarray(self.reward_prob.argmax(axis=1))
 
     def render(self) -> Array:
-        """One bar per arm, as high as its chance."""
-        height = np.arange(32, 0, -1)[:, None] <= 32 * np.repeat(self.chance[0], 8)
+        """Draws one bar per arm, as high as its reward probability."""
+        height = np.arange(32, 0, -1)[:, None] <= 32 * np.repeat(self.reward_prob[0], 8)
         return np.where(height[..., None], [70, 130, 180], 255).astype(np.uint8)
 
 
 class Bandit(TaskDistribution):
-    """Chances of the arms, uniform on [0, 1] by default; every split has its own draws.
+    """Reward probabilities, uniform on [0, 1] by default and sampled separately for each split.
 
-    Only two bandits exist under each of the priors easy, medium and hard, so that all splits share
-    them: what is learned there is how to tell the two apart.
+    Under each of the priors easy, medium and hard only two bandits exist, which all splits share:
+    the agent learns to distinguish them.
     """
 
     class Config(Settings):
-        """Size of the bandits and what their arms may be."""
+        """The size of the bandits and the prior of their arms."""
 
         arms: Size = Field(default=5, ge=2)
-        """Arms of each bandit (k)."""
+        """The number of arms (k)."""
 
         pulls: Number = 10
-        """Pulls in a trial (n); one episode."""
+        """The number of pulls in a trial (n), which is one episode."""
 
         prior: Prior = "independent"
-        """``independent`` arms; or two arms p and 1 - p, with p uniform (``correlated_uniform``) or
-        one of {.1, .9} (``easy``), {.25, .75} (``medium``), {.4, .6} (``hard``)."""
+        """The prior of the reward probabilities: ``independent``; or two arms p and 1 - p, with p
+        uniform (``correlated_uniform``) or one of {.1, .9} (``easy``), {.25, .75} (``medium``),
+        {.4, .6} (``hard``)."""
 
         @model_validator(mode="after")
         def _has_two_dependent_arms(self) -> Bandit.Config:
             if self.prior != "independent" and self.arms != 2:
-                raise ValueError(f"prior '{self.prior}' is one of 2 arms, not of {self.arms}")
+                raise ValueError(f"prior '{self.prior}' requires 2 arms, not {self.arms}")
             return self
 
     family = "bandit"
@@ -143,18 +145,19 @@ class Bandit(TaskDistribution):
         self.task_bytes = 8 * config.arms
 
     def make_vec(self, num_envs: int) -> BanditVectorEnv:
-        """A vector environment whose columns play bandits."""
+        """Returns a vector environment of bandits."""
         return BanditVectorEnv(num_envs, self.config.arms, self.config.pulls, self.config.prior)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n bandits of a split."""
-        chance = draw_chances(self.config.prior, self.config.arms, n, split_stream(rng, split))
-        return make_tasks(self.family, split, {"chance": chance})
+        """Samples n bandits of a split."""
+        stream = split_stream(rng, split)
+        reward_prob = sample_reward_probs(self.config.prior, self.config.arms, n, stream)
+        return make_tasks(self.family, split, {"chance": reward_prob})
 
     def reference(self, task: Task) -> Reference | None:
-        """Both ends averaged over the family, since the oracle is optimal on average only.
+        """Returns averages over the family, since the oracle is optimal on average only.
 
-        None where no oracle is affordable: see `bayes_optimal_return`.
+        None where the oracle is too expensive to compute: see `bayes_optimal_return`.
         """
         pulls, prior = self.config.pulls, self.config.prior
         if prior == "independent":

@@ -1,8 +1,8 @@
-"""What the arms of a bandit may be: five priors of Wang et al. 2016 (arXiv:1611.05763, sec. 3.1).
+"""Five priors of a bandit's arms, from Wang et al. 2016 (arXiv:1611.05763, sec. 3.1).
 
-`independent` arms are uniform on [0, 1]. Under the others there are two arms, p and 1 - p, with p
-uniform on [0, 1] or on one of three pairs. A pull of either of them tells the same, so that
-playing the better mean is Bayes-optimal there.
+`independent` arms are uniform on [0, 1]. The others have two arms, p and 1 - p, with p uniform on
+[0, 1] or on one of three pairs. Both arms are equally informative then, so that pulling the arm of
+the higher posterior mean is Bayes-optimal.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 Prior: TypeAlias = Literal["independent", "correlated_uniform", "easy", "medium", "hard"]
 
 PAIRS: dict[Prior, float] = {"easy": 0.9, "medium": 0.75, "hard": 0.6}
-"""The larger of the two values that p takes under a prior."""
+"""The larger of the two values of p under a prior."""
 
 
-def draw_chances(prior: Prior, arms: int, n: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, arms) chances of a reward."""
+def sample_reward_probs(prior: Prior, arms: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Samples reward probabilities (n, arms)."""
     if prior == "independent":
         return rng.random((n, arms))
     high = PAIRS.get(prior)
@@ -28,32 +28,32 @@ def draw_chances(prior: Prior, arms: int, n: int, rng: np.random.Generator) -> n
 
 
 def posterior_mean(prior: Prior, wins: np.ndarray, pulled: np.ndarray) -> np.ndarray:
-    """(..., k) expected chances of a reward after wins and pulls (..., k)."""
+    """Returns the posterior means (..., k) of the reward probabilities after wins and pulls."""
     if prior == "independent":
         return (wins + 1) / (pulled + 2)
-    for_first = wins[..., 0] + pulled[..., 1] - wins[..., 1]
-    p = _mean_of_first(prior, for_first, pulled.sum(axis=-1))
+    evidence = wins[..., 0] + pulled[..., 1] - wins[..., 1]
+    p = _mean_of_first(prior, evidence, pulled.sum(axis=-1))
     return np.stack([p, 1 - p], axis=-1)
 
 
-def _mean_of_first(prior: Prior, for_first: np.ndarray, pulled: np.ndarray) -> np.ndarray:
+def _mean_of_first(prior: Prior, evidence: np.ndarray, pulled: np.ndarray) -> np.ndarray:
     high = PAIRS.get(prior)
     if high is None:
-        return np.asarray((for_first + 1) / (pulled + 2))
-    odds = np.log(high / (1 - high)) * (2 * for_first - pulled)
+        return np.asarray((evidence + 1) / (pulled + 2))
+    odds = np.log(high / (1 - high)) * (2 * evidence - pulled)
     return 1 - high + (2 * high - 1) * np.asarray(1 / (1 + np.exp(-odds)))
 
 
 @cache
 def dependent_return(prior: Prior, pulls: int) -> float:
-    """The Bayes-optimal return of two dependent arms; exact.
+    """Computes the Bayes-optimal return of two dependent arms.
 
-    The evidence for the first arm is one of 0 to t after t pulls, whichever arms were pulled; the
-    better mean is earned in expectation.
+    The evidence for the first arm is its wins plus the second arm's losses: 0 to t after t pulls,
+    whichever arms were pulled. The expected reward of a pull is the higher posterior mean.
     """
-    total, chance = 0.0, np.ones(1)  # of each amount of evidence
+    total, prob = 0.0, np.ones(1)  # the distribution of the evidence
     for done in range(pulls):
         mean = _mean_of_first(prior, np.arange(done + 1), np.asarray(done))
-        total += float(chance @ np.maximum(mean, 1 - mean))
-        chance = np.append(chance * (1 - mean), 0) + np.append(0, chance * mean)
+        total += float(prob @ np.maximum(mean, 1 - mean))
+        prob = np.append(prob * (1 - mean), 0) + np.append(0, prob * mean)
     return total

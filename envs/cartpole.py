@@ -1,6 +1,6 @@
-"""CartPole-v1 whose physics vary: how heavy, long and strong the things are shows in the motion.
+"""CartPole-v1 whose physics vary: masses, lengths and forces must be inferred from the motion.
 
-With the default settings it is gymnasium's CartPole-v1, to the last bit.
+With the default settings it agrees with gymnasium's CartPole-v1 to the last bit.
 """
 
 from __future__ import annotations
@@ -18,52 +18,53 @@ from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv, make_ta
 from dmrl_ray.types import Array, Reference, Split, Task
 
 STANDARD = {"gravity": 9.8, "length": 0.5, "masspole": 0.1, "force_mag": 10.0}
-"""Physics of CartPole-v1; `length` is half the pole's."""
+"""The physics of CartPole-v1; `length` is half the pole's."""
 
 MASSCART = 1.0
 TAU = 0.02  # seconds between steps
 LIMITS = np.array([[2.4], [12 * 2 * math.pi / 360]])
-"""Position and angle beyond which the pole counts as fallen."""
+"""The position and angle beyond which an episode terminates."""
 
 MAX_STEPS = 500
 RANDOM_RETURN = 22.25
-"""Of uniformly random actions under the standard physics; mean of 2^20 episodes, +-0.012."""
+"""The return of uniformly random actions under the standard physics; mean of 2^20 episodes,
++-0.012."""
 
 _HIGH = np.array([4.8, np.inf, 2 * LIMITS[1, 0], np.inf], np.float32)
 
 
 class CartPoleVectorEnv(TaskVectorEnv):
-    """Columns of carts with a pole.
+    """Carts with a pole.
 
     * Observation: (4,) position, velocity, angle, angular velocity; m, s, rad.
     * Action: 0 pushes to the left, 1 to the right.
-    * Reward: 1 per step, the one that falls included.
-    * End: terminated when the pole falls or the cart leaves; truncated after 500 steps.
+    * Reward: 1 per step, including the one that terminates.
+    * End: terminated when the pole falls or the cart leaves the track; truncated after 500 steps.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = (
         "physics",
         "next_physics",
-        "waiting",
+        "task_changed",
         "motion",
         "t",
     )
 
     def __init__(self, num_envs: int):
         super().__init__(num_envs, Box(-_HIGH, _HIGH, dtype=np.float32), Discrete(2))
-        # Rows are quantities and columns are carts, so that every operand below is contiguous.
+        # Quantities along the first axis, so that every operand in `_move` is contiguous.
         self._motion = np.zeros((4, num_envs))
         self._change = np.zeros((4, num_envs))
         self._work = np.zeros((5, num_envs))
         self._outside = np.zeros((2, num_envs), np.bool_)
         self.next_physics = np.tile(list(STANDARD.values()), (num_envs, 1))
         self.physics = self.next_physics
-        self.waiting = np.zeros(num_envs, np.bool_)
+        self.task_changed = np.zeros(num_envs, np.bool_)
         self.t = np.zeros(num_envs, np.int64)
 
     @property
     def motion(self) -> np.ndarray:
-        """(B, 4), the observation in double precision."""
+        """The observations in double precision, (B, 4)."""
         return self._motion.T
 
     @motion.setter
@@ -72,7 +73,7 @@ class CartPoleVectorEnv(TaskVectorEnv):
 
     @property
     def physics(self) -> np.ndarray:
-        """(B, 4), in the order of `STANDARD`."""
+        """The physics in the order of `STANDARD`, (B, 4)."""
         return self._physics
 
     @physics.setter
@@ -90,28 +91,28 @@ class CartPoleVectorEnv(TaskVectorEnv):
         )
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         self.next_physics[:] = [[task.params[name] for name in STANDARD] for task in tasks]
-        self.waiting[:] = True
+        self.task_changed[:] = True
 
-    def begin(self, columns: np.ndarray) -> None:
-        """Put the carts of these columns near the middle, with the poles nearly upright."""
-        changed = columns[self.waiting[columns]]
+    def begin(self, env_ids: np.ndarray) -> None:
+        """Starts episodes near the center, with the poles nearly upright."""
+        changed = env_ids[self.task_changed[env_ids]]
         if len(changed):
             self._physics[changed] = self.next_physics[changed]
             self.physics = self._physics
-            self.waiting[changed] = False
-        self._motion[:, columns] = self.np_random.uniform(-0.05, 0.05, (len(columns), 4)).T
-        self.t[columns] = 0
+            self.task_changed[changed] = False
+        self._motion[:, env_ids] = self.np_random.uniform(-0.05, 0.05, (len(env_ids), 4)).T
+        self.t[env_ids] = 0
 
     def observe(self) -> np.ndarray:
-        """(B, 4) motions."""
+        """Returns positions, velocities, angles and angular velocities (B, 4)."""
         return self._motion.T.astype(np.float32, order="C")
 
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Push every cart."""
+        """Pushes every cart."""
         self._move(actions)
         np.greater(np.abs(self._motion[::2]), LIMITS, out=self._outside)
         terminated = self._outside[0] | self._outside[1]
@@ -123,7 +124,7 @@ class CartPoleVectorEnv(TaskVectorEnv):
 
     def _move(self, actions: np.ndarray) -> None:
         # Gymnasium's equations (Florian, "Correct equations for the dynamics of the cart-pole
-        # system", 2007) in its order of operations, since rounding is part of the agreement.
+        # system", 2007) in its order of operations, so that rounding agrees too.
         gravity, length, masspole, total_mass, pole_moment, force, reverse = self._constants
         motion, change = self._motion, self._change
         sin, cos, push, a, b = self._work
@@ -152,32 +153,32 @@ class CartPoleVectorEnv(TaskVectorEnv):
         motion += change
 
     def render(self) -> Array:
-        """The cart in black on its track, with its pole in brown."""
+        """Draws the cart in black on its track, with its pole in brown."""
         image = np.full((40, 96, 3), 255, np.uint8)
         position, _, angle, _ = self._motion[:, 0]
         middle = 48 + 18 * position
         along = np.linspace(0.0, 40 * self._physics[0, 1], 40)
         rows = np.clip(np.rint(30 - along * math.cos(angle)), 0, 39).astype(int)
-        columns = np.clip(np.rint(middle + along * math.sin(angle)), 0, 95).astype(int)
-        image[rows, columns] = (150, 90, 40)
+        across = np.clip(np.rint(middle + along * math.sin(angle)), 0, 95).astype(int)
+        image[rows, across] = (150, 90, 40)
         image[30:35, int(np.clip(middle - 6, 0, 84)) :][:, :12] = 0
         return image
 
 
 class CartPole(TaskDistribution):
-    """Physics, each uniform on a range; by default the ranges are points, the standard physics."""
+    """Physics, each uniform on a range; by default a range is one value, that of `STANDARD`."""
 
     class Config(Settings):
-        """Ranges of the physics."""
+        """The ranges of the physics."""
 
         gravity: tuple[float, float] = (9.8, 9.8)
-        """Metres per square second, from and to."""
+        """Gravity in metres per square second, from and to."""
 
         length: tuple[float, float] = (0.5, 0.5)
         """Half the pole's length in metres, from and to."""
 
         masspole: tuple[float, float] = (0.1, 0.1)
-        """Mass of the pole in kilograms, from and to; the cart has 1."""
+        """Mass of the pole in kilograms, from and to; the cart's is 1."""
 
         force_mag: tuple[float, float] = (10.0, 10.0)
         """Force of a push in newtons, from and to."""
@@ -200,17 +201,17 @@ class CartPole(TaskDistribution):
         self.action_space = Discrete(2)
 
     def make_vec(self, num_envs: int) -> CartPoleVectorEnv:
-        """A vector environment whose columns have their own physics."""
+        """Returns a vector environment of carts."""
         return CartPoleVectorEnv(num_envs)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n physics of a split."""
+        """Samples n physics of a split."""
         low, high = np.array([getattr(self.config, name) for name in STANDARD]).T
         physics = split_stream(rng, split).uniform(low, high, (n, len(STANDARD)))
         return make_tasks(self.family, split, dict(zip(STANDARD, physics.T, strict=True)))
 
     def reference(self, task: Task) -> Reference | None:
-        """Known for the standard physics alone: balance for ever, and a measured random return."""
+        """Returns the measured random return and the maximum, for the standard physics alone."""
         if any(task.params[name] != value for name, value in STANDARD.items()):
             return None
         return Reference(random=np.array([RANDOM_RETURN]), oracle=np.array([float(MAX_STEPS)]))

@@ -1,4 +1,4 @@
-"""A grid with a hidden goal cell: search it in the first episode, go there in the others.
+"""A grid with a hidden goal cell, to be found in the first episode and revisited in the others.
 
 VariBAD's GridNavi (Zintgraf et al. 2020, arXiv:1910.08348, sec. 5.1).
 """
@@ -14,10 +14,10 @@ from gymnasium.spaces import Box, Discrete
 from pydantic import Field
 
 from dmrl_ray.config.schema import Number, Settings
-from dmrl_ray.tasks.distribution import TaskDistribution, drawn_from, make_tasks, split_stream
+from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_indices, split_stream
 from dmrl_ray.types import SPLITS, Array, Reference, Split, Task
 
-from .memory import RememberingVectorEnv
+from .belief import BeliefVectorEnv
 
 SIZE = 5
 HORIZON = 15
@@ -26,41 +26,42 @@ CELLS = np.array([(x, y) for y in range(SIZE) for x in range(SIZE)])
 """Coordinates of cell x + SIZE * y."""
 
 GOALS = np.flatnonzero((CELLS >= 2).any(axis=1))
-"""The 21 cells outside the 2 x 2 corner at the start, which is cell 0."""
+"""The 21 cells outside the 2 x 2 corner around the start, cell 0."""
 
 MOVES = np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
-"""Stay and the four moves; a move off the grid stays."""
+"""Stay and the four moves; a move off the grid has no effect."""
 
-_landing = np.clip(CELLS[:, None] + MOVES, 0, SIZE - 1)
-NEXT_CELL: np.ndarray = _landing[..., 0] + SIZE * _landing[..., 1]
-"""(cells, actions)."""
+_target = np.clip(CELLS[:, None] + MOVES, 0, SIZE - 1)
+NEXT_CELL: np.ndarray = _target[..., 0] + SIZE * _target[..., 1]
+"""(cells, actions), the transitions."""
 
 DISTANCE: np.ndarray = np.abs(CELLS[:, None] - CELLS).sum(axis=-1)
-"""(cells, cells) steps from one to another."""
+"""(cells, cells), steps from one to another."""
 
 TOWARDS: np.ndarray = DISTANCE[NEXT_CELL].argmin(axis=1)
-"""(cells, cells) the first action of a shortest path: along x before y, and 0 at its end."""
+"""(cells, cells), the first action of a shortest path: along x before y, and 0 at its end."""
 
 SWEEP = np.array([10, 15, 20, 21, 16, 11, 12, 7, 8, 13, 18, 17, 22, 23, 2, 3, 4, 9, 14, 19, 24])
-"""All goals: 14 that one episode can meet from its second step on, and then 7 that lie on one
-shortest path along two sides."""
+"""All goals: 14 that one episode can visit from its second step on, then 7 that lie on one shortest
+path along two sides."""
 
 
-class GridNavVectorEnv(RememberingVectorEnv):
-    """Columns of grids.
+class GridNavVectorEnv(BeliefVectorEnv):
+    """Grids with a hidden goal.
 
-    * Observation: (25,) the own cell, one-hot.
+    * Observation: (25,) the agent's cell, one-hot.
     * Action: 0 stay, 1 right, 2 left, 3 up, 4 down.
-    * Reward: 1 on the goal after the move, else -0.1. The goal does not end the episode.
-    * End: truncated after 15 steps; ``success`` is being on the goal.
+    * Reward: 1 if the agent is on the goal after the move, else -0.1. The goal does not end the
+      episode.
+    * End: truncated after 15 steps; ``success`` where the agent is on the goal.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ("cell", "goal", "next_goal", "t")
-    fixed_fields: ClassVar[tuple[str, ...]] = ("_next_cell", "_one_hot")
-    memory_fields: ClassVar[tuple[str, ...]] = ("possible", "split")
+    constant_fields: ClassVar[tuple[str, ...]] = ("_next_cell", "_one_hot")
+    belief_fields: ClassVar[tuple[str, ...]] = ("possible", "split")
 
     def __init__(self, num_envs: int, searches: Mapping[Split, tuple[int, ...]] | None = None):
-        """Searches are the goals of each split, as `search` orders them; all of them by default."""
+        """`searches` are the goals of each split in the order of `search`, by default all goals."""
         super().__init__(num_envs, Box(0.0, 1.0, (len(CELLS),), np.float32), Discrete(len(MOVES)))
         self.cell = np.zeros(num_envs, np.int64)
         self.goal = np.full(num_envs, GOALS[-1])
@@ -71,65 +72,65 @@ class GridNavVectorEnv(RememberingVectorEnv):
         self._goals = np.zeros((len(SPLITS), len(CELLS)), np.bool_)
         for i, split in enumerate(SPLITS):
             self._goals[i, list(searches[split])] = True
-        self.split = np.zeros(num_envs, np.int64)  # of the tasks last set, into `SPLITS`
-        self.possible = self._goals[self.split]  # (B, cells) where the goal may be
+        self.split = np.zeros(num_envs, np.int64)  # of the latest tasks, as indices into `SPLITS`
+        self.possible = self._goals[self.split]  # (B, cells), where the goal may be
         self._next_cell = NEXT_CELL
         self._one_hot = np.eye(len(CELLS), dtype=np.float32)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         super().set_tasks(tasks)
         self.next_goal[:] = self.array([task.params["goal"] for task in tasks])
         self.split = np.array([SPLITS.index(task.split) for task in tasks])
 
-    def begin(self, columns: Array) -> None:
-        """Put the agents of these columns on the start."""
-        super().begin(columns)
-        self.cell[columns] = 0
-        self.goal[columns] = self.next_goal[columns]
-        self.t[columns] = 0
+    def begin(self, env_ids: Array) -> None:
+        """Starts episodes in the start cell."""
+        super().begin(env_ids)
+        self.cell[env_ids] = 0
+        self.goal[env_ids] = self.next_goal[env_ids]
+        self.t[env_ids] = 0
 
-    def forget(self, columns: np.ndarray) -> None:
-        """The goals of these columns may be any of their split."""
-        self.possible[columns] = self._goals[self.split[columns]]
+    def reset_belief(self, env_ids: np.ndarray) -> None:
+        """Sets all goals of the tasks' splits to possible."""
+        self.possible[env_ids] = self._goals[self.split[env_ids]]
 
     def observe(self) -> Array:
-        """(B, 25) one-hot cells."""
-        return self.rows(self._one_hot, self.cell)
+        """Returns one-hot cells (B, 25)."""
+        return self.take_rows(self._one_hot, self.cell)
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Move every agent."""
+        """Moves every agent."""
         self.cell = self._next_cell[self.cell, actions]
         found = self.cell == self.goal
         reward = self.xp.where(found, np.float32(1.0), np.float32(-0.1))
-        if self.remembers:
-            self.possible[self.everyone, self.cell] = found
+        if self.tracks_belief:
+            self.possible[self.env_ids, self.cell] = found
             self.possible[found] = self._one_hot[self.cell[found]] > 0
         self.t += 1
         truncated = self.t >= HORIZON
         obs, infos = self.auto_reset(self.observe(), truncated)
         infos["success"] = found
-        return obs, reward, self.never, truncated, infos
+        return obs, reward, self.all_false, truncated, infos
 
     def belief(self) -> np.ndarray:
-        """(B, 26) the chance of each cell to be the goal, and whether it is known."""
+        """Returns each cell's probability of being the goal, and whether it is known, (B, 26)."""
         count = self.possible.sum(axis=1, keepdims=True)
         return np.concatenate([self.possible / count, count == 1], axis=1, dtype=np.float32)
 
     def expert_action(self) -> np.ndarray:
-        """(B,) the first move towards the cell that may be the goal and is first in `search_rank`.
+        """Returns moves (B,) towards the possible goals of the lowest `search_rank`.
 
-        From the start this is the policy of `reference`.
+        From the start cell this is the policy of `reference`.
         """
         rank = np.where(self.possible, self._rank[self.split, self.cell], self._rank.max() + 1)
         return np.asarray(TOWARDS[self.cell, rank.argmin(axis=1)])
 
     def best_action(self) -> np.ndarray:
-        """(B,) a move towards the goal."""
+        """Returns moves towards the goals (B,)."""
         return np.asarray(TOWARDS[self.cell, self.goal])
 
     def render(self) -> Array:
-        """The grid from above, with the goal in green and the agent in black."""
+        """Draws the grid with the goal in green and the agent in black."""
         image = np.full((SIZE, SIZE, 3), 255, np.uint8)
         image[tuple(CELLS[self.goal[0]][::-1])] = (40, 160, 60)
         image[tuple(CELLS[self.cell[0]][::-1])] = (0, 0, 0)
@@ -137,10 +138,10 @@ class GridNavVectorEnv(RememberingVectorEnv):
 
 
 def search_rank(order: tuple[int, ...]) -> np.ndarray:
-    """(cells, cells) from each cell, the rank of every goal as the next to look at.
+    """Returns, for each cell, the rank of every goal as the next to visit, (cells, cells).
 
-    It is the order, but among all goals distance comes first: from the start that is the same, and
-    from elsewhere it wastes fewer steps.
+    It is the rank in the order. Where the order holds all goals they are ranked by distance first,
+    which is the same from the start, and wastes fewer steps from elsewhere.
     """
     rank: np.ndarray = len(CELLS) * DISTANCE * (len(order) == len(GOALS))
     rank[:, order] += np.arange(len(order))
@@ -150,20 +151,20 @@ def search_rank(order: tuple[int, ...]) -> np.ndarray:
 class GridNav(TaskDistribution):
     """Goals, uniform over the 21 cells that are not near the start.
 
-    By default every split draws from all of them, as VariBAD does: what is learned is how to
-    search, and there is little to generalise over. `held_out` keeps cells for the other splits; a
-    belief then is one over the cells of the task's split.
+    By default all splits share all cells, as in VariBAD: the agent learns to search, with few tasks
+    to generalize over. `held_out` reserves cells for the other splits; a belief is then a
+    distribution over the cells of the task's split.
     """
 
     class Config(Settings):
-        """Length of the trials and what is held out."""
+        """The length of trials and the held-out goals."""
 
         episodes: Number = 4
-        """Episodes in a trial."""
+        """The number of episodes in a trial."""
 
         held_out: int = Field(default=0, ge=0, le=10)
-        """Goal cells kept for the validation split, and as many others for the test split; 0
-        lets every split draw from all cells."""
+        """The number of goal cells held out for validation, and as many others for test; with 0 all
+        splits share all cells."""
 
     family = "grid_nav"
     on_device = True
@@ -180,23 +181,22 @@ class GridNav(TaskDistribution):
         }
 
     def make_vec(self, num_envs: int) -> GridNavVectorEnv:
-        """A vector environment whose columns play grids."""
+        """Returns a vector environment of grids."""
         return GridNavVectorEnv(num_envs, self._searches)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n goals of a split."""
+        """Samples n goals of a split."""
         goal = split_stream(rng, split).choice(self.goals(split), n).astype(np.float64)
         return make_tasks(self.family, split, {"goal": goal})
 
     def goals(self, split: Split) -> np.ndarray:
-        """Goal cells of a split; which are held out is the same in every run."""
-        return np.asarray(GOALS[drawn_from(len(GOALS), self.config.held_out, split)])
+        """Returns the goal cells of a split, which are the same in every run."""
+        return np.asarray(GOALS[split_indices(len(GOALS), self.config.held_out, split)])
 
     def reference(self, task: Task) -> Reference:
-        """Both ends averaged over the goals of the task's split.
+        """Returns the reference returns averaged over the goals of the task's split.
 
-        The oracle does not know the goal, but which goals the split has, and is best on their
-        average: see `search`.
+        The oracle knows the split's goals but not which is the task's: see `search`.
         """
         return _reference(self._searches[task.split], self.config.episodes)
 
@@ -209,75 +209,74 @@ def _reference(order: tuple[int, ...], episodes: int) -> Reference:
 
 
 def random_return(episodes: int, goals: np.ndarray = GOALS) -> np.ndarray:
-    """(E,) expected return of uniformly random moves, averaged over the goals; exact."""
-    at = np.zeros(len(CELLS))
-    at[0] = 1.0
+    """Computes the expected return of uniformly random moves, averaged over the goals, (E,)."""
+    prob = np.zeros(len(CELLS))
+    prob[0] = 1.0
     visits = np.zeros(len(CELLS))
     for _ in range(HORIZON):
-        spread = np.zeros(len(CELLS))
-        np.add.at(spread, NEXT_CELL, np.repeat(at[:, None] / len(MOVES), len(MOVES), axis=1))
-        at = spread
-        visits += at
+        next_prob = np.zeros(len(CELLS))
+        np.add.at(next_prob, NEXT_CELL, np.repeat(prob[:, None] / len(MOVES), len(MOVES), axis=1))
+        prob = next_prob
+        visits += prob
     return np.full(episodes, (1.1 * visits[goals] - 0.1 * HORIZON).mean())
 
 
 def search_returns(order: tuple[int, ...], episodes: int) -> np.ndarray:
-    """(E, goals) returns of who visits the goals in order until one pays, and then knows it; exact.
+    """Computes the returns (E, goals) of visiting goals in order until the task's is found.
 
-    Reaching a goal at step t and staying earns 16 - t - (t - 1) / 10.
+    Reaching the goal at step t and staying there has the return 16 - t - (t - 1) / 10.
     """
     returns = np.full((episodes, len(order)), -0.1 * HORIZON)
-    unknown = dict(zip(order, range(len(order)), strict=True))
+    unvisited = dict(zip(order, range(len(order)), strict=True))
     for episode in range(episodes):
-        cell, t, found = 0, 0, []
-        while unknown and t < HORIZON:
-            cell, t = int(NEXT_CELL[cell, TOWARDS[cell, next(iter(unknown))]]), t + 1
-            if cell in unknown:
-                found.append(cell)
-                i = unknown.pop(cell)
-                returns[episode, i] = _earned(t)
-                returns[episode + 1 :, i] = _earned(int(DISTANCE[0, cell]))
+        cell, t = 0, 0
+        while unvisited and t < HORIZON:
+            cell, t = int(NEXT_CELL[cell, TOWARDS[cell, next(iter(unvisited))]]), t + 1
+            if cell in unvisited:
+                i = unvisited.pop(cell)
+                returns[episode, i] = _goal_return(t)
+                returns[episode + 1 :, i] = _goal_return(int(DISTANCE[0, cell]))
     return returns
 
 
-def _earned(step: int) -> float:
+def _goal_return(step: int) -> float:
     return HORIZON + 1 - step - 0.1 * (step - 1)
 
 
 @cache
 def search(goals: tuple[int, ...], episodes: int) -> tuple[int, ...]:
-    """The order in which to look at these goals that is best on their average.
+    """Returns the order of visiting these goals that has the highest mean return over them.
 
-    With all 21 it is `SWEEP`, which is Bayes-optimal: no walk can meet a goal before step 2 or two
-    goals at once, so that the first episode meets at most 14 of the 21, at steps 2 to 15, and no
-    episode can beat walking straight to a known goal. `SWEEP` attains both bounds.
+    For all 21 it is `SWEEP`, which is Bayes-optimal: no walk can visit a goal before step 2 or two
+    goals at once, so that the first episode visits at most 14 of the 21, at steps 2 to 15, and no
+    later episode can be better than the shortest path to a known goal. `SWEEP` attains both bounds.
 
-    With fewer it goes to the nearest of what is left, and improves the order as long as moving,
-    reversing or exchanging helps. For every split that `held_out` makes this is Bayes-optimal,
-    too, as a search through all walks shows.
+    For fewer it is found by local search, from the nearest-neighbor order, over reversals, swaps
+    and moves. For every split that `held_out` makes it is Bayes-optimal too, as an exhaustive
+    search over all walks shows.
     """
-    left = [goal for goal in SWEEP.tolist() if goal in goals]
-    if len(left) == len(SWEEP):
-        return tuple(left)
+    remaining = [goal for goal in SWEEP.tolist() if goal in goals]
+    if len(remaining) == len(SWEEP):
+        return tuple(remaining)
     best: tuple[int, ...] = ()
-    while left:
+    while remaining:
         cell = best[-1] if best else 0
-        nearest = min(left, key=lambda goal, cell=cell: int(DISTANCE[cell, goal]))  # type: ignore[misc]
-        left.remove(nearest)
+        nearest = min(remaining, key=lambda goal, cell=cell: int(DISTANCE[cell, goal]))  # type: ignore[misc]
+        remaining.remove(nearest)
         best = (*best, nearest)
 
     def value(order: tuple[int, ...]) -> float:
         return float(search_returns(order, episodes).sum())
 
     while True:
-        better = max(_rearranged(best), key=value, default=best)
+        better = max(_neighbors(best), key=value, default=best)
         if value(better) <= value(best) + 1e-9:
             return best
         best = better
 
 
-def _rearranged(order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Orders with a part reversed, or with two goals exchanged, or with up to three moved."""
+def _neighbors(order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yields the orders with a part reversed, two goals swapped, or up to three in a row moved."""
     for i in range(len(order)):
         for j in range(i + 2, len(order) + 1):
             first, *inside, last = order[i:j]

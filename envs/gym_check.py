@@ -1,4 +1,4 @@
-"""Checks of an external environment before a run starts; each mistake is one sentence."""
+"""Checks of an external environment before a run starts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gymnasium.spaces import Box
 
 from dmrl_ray.types import EnvironmentFault
 
-from .gym_column import Apply, GymColumn, Values, find_attribute, find_set_task
+from .external_env import Apply, ExternalEnv, Values, find_attribute, find_set_task
 
 CHECKED_STEPS = 10
-"""Random steps that an environment must survive."""
+"""The number of random steps taken before a run starts."""
 
 
 def first_make(make: Callable[[], gym.Env[Any, Any]], env_id: str) -> gym.Env[Any, Any]:
-    """Build an environment for the first time.
+    """Builds an environment for the first time.
 
     Raises:
         ValueError: it cannot be built.
@@ -42,7 +42,7 @@ def first_make(make: Callable[[], gym.Env[Any, Any]], env_id: str) -> gym.Env[An
 
 
 def find_max_episode_steps(env: gym.Env[Any, Any], env_id: str, given: int | None) -> int:
-    """The limit the config gives, else the registered one.
+    """Returns the time limit of the config, else the registered one.
 
     Raises:
         ValueError: there is neither.
@@ -58,7 +58,7 @@ def find_max_episode_steps(env: gym.Env[Any, Any], env_id: str, given: int | Non
 
 
 def check_vary(env: gym.Env[Any, Any], env_id: str, apply: Apply, values: Values) -> None:
-    """That the environment has what varies.
+    """Checks that the environment has the attributes or method by which tasks vary.
 
     Raises:
         ValueError: it has not.
@@ -81,40 +81,40 @@ def check_vary(env: gym.Env[Any, Any], env_id: str, apply: Apply, values: Values
             raise ValueError(f"tasks.vary.{name}: {env_id} has no such attribute{hint}") from None
 
 
-def check_behaviour(column: GymColumn, env_id: str, apply: Apply, values: Values) -> None:
-    """Reset and a few random steps.
+def check_steps(external: ExternalEnv, env_id: str, apply: Apply, values: Values) -> None:
+    """Checks what the environment returns at a reset and a few random steps.
 
     Raises:
-        ValueError: what comes back breaks the contract.
+        ValueError: a returned value violates the contract.
     """
-    env = column.env
-    random = np.random.default_rng(0)
+    env = external.env
+    rng = np.random.default_rng(0)
     try:
-        _check_inside(env, env_id, column.start(values, 0, changed=True), "reset")
+        _check_inside(env, env_id, external.reset(values, 0, changed=True), "reset")
         if apply == "attributes":
             _check_kept(env, env_id, values)
         for t in range(CHECKED_STEPS):
-            action = _random_action(column, random)
-            obs, _, terminated, truncated, _ = column.step(action)
-            _check_inside(column.env, env_id, obs, f"step {t + 1}")
+            action = _random_action(external, rng)
+            obs, _, terminated, truncated, _ = external.step(action)
+            _check_inside(external.env, env_id, obs, f"step {t + 1}")
             if terminated or truncated:
-                column.start(values, t + 1, changed=False)
+                external.reset(values, t + 1, changed=False)
     except EnvironmentFault as fault:
         raise ValueError(f"tasks.id: {fault}; repair the environment or wrap it") from None
 
 
-def _random_action(column: GymColumn, random: np.random.Generator) -> Any:
-    space = column.env.action_space
+def _random_action(external: ExternalEnv, rng: np.random.Generator) -> Any:
+    space = external.env.action_space
     if isinstance(space, Box):
-        return random.uniform(-1.0, 1.0, space.shape).astype(np.float32)
+        return rng.uniform(-1.0, 1.0, space.shape).astype(np.float32)
     assert isinstance(space, gym.spaces.Discrete)
-    return int(random.integers(int(space.n)))
+    return int(rng.integers(int(space.n)))
 
 
 def _check_inside(env: gym.Env[Any, Any], env_id: str, obs: np.ndarray, when: str) -> None:
     space = env.observation_space
     if not isinstance(space, Box):
-        return  # an integer outside its space cannot be made one-hot and has failed before
+        return  # `ExternalEnv` has checked all others.
     low, high = space.low.astype(obs.dtype), space.high.astype(obs.dtype)
     outside = np.argwhere((obs < low) | (obs > high))
     if len(outside):

@@ -1,4 +1,4 @@
-"""Any gymnasium environment as a task family: what varies is named in the config.
+"""Any gymnasium environment as a task family: the config names the parameters that vary.
 
 tasks:
   type: gym
@@ -20,84 +20,84 @@ from dmrl_ray.config.schema import LARGEST_NUMBER, Number, Settings
 from dmrl_ray.tasks.distribution import (
     TaskDistribution,
     TaskVectorEnv,
-    drawn_from,
     make_tasks,
+    split_indices,
     split_stream,
     task_id,
 )
 from dmrl_ray.types import Array, Arrays, Reference, Split, Task
 
-from .gym_check import check_behaviour, check_vary, find_max_episode_steps, first_make
-from .gym_column import Apply, GymColumn, Values, close, obs_digest, told_success
+from .external_env import Apply, ExternalEnv, Values, close, obs_digest, success_of
+from .gym_check import check_steps, check_vary, find_max_episode_steps, first_make
 from .gym_spaces import action_space, observation_space
 
 MAX_COMBINATIONS = 1_000_000
-"""Of choices, where some are held out."""
+"""The maximum number of combinations of choices where some are held out."""
 
 
 class GymVectorEnv(TaskVectorEnv):
-    """Columns of ordinary environments, stepped one after the other.
+    """Gymnasium environments, stepped in a loop.
 
-    * Observation: the environment's; integers one-hot, other numbers than bytes in float32;
+    * Observation: the environment's; integers one-hot, numbers other than bytes as float32;
       dictionaries and tuples as named parts of one vector.
     * Action: integers from 0, or [-1, 1] rescaled to the environment's bounds.
     * Reward: the environment's.
-    * End: the environment's; truncated at the latest after `max_episode_steps`.
+    * End: the environment's; truncated after `max_episode_steps` at the latest.
     """
 
     def __init__(self, family: GymEnv, num_envs: int):
         super().__init__(num_envs, family.observation_space, family.action_space)
         self.family = family
-        self.columns = [family.make_column(b) for b in range(num_envs)]
+        self.envs = [family.make_single(b) for b in range(num_envs)]
         self.next_params = np.zeros((num_envs, len(family.config.vary)))
-        self.params = np.full_like(self.next_params, np.nan)  # equal to no task's
+        self.params = np.full_like(self.next_params, np.nan)  # differs from every task's
         self.obs = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         names = self.family.config.vary
         self.next_params[:] = [[task.params[name] for name in names] for task in tasks]
 
-    def begin(self, columns: np.ndarray) -> None:
-        """Reset these columns, each with a seed of its own."""
-        seeds = self.np_random.integers(2**31, size=len(columns))
-        for b, seed in zip(columns.tolist(), seeds.tolist(), strict=True):
+    def begin(self, env_ids: np.ndarray) -> None:
+        """Resets the environments of these indices, each with its own seed."""
+        seeds = self.np_random.integers(2**31, size=len(env_ids))
+        for b, seed in zip(env_ids.tolist(), seeds.tolist(), strict=True):
             changed = not np.array_equal(self.params[b], self.next_params[b])
             self.params[b] = self.next_params[b]
             values = self.family.values(self.params[b])
-            self.obs[b] = self.columns[b].start(values, seed, changed=changed)
+            self.obs[b] = self.envs[b].reset(values, seed, changed=changed)
 
     def observe(self) -> np.ndarray:
-        """(B, *obs_shape)."""
+        """Returns the observations (B, *obs_shape)."""
         return self.obs.copy()
 
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step in every column."""
+        """Steps every environment."""
         reward = np.zeros(self.num_envs, np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), np.bool_)
         success = np.full(self.num_envs, np.nan)
-        for b, column in enumerate(self.columns):
+        for b, env in enumerate(self.envs):
             if self.idle is not None and self.idle[b]:
                 continue
-            self.obs[b], reward[b], terminated[b], truncated[b], info = column.step(actions[b])
-            success[b] = told_success(info)
+            self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
+            success[b] = success_of(info)
         obs, infos = self.auto_reset(self.observe(), terminated | truncated)
         if not np.isnan(success).all():
             infos["success"] = success
         return obs, reward, terminated, truncated, infos
 
     def get_state(self) -> Arrays:
-        """Seeds and actions of the open episodes; they are lived through again by `set_state`."""
-        t = np.array([len(column.actions) for column in self.columns])
+        """Returns the seeds and actions of the open episodes, which `set_state` replays."""
+        t = np.array([len(env.actions) for env in self.envs])
         shape = self.single_action_space.shape or ()
         actions = np.zeros((self.num_envs, t.max(), *shape), self.single_action_space.dtype)
-        for b, column in enumerate(self.columns):
-            if column.actions:
-                actions[b, : t[b]] = column.actions
+        for b, env in enumerate(self.envs):
+            if env.actions:
+                actions[b, : t[b]] = env.actions
         return {
-            "seed": np.array([column.seed for column in self.columns]),
+            "seed": np.array([env.seed for env in self.envs]),
             "t": t,
             "actions": actions,
             "params": self.params.copy(),
@@ -106,22 +106,22 @@ class GymVectorEnv(TaskVectorEnv):
         }
 
     def set_state(self, state: Arrays) -> None:
-        """Continue from `get_state`'s answer.
+        """Restores the state that `get_state` returned.
 
         Raises:
-            EnvNotDeterministic: an environment did not come to the observation it came to before.
+            EnvNotDeterministic: replaying an episode led to another observation.
         """
         self.params = np.array(state["params"])
         self.next_params = np.array(state["next_params"])
-        for b, column in enumerate(self.columns):
+        for b, env in enumerate(self.envs):
             seed, t = int(state["seed"][b]), int(state["t"][b])
             if seed < 0:
                 continue
             values, actions = self.family.values(self.params[b]), state["actions"][b, :t]
-            self.obs[b] = column.replay(values, seed, actions, int(state["digest"][b]))
+            self.obs[b] = env.replay(values, seed, actions, int(state["digest"][b]))
 
     def render(self) -> Array:
-        """The observation of column 0: a picture as it is, numbers as bars around the middle."""
+        """Draws the observation of environment 0: an image unchanged, numbers as bars."""
         obs = self.obs[0]
         if obs.ndim == 3 and obs.dtype == np.uint8 and obs.shape[-1] == 3:
             return obs.copy()
@@ -131,9 +131,9 @@ class GymVectorEnv(TaskVectorEnv):
         return np.where(drawn[..., None], [70, 130, 180], 255).astype(np.uint8)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Close every environment."""
-        for column in self.columns:
-            close(column.env)
+        """Closes every environment."""
+        for env in self.envs:
+            close(env.env)
 
 
 class Choices(Settings):
@@ -143,64 +143,64 @@ class Choices(Settings):
     """The values, all equally probable."""
 
 
-class Ends(Settings):
-    """Both ends of the score."""
+class ReferenceReturns(Settings):
+    """The reference returns of a score, (return - random) / (oracle - random)."""
 
     random: float
     """Expected return of uniformly random actions."""
 
     oracle: float
-    """Expected return of the best policy known."""
+    """Expected return of the best known policy."""
 
     @model_validator(mode="after")
-    def _tell_apart(self) -> Ends:
+    def _differ(self) -> ReferenceReturns:
         if self.oracle <= self.random:
             raise ValueError(
-                f"oracle: {self.oracle:g} is not more than random, {self.random:g}, so that "
-                "nothing lies between them; exchange them, or leave reference out"
+                f"oracle: {self.oracle:g} is not more than random, {self.random:g}, so that scores "
+                "are undefined; exchange them, or leave reference out"
             )
         return self
 
 
 class GymEnv(TaskDistribution):
-    """Tasks of an ordinary environment; every split has its own draws of what varies.
+    """Tasks of a gymnasium environment, sampled separately for each split.
 
-    Where all that varies has `choices`, every split draws from the same tasks, unless `held_out`
-    keeps some of them for the other splits.
+    Where all varied parameters have `choices`, splits share all tasks, unless `held_out` reserves
+    some for the other splits.
     """
 
     class Config(Settings):
-        """The environment and what varies."""
+        """The environment and the parameters that vary."""
 
         read_with: ClassVar = {"apply": ("vary", ())}
 
         id: str
-        """Id for `gymnasium.make`; ``module:Name-v0`` imports the module first."""
+        """The id for `gymnasium.make`; ``module:Name-v0`` imports the module first."""
 
         kwargs: dict[str, Any] = Field(default_factory=dict)
         """Further arguments for `gymnasium.make`."""
 
         vary: dict[str, tuple[float, float] | Choices] = Field(default_factory=dict)
-        """What tasks differ in: ``name: [low, high]`` or ``name: {choices: [...]}``."""
+        """The parameters that vary: ``name: [low, high]`` or ``name: {choices: [...]}``."""
 
         held_out: int = Field(default=0, ge=0, le=LARGEST_NUMBER)
-        """Where all that varies has choices: combinations of them kept for the validation split,
-        and as many others for the test split; 0 lets every split draw from all."""
+        """Where all varied parameters have choices: the number of their combinations held out for
+        validation, and as many others for test; with 0 splits share all."""
 
         apply: Apply = "attributes"
-        """How a task is made: attributes sets them on the unwrapped environment (dotted names
-        reach inside; what the environment derives from them when it is built stays), kwargs builds
-        the environment anew with these arguments, set_task calls its method of that name with a
-        dict."""
+        """How parameters are applied: attributes sets them on the unwrapped environment (dotted
+        names reach nested objects; values derived from them in the constructor do not change),
+        kwargs rebuilds the environment with them as arguments, set_task passes them as a dict to
+        the environment's method of that name."""
 
         max_episode_steps: Number | None = None
-        """Steps after which an episode is truncated; by default the registered number."""
+        """The number of steps after which an episode is truncated; by default as registered."""
 
         episodes: Number = 1
-        """Episodes in a trial."""
+        """The number of episodes in a trial."""
 
-        reference: Ends | None = None
-        """Random and oracle return, for scores."""
+        reference: ReferenceReturns | None = None
+        """The random and oracle returns, for scores."""
 
         @model_validator(mode="after")
         def _can_be_split(self) -> GymEnv.Config:
@@ -209,11 +209,11 @@ class GymEnv(TaskDistribution):
                 return self
             if len(choices) < len(self.vary) or not choices:
                 raise ValueError(
-                    "held_out: counts combinations of choices, but something varies over a range, "
-                    "whose splits share no task, or nothing varies; leave it out"
+                    "held_out: counts combinations of choices, but a parameter varies over a "
+                    "range, where splits share no task, or nothing varies; leave it out"
                 )
             if any(len(set(values)) < len(values) for values in choices):
-                raise ValueError("held_out: some choices are there twice; name each once")
+                raise ValueError("held_out: some choices are given twice; name each once")
             size = math.prod(map(len, choices))
             if not 2 * self.held_out < size <= MAX_COMBINATIONS:
                 raise ValueError(
@@ -231,9 +231,9 @@ class GymEnv(TaskDistribution):
         self.config = config
         self.family = f"gym:{config.id}"
         self.episodes_per_trial = config.episodes
-        ends = (v.choices[0] if isinstance(v, Choices) else v[0] for v in config.vary.values())
-        first = dict(zip(config.vary, ends, strict=True))
-        # What is drawn depends on what varies, not on the order in which a file says it.
+        lowest = (v.choices[0] if isinstance(v, Choices) else v[0] for v in config.vary.values())
+        first = dict(zip(config.vary, lowest, strict=True))
+        # Sorted, so that sampled tasks do not depend on the order of the parameters in a file.
         self._vary = {
             name: np.sort(over.choices).astype(np.float64) if isinstance(over, Choices) else over
             for name, over in sorted(config.vary.items())
@@ -248,16 +248,16 @@ class GymEnv(TaskDistribution):
             raise ValueError(f"tasks.id: {config.id}: {error}, so wrap the environment") from None
         check_vary(env, config.id, config.apply, first)
         close(env)
-        column = self.make_column(0)
-        check_behaviour(column, config.id, config.apply, first)
-        close(column.env)
+        external = self.make_single(0)
+        check_steps(external, config.id, config.apply, first)
+        close(external.env)
 
     def make_vec(self, num_envs: int) -> GymVectorEnv:
-        """A vector environment that steps `num_envs` environments in a loop."""
+        """Returns a vector environment that steps `num_envs` environments in a loop."""
         return GymVectorEnv(self, num_envs)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n tasks of a split; all the same one if nothing varies."""
+        """Samples n tasks of a split; all are the same if nothing varies."""
         stream = split_stream(rng, split)
         if not self.config.vary:
             return [Task(task_id(self.family), self.family, split, {})] * n
@@ -274,29 +274,29 @@ class GymEnv(TaskDistribution):
     def _combinations(
         self, stream: np.random.Generator, n: int, split: Split
     ) -> dict[str, np.ndarray]:
-        """Parameters of n combinations of choices that belong to a split."""
+        """Samples n combinations of choices of a split; returns their parameters."""
         choices = {k: v for k, v in self._vary.items() if isinstance(v, np.ndarray)}
         sizes = tuple(map(len, choices.values()))
-        mine = drawn_from(math.prod(sizes), self.config.held_out, split)
-        picked = np.unravel_index(stream.choice(mine, n), sizes)
+        indices = split_indices(math.prod(sizes), self.config.held_out, split)
+        picked = np.unravel_index(stream.choice(indices, n), sizes)
         return {
             name: values[index]
             for (name, values), index in zip(choices.items(), picked, strict=True)
         }
 
     def reference(self, task: Task) -> Reference | None:
-        """What the config says."""
-        ends, episodes = self.config.reference, self.episodes_per_trial
-        if ends is None:
+        """Returns the reference returns of the config."""
+        given, episodes = self.config.reference, self.episodes_per_trial
+        if given is None:
             return None
-        return Reference(np.full(episodes, ends.random), np.full(episodes, ends.oracle))
+        return Reference(np.full(episodes, given.random), np.full(episodes, given.oracle))
 
-    def make_column(self, column: int) -> GymColumn:
-        """One environment."""
-        return GymColumn(self._make, self.config.apply, self.max_episode_steps, column)
+    def make_single(self, index: int) -> ExternalEnv:
+        """Returns a single environment, of this index in a vector environment."""
+        return ExternalEnv(self._make, self.config.apply, self.max_episode_steps, index)
 
     def values(self, params: np.ndarray) -> Values:
-        """A task's parameters by name; choices in the type in which the config has them."""
+        """Returns a task's parameters by name; choices keep their type in the config."""
         values: dict[str, bool | int | float] = {}
         for (name, over), value in zip(self.config.vary.items(), params.tolist(), strict=True):
             given = over.choices if isinstance(over, Choices) else ()
@@ -304,7 +304,7 @@ class GymEnv(TaskDistribution):
         return values
 
     def _make(self, **values: Any) -> gym.Env[Any, Any]:
-        # Steps are counted by the column: the limit in the config may exceed the registered one.
+        # `ExternalEnv` counts steps, as the config's limit may exceed the registered one.
         return gym.make(
             self.config.id,
             max_episode_steps=-1,

@@ -1,4 +1,4 @@
-"""Spaces of external environments, and what the policy sees of them and chooses from."""
+"""Conversion of external environments' spaces to the policy's observation and action spaces."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from dmrl_ray.tasks.spaces import Packed
 
 
 def observation_space(space: gym.Space[Any]) -> Box:
-    """What the policy sees: bytes as they are, other boxes in float32, integers one-hot.
+    """Returns the policy's observation space.
 
-    Dictionaries, tuples and several integers become named parts, side by side in one vector.
+    Bytes are unchanged, other boxes float32, integers one-hot. Dictionaries, tuples and several
+    integers become named parts of one vector.
 
     Raises:
-        ValueError: a policy cannot see it.
+        ValueError: the space is not supported.
     """
     if isinstance(space, Discrete):
         return Box(0.0, 1.0, (int(space.n),), np.float32)
@@ -33,30 +34,33 @@ def observation_space(space: gym.Space[Any]) -> Box:
 
 
 def leaves(space: gym.Space[Any], name: str = "") -> Iterator[tuple[str, gym.Space[Any]]]:
-    """The spaces within dictionaries and tuples by their dotted names; ``obs`` if there is one."""
+    """Yields the leaf spaces of nested dictionaries and tuples with their dotted names.
+
+    A space that is no dictionary or tuple is named ``obs``.
+    """
     if isinstance(space, gym.spaces.Dict):
-        inside: Mapping[Any, gym.Space[Any]] = space.spaces
+        children: Mapping[Any, gym.Space[Any]] = space.spaces
     elif isinstance(space, gym.spaces.Tuple):
-        inside = dict(enumerate(space.spaces))
+        children = dict(enumerate(space.spaces))
     else:
         yield name or "obs", space
         return
-    for key, part in inside.items():
+    for key, part in children.items():
         yield from leaves(part, f"{name}.{key}" if name else str(key))
 
 
 def contents(space: gym.Space[Any], raw: Any) -> Iterator[Any]:
-    """What an observation holds for each of the `leaves`.
+    """Yields the values of an observation, one for each of the `leaves`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not built as its space.
+        KeyError, TypeError, ValueError: its structure is not that of the space.
     """
     if isinstance(space, gym.spaces.Dict):
         for key, part in space.spaces.items():
             yield from contents(part, raw[key])
     elif isinstance(space, gym.spaces.Tuple):
-        for part, inside in zip(space.spaces, raw, strict=True):
-            yield from contents(part, inside)
+        for part, value in zip(space.spaces, raw, strict=True):
+            yield from contents(part, value)
     else:
         yield raw
 
@@ -79,12 +83,16 @@ def _box(space: Box) -> Box:
 
 
 def _to_float32(bound: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, as it should
+    with np.errstate(over="ignore"):  # Bounds beyond float32 become infinite.
         return bound.astype(np.float32)
 
 
 def action_space(space: gym.Space[Any]) -> gym.Space[Any]:
-    """What the policy chooses from: Discrete from 0, or a Box [-1, 1]."""
+    """Returns the policy's action space: a Discrete from 0, or a Box [-1, 1].
+
+    Raises:
+        ValueError: the space is not supported.
+    """
     if isinstance(space, Discrete):
         return Discrete(int(space.n))
     if not isinstance(space, Box):
@@ -95,7 +103,7 @@ def action_space(space: gym.Space[Any]) -> gym.Space[Any]:
 
 
 def action_map(space: gym.Space[Any]) -> Callable[[Any], Any]:
-    """From `action_space` to the environment's own."""
+    """Returns a function that maps actions of `action_space` to the environment's."""
     if isinstance(space, Discrete):
         start = int(space.start)
         return lambda action: int(action) + start

@@ -1,8 +1,8 @@
-"""Any family, with what its agents cannot see shown to them: the task, or what is known of it.
+"""Any family with privileged observations: the task's parameters, or the belief about them.
 
-With the task in sight a policy is the privileged reference of its family; shown to the critic
-alone (``network.critic_only``) it makes values sharper. With the belief in sight a policy without
-memory can be Bayes-optimal (the belief oracle of Zintgraf et al. 2020, arXiv:1910.08348).
+A policy that observes the task is a privileged baseline; a critic that does (an asymmetric critic,
+``network.critic_only``) estimates values more accurately. A memoryless policy that observes the
+belief can be Bayes-optimal (the belief oracle of Zintgraf et al. 2020, arXiv:1910.08348).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from dmrl_ray.types import Array, Arrays, Reference, Split, Task
 
 
 class ObserveVectorEnv(TaskVectorEnv):
-    """Columns of another environment.
+    """Environments of another family with more to observe.
 
-    * Observation: packed parts; ``obs`` is the environment's own, ``task`` the parameters of the
-      present task, in order of their names, ``belief`` what `TaskVectorEnv.belief` says. In
+    * Observation: packed parts; ``obs`` is the wrapped environment's, ``task`` the parameters of
+      the current task, in order of their names, ``belief`` that of `TaskVectorEnv.belief`. In
       ``final_obs`` the belief is the one after the reset.
-    * Action, reward, end: the environment's own.
+    * Action, reward, end: the wrapped environment's.
     """
 
     def __init__(self, env: TaskVectorEnv, space: Packed):
         super().__init__(env.num_envs, space, env.single_action_space)
         self.env = env
         self.space = space
-        env.remembers = "belief" in space.parts
+        env.tracks_belief = "belief" in space.parts
         width = space.parts["task"].shape if "task" in space.parts else (0,)
         self.task = np.zeros((env.num_envs, *(width or ())), np.float32)
         self.next_task = self.task.copy()
 
     @property
     def np_random(self) -> np.random.Generator:
-        """The environment's own stream."""
+        """The random generator of the wrapped environment."""
         return self.env.np_random
 
     @np_random.setter
@@ -48,33 +48,33 @@ class ObserveVectorEnv(TaskVectorEnv):
         self.env.np_random = value
 
     @property
-    def remembers(self) -> bool:
-        """Whether the environment keeps what its tasks have shown."""
-        return self.env.remembers
+    def tracks_belief(self) -> bool:
+        """Whether the wrapped environment tracks its belief."""
+        return self.env.tracks_belief
 
-    @remembers.setter
-    def remembers(self, value: bool) -> None:
-        self.env.remembers = value or "belief" in self.space.parts
+    @tracks_belief.setter
+    def tracks_belief(self, value: bool) -> None:
+        self.env.tracks_belief = value or "belief" in self.space.parts
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         self.env.set_tasks(tasks)
         if "task" in self.space.parts:
             self.next_task[:] = [task_vector(task) for task in tasks]
 
-    def begin(self, columns: np.ndarray) -> None:
-        """Start episodes in these columns."""
-        self.env.begin(columns)
-        self.task[columns] = self.next_task[columns]
+    def begin(self, env_ids: np.ndarray) -> None:
+        """Starts episodes in the environments of these indices."""
+        self.env.begin(env_ids)
+        self.task[env_ids] = self.next_task[env_ids]
 
     def observe(self) -> np.ndarray:
-        """(B, D) packed."""
+        """Returns packed observations (B, D)."""
         return self._pack(self.env.observe())
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode in every column."""
+        """Starts an episode in every environment."""
         obs, infos = self.env.reset(seed=seed, options=options)
         self.task[:] = self.next_task
         return self._pack(obs), infos
@@ -82,7 +82,7 @@ class ObserveVectorEnv(TaskVectorEnv):
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step every column."""
+        """Steps every environment."""
         obs, reward, terminated, truncated, infos = self.env.step(actions)
         done = terminated | truncated
         if done.any():
@@ -91,33 +91,33 @@ class ObserveVectorEnv(TaskVectorEnv):
         return self._pack(obs), reward, terminated, truncated, infos
 
     def belief(self) -> np.ndarray:
-        """As the environment has it."""
+        """Returns the wrapped environment's beliefs."""
         return self.env.belief()
 
     def expert_action(self) -> np.ndarray:
-        """As the environment has it."""
+        """Returns the wrapped environment's expert actions."""
         return self.env.expert_action()
 
     def best_action(self) -> np.ndarray:
-        """As the environment has it."""
+        """Returns the wrapped environment's optimal actions."""
         return self.env.best_action()
 
     def render(self) -> Array:
-        """The environment's picture."""
+        """Returns the wrapped environment's image."""
         return self.env.render()
 
     def get_state(self) -> Arrays:
-        """The environment's own, and the tasks shown."""
+        """Returns the wrapped environment's state and the observed tasks."""
         return self.env.get_state() | {
-            "shown.task": self.task.copy(),
-            "shown.next_task": self.next_task.copy(),
+            "observed.task": self.task.copy(),
+            "observed.next_task": self.next_task.copy(),
         }
 
     def set_state(self, state: Arrays) -> None:
-        """Continue from `get_state`'s answer."""
-        self.task = np.array(state["shown.task"])
-        self.next_task = np.array(state["shown.next_task"])
-        self.env.set_state({k: v for k, v in state.items() if not k.startswith("shown.")})
+        """Restores the state that `get_state` returned."""
+        self.task = np.array(state["observed.task"])
+        self.next_task = np.array(state["observed.next_task"])
+        self.env.set_state({k: v for k, v in state.items() if not k.startswith("observed.")})
 
     def _pack(self, obs: np.ndarray) -> np.ndarray:
         parts = {"obs": obs, "task": self.task}
@@ -127,16 +127,16 @@ class ObserveVectorEnv(TaskVectorEnv):
 
 
 class Observe(TaskDistribution):
-    """Another family's tasks, splits and references."""
+    """The tasks, splits and references of another family."""
 
     class Config(Settings):
-        """Which family, and what of it is shown."""
+        """The family and the additional observations."""
 
         of: Component
         """The family."""
 
         show: tuple[Literal["task", "belief"], ...] = Field(default=("task",), min_length=1)
-        """What joins the observation: ``task`` its parameters, ``belief`` what is known of it."""
+        """The additional observations: ``task``, the task's parameters; ``belief``, the belief."""
 
     def __init__(self, config: Config):
         self.inner: TaskDistribution = config.of.load("tasks")(config.of.settings)
@@ -169,14 +169,14 @@ class Observe(TaskDistribution):
             ) from None
         if not width:
             raise ValueError(
-                f"tasks.show: tasks of family {self.family!r} have no parameters to show; let "
-                "something vary, or leave out task"
+                f"tasks.show: tasks of family {self.family!r} have no parameters; vary some, or "
+                "leave out task"
             )
         return width
 
     def _belief_width(self, task: list[Task]) -> int:
         env = self.inner.make_vec(1)
-        env.remembers = True
+        env.tracks_belief = True
         env.set_tasks(task)
         env.np_random = np.random.default_rng(0)
         try:
@@ -185,23 +185,23 @@ class Observe(TaskDistribution):
         except NotImplementedError as error:
             why = f" ({error})" if str(error) else ""
             raise ValueError(
-                f"tasks.show: family {self.family!r} has no belief{why}; show the task instead"
+                f"tasks.show: family {self.family!r} has no belief{why}; use task instead"
             ) from None
 
     def make_vec(self, num_envs: int) -> ObserveVectorEnv:
-        """The family's vector environment, with more to see."""
+        """Returns the family's vector environment with the additional observations."""
         return ObserveVectorEnv(self.inner.make_vec(num_envs), self.observation_space)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n of the family's tasks."""
+        """Samples n tasks of the family."""
         return self.inner.sample(rng, n, split)
 
     def reference(self, task: Task) -> Reference | None:
-        """The family's own."""
+        """Returns the family's reference returns."""
         return self.inner.reference(task)
 
 
 def task_vector(task: Task) -> np.ndarray:
-    """(P,) float32 a task's parameters, in order of their names."""
+    """Returns a task's parameters in order of their names, (P,) float32."""
     parts = [np.ravel(np.asarray(task.params[name], np.float32)) for name in sorted(task.params)]
     return np.concatenate([np.empty(0, np.float32), *parts])

@@ -1,6 +1,6 @@
 """The native families as gymnasium environments: ``dmrl/Bandit-v0``, ``dmrl/PointGoal-v0``, ...
 
-`register` is called by whoever wants them; importing this module changes nothing.
+Importing this module registers nothing: call `register`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ FAMILIES: dict[str, type[TaskDistribution]] = {
 
 
 def register() -> None:
-    """Register ``dmrl/<Family>-v0`` for `gymnasium.make` and `gymnasium.make_vec`.
+    """Registers ``dmrl/<Family>-v0`` for `gymnasium.make` and `gymnasium.make_vec`.
 
-    Keyword arguments of those are the family's settings: ``make("dmrl/Bandit-v0", arms=3)``.
+    Their keyword arguments are the family's settings: ``make("dmrl/Bandit-v0", arms=3)``.
     """
     for name in FAMILIES:
         if f"dmrl/{name}-v0" in gym.registry:
@@ -57,14 +57,14 @@ def register() -> None:
 def make_single(
     family: str, render_mode: str | None = None, split: Split = "train", **settings: object
 ) -> SingleEnv:
-    """One column of a family by name."""
+    """Returns a single environment of a family, given by name."""
     return SingleEnv(_distribution(family, settings), render_mode, split)
 
 
 def make_vector(
     family: str, num_envs: int, split: Split = "train", **settings: object
 ) -> SampledTasks:
-    """Columns of a family by name."""
+    """Returns a vector environment of a family, given by name."""
     return SampledTasks(_distribution(family, settings), num_envs, split)
 
 
@@ -74,9 +74,9 @@ def _distribution(family: str, settings: dict[str, object]) -> TaskDistribution:
 
 
 class SingleEnv(gym.Env[Any, Any]):
-    """One column of a task family.
+    """A single environment of a task family.
 
-    ``reset(options={"task": task})`` plays that task, a plain `reset` draws one from the split.
+    `reset` samples a task of the split, or takes the one in ``options={"task": task}``.
     """
 
     def __init__(
@@ -88,35 +88,35 @@ class SingleEnv(gym.Env[Any, Any]):
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
         self.observation_space = distribution.observation_space
         self.action_space = distribution.action_space
-        self._column = distribution.make_vec(1)
+        self._env = distribution.make_vec(1)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; the task played is in the info."""
+        """Starts an episode; returns the observation, and the task's id in the info."""
         super().reset(seed=seed)
-        self._column.np_random = self.np_random
+        self._env.np_random = self.np_random
         task = (options or {}).get("task")
         if task is None:
             task = self.distribution.sample(self.np_random, 1, self.split)[0]
-        self._column.set_tasks([task])
-        obs, _ = self._column.reset()
+        self._env.set_tasks([task])
+        obs, _ = self._env.reset()
         return obs[0], {"task_id": task.id}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One step."""
-        obs, reward, terminated, truncated, infos = self._column.step(np.asarray([action]))
-        last = infos.pop("final_obs", obs)
+        """Steps the environment."""
+        obs, reward, terminated, truncated, infos = self._env.step(np.asarray([action]))
+        next_obs = infos.pop("final_obs", obs)
         info = {key: value[0] for key, value in infos.items()}
-        return last[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+        return next_obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self) -> Any:
-        """(H, W, 3) uint8 if the render mode asks for pictures."""
-        return self._column.render() if self.render_mode == "rgb_array" else None
+        """Returns an image (H, W, 3) uint8 if the render mode is rgb_array."""
+        return self._env.render() if self.render_mode == "rgb_array" else None
 
 
 class SampledTasks(VectorWrapper):
-    """Columns that draw a task each at every `reset`, unless ``options["tasks"]`` names them."""
+    """Environments whose `reset` samples their tasks, unless ``options["tasks"]`` has them."""
 
     def __init__(self, distribution: TaskDistribution, num_envs: int, split: Split = "train"):
         env = distribution.make_vec(num_envs)
@@ -127,7 +127,7 @@ class SampledTasks(VectorWrapper):
     def reset(
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        """Start an episode in every column."""
+        """Starts an episode in every environment."""
         if seed is not None:
             self.env.np_random = np.random.default_rng(seed)
         options = dict(options or {})

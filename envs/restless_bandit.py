@@ -1,8 +1,8 @@
-"""Two arms whose chances drift, slowly in some trials and fast in others.
+"""Two arms whose reward probabilities drift, slowly in some trials and fast in others.
 
-The restless bandits of Wang et al. 2016 (arXiv:1611.05763, sec. 3.1.4): how fast to forget must be
-found out while being paid. The paper does not say how large the steps of the drift are; with the
-defaults, Rescorla and Wagner's rule does best at the rate that the paper found best, 0.5.
+The restless bandits of Wang et al. 2016 (arXiv:1611.05763, sec. 3.1.4): the agent must adapt its
+learning rate to the volatility. The paper does not report the step size of the drift; with the
+defaults, the best learning rate of Rescorla and Wagner's rule is the paper's, 0.5.
 """
 
 from __future__ import annotations
@@ -18,61 +18,60 @@ from dmrl_ray.config.schema import Number, Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
-from .memory import RememberingVectorEnv
+from .belief import BeliefVectorEnv
 from .restless_oracle import CELLS, DriftFilter, drift, filter_return
 
 
-class RestlessBanditVectorEnv(RememberingVectorEnv):
-    """Columns of two arms, which pay with the chances p and 1 - p; p drifts.
+class RestlessBanditVectorEnv(BeliefVectorEnv):
+    """Two arms with reward probabilities p and 1 - p, where p drifts.
 
-    * Observation: (1,) share of the pulls done.
+    * Observation: (1,) fraction of the pulls done.
     * Action: the arm to pull.
-    * Reward: 1 with the arm's chance at this pull, else 0.
+    * Reward: 1 with the arm's reward probability at this pull, else 0.
     * End: terminated after `pulls` pulls.
     """
 
-    state_fields: ClassVar[tuple[str, ...]] = ("chance", "next_chance", "t")
-    memory_fields: ClassVar[tuple[str, ...]] = ("posterior",)
+    state_fields: ClassVar[tuple[str, ...]] = ("reward_prob", "next_reward_prob", "t")
+    belief_fields: ClassVar[tuple[str, ...]] = ("posterior",)
 
     def __init__(self, num_envs: int, pulls: int, volatility: tuple[float, ...]):
         super().__init__(num_envs, Box(0.0, 1.0, (1,), np.float32), Discrete(2))
         self.pulls = pulls
         self.filter = DriftFilter(volatility)
-        self.chance = np.full((num_envs, pulls), 0.5)  # of the first arm, pull by pull
-        self.next_chance = self.chance.copy()
+        self.reward_prob = np.full((num_envs, pulls), 0.5)  # of the first arm at each pull
+        self.next_reward_prob = self.reward_prob.copy()
         self.t = np.zeros(num_envs, np.int64)
-        self.posterior = self.filter.prior(num_envs)  # (B, V, CELLS), of the present pull
-        self._columns = np.arange(num_envs)
+        self.posterior = self.filter.prior(num_envs)  # (B, V, CELLS), at the current pull
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         super().set_tasks(tasks)
-        self.next_chance[:] = [task.params["chance"] for task in tasks]
+        self.next_reward_prob[:] = [task.params["chance"] for task in tasks]
 
-    def begin(self, columns: np.ndarray) -> None:
-        """Put these columns at the start of their drift."""
-        if self.remembers:  # The drift starts anew, and is as volatile as before.
-            volatile = self.posterior[columns].mean(axis=-1, keepdims=True)
-            self.posterior[columns] = np.broadcast_to(volatile, (*volatile.shape[:2], CELLS))
-        super().begin(columns)
-        self.chance[columns] = self.next_chance[columns]
-        self.t[columns] = 0
+    def begin(self, env_ids: np.ndarray) -> None:
+        """Starts episodes at the beginning of their drift."""
+        if self.tracks_belief:  # The belief about p is reset, that about the volatility is kept.
+            volatility = self.posterior[env_ids].mean(axis=-1, keepdims=True)
+            self.posterior[env_ids] = np.broadcast_to(volatility, (*volatility.shape[:2], CELLS))
+        super().begin(env_ids)
+        self.reward_prob[env_ids] = self.next_reward_prob[env_ids]
+        self.t[env_ids] = 0
 
-    def forget(self, columns: np.ndarray) -> None:
-        """Nothing is known of these columns."""
-        self.posterior[columns] = self.filter.prior(len(columns))
+    def reset_belief(self, env_ids: np.ndarray) -> None:
+        """Sets the posteriors to the prior."""
+        self.posterior[env_ids] = self.filter.prior(len(env_ids))
 
     def observe(self) -> np.ndarray:
-        """(B, 1) share of the pulls done."""
+        """Returns the fractions of pulls done (B, 1)."""
         return (self.t / self.pulls).astype(np.float32)[:, None]
 
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Pull one arm in every column."""
-        first = self.np_random.random(self.num_envs) < self.chance[self._columns, self.t]
-        won = first == (actions == 0)  # The arms never agree: one draw serves either.
-        if self.remembers:
+        """Pulls one arm in every environment."""
+        first = self.np_random.random(self.num_envs) < self.reward_prob[self.env_ids, self.t]
+        won = first == (actions == 0)  # Exactly one of the arms is rewarded: one sample is enough.
+        if self.tracks_belief:
             self.posterior = self.filter.after(self.posterior, first)
         self.t += 1
         terminated = self.t >= self.pulls
@@ -81,37 +80,37 @@ class RestlessBanditVectorEnv(RememberingVectorEnv):
         return obs, reward, terminated, np.zeros(self.num_envs, np.bool_), infos
 
     def belief(self) -> np.ndarray:
-        """(B, V CELLS + 2): the joint chance of volatility and p, the mean of p, share of pulls."""
+        """Returns the posterior of volatility and p, the mean of p, and time, (B, V CELLS + 2)."""
         joint = self.posterior.reshape(self.num_envs, -1)
         mean = self.filter.mean(self.posterior)[:, None]
         return np.concatenate([joint, mean, self.observe()], axis=1, dtype=np.float32)
 
     def expert_action(self) -> np.ndarray:
-        """(B,) the arm of the larger mean; Bayes-optimal, since both arms tell the same."""
+        """Returns the arms of the higher mean (B,): Bayes-optimal, as both inform about p alike."""
         return np.where(self.filter.mean(self.posterior) >= 0.5, 0, 1)
 
     def render(self) -> Array:
-        """The first arm's chance over the pulls; those to come are pale."""
-        height = np.arange(32, 0, -1)[:, None] <= 32 * self.chance[0]
+        """Draws the first arm's reward probability over time; future pulls are pale."""
+        height = np.arange(32, 0, -1)[:, None] <= 32 * self.reward_prob[0]
         image = np.where(height[..., None], [70, 130, 180], 255)
         image[:, self.t[0] :] = (image[:, self.t[0] :] + 510) // 3
         return image.astype(np.uint8)
 
 
 class RestlessBandit(TaskDistribution):
-    """Drifts, each a Gaussian random walk of one of the volatilities, reflected at 0 and 1.
+    """Gaussian random walks of one of the volatilities, reflected at 0 and 1.
 
-    It starts anywhere; every split has its own draws.
+    The start is uniform on [0, 1]; walks are sampled separately for each split.
     """
 
     class Config(Settings):
-        """Length of the trials and how fast the chances drift."""
+        """The length of trials and the volatility of the drift."""
 
         pulls: Number = 100
-        """Pulls in a trial; one episode."""
+        """The number of pulls in a trial, which is one episode."""
 
         volatility: tuple[float, ...] = Field(default=(0.03, 0.2), min_length=1)
-        """Standard deviations of a step of p, one of which holds in a trial."""
+        """The possible standard deviations of a step of p; each trial has one of them."""
 
     family = "restless_bandit"
 
@@ -123,18 +122,18 @@ class RestlessBandit(TaskDistribution):
         self.task_bytes = 8 * config.pulls
 
     def make_vec(self, num_envs: int) -> RestlessBanditVectorEnv:
-        """A vector environment whose columns play drifting bandits."""
+        """Returns a vector environment of restless bandits."""
         return RestlessBanditVectorEnv(num_envs, self.config.pulls, self.config.volatility)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n drifts of a split."""
+        """Samples n drifts of a split."""
         stream = split_stream(rng, split)
         volatility = stream.choice(self.config.volatility, n)
-        chance = drift(volatility, self.config.pulls, stream)
-        return make_tasks(self.family, split, {"chance": chance, "volatility": volatility})
+        reward_prob = drift(volatility, self.config.pulls, stream)
+        return make_tasks(self.family, split, {"chance": reward_prob, "volatility": volatility})
 
     def reference(self, task: Task) -> Reference:
-        """Both ends averaged over the family; the oracle knows how p may drift, and no more."""
+        """Returns the reference returns averaged over the family; the oracle is Bayes-optimal."""
         pulls, volatility = self.config.pulls, self.config.volatility
         oracle = filter_return(pulls, volatility)
         return Reference(random=np.array([0.5 * pulls]), oracle=np.array([oracle]))

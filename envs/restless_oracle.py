@@ -1,7 +1,7 @@
-"""What two arms with drifting chances p and 1 - p are worth: a Bayes filter and classic rules.
+"""Expected returns on two arms with drifting probabilities p and 1 - p: a Bayes filter, baselines.
 
-A pull of either arm tells the same about p, so that playing the larger mean is Bayes-optimal, and
-whoever plays, the first arm's outcome is known afterwards.
+Both arms are equally informative about p, so that pulling the arm of the higher mean is
+Bayes-optimal, and the first arm's outcome is known after a pull of either.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from functools import lru_cache
 import numpy as np
 
 CELLS = 41
-"""Values of p that the filter can tell apart."""
+"""The number of values of p in the filter's grid."""
 
 GRID = (np.arange(CELLS) + 0.5) / CELLS
 
 
 def drift(volatility: np.ndarray, pulls: int, rng: np.random.Generator) -> np.ndarray:
-    """(N, pulls) Gaussian random walks of the volatilities (N,), reflected at 0 and 1."""
+    """Samples Gaussian random walks (N, pulls) of volatilities (N,), reflected at 0 and 1."""
     walk = rng.standard_normal((len(volatility), pulls)) * volatility[:, None]
     walk[:, 0] = rng.random(len(volatility))
     folded = np.cumsum(walk, axis=1) % 2
@@ -25,99 +25,101 @@ def drift(volatility: np.ndarray, pulls: int, rng: np.random.Generator) -> np.nd
 
 
 class DriftFilter:
-    """The exact filter of p, on a grid, and of which of the volatilities holds."""
+    """The Bayes filter of p, on a grid, and of the trial's volatility."""
 
     def __init__(self, volatility: tuple[float, ...]):
-        self.moves = np.array([_moves(each) for each in volatility], np.float32)  # (V, from, to)
+        self.transition = np.array(
+            [_transition(v) for v in volatility], np.float32
+        )  # (V, from, to)
 
-    def prior(self, columns: int) -> np.ndarray:
-        """(columns, V, CELLS) before the first pull."""
-        shape = (columns, len(self.moves), CELLS)
+    def prior(self, num_envs: int) -> np.ndarray:
+        """Returns the distribution before the first pull, (num_envs, V, CELLS)."""
+        shape = (num_envs, len(self.transition), CELLS)
         return np.full(shape, 1 / (shape[1] * CELLS), np.float32)
 
     def after(self, posterior: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """The posterior of the next pull's p.
+        """Returns the posterior of p at the next pull.
 
         Args:
-            posterior: (N, V, CELLS) of this pull's p.
-            first: (N,) bool, the first arm paid, or the second did not.
+            posterior: (N, V, CELLS), of p at this pull.
+            first: (N,) bool, the first arm was rewarded, or the second was not.
         """
         p = GRID.astype(np.float32)
         posterior = posterior * np.where(first[:, None, None], p, 1 - p)
         posterior /= posterior.sum(axis=(1, 2), keepdims=True)
-        return np.asarray((posterior[:, :, None] @ self.moves)[:, :, 0])
+        return np.asarray((posterior[:, :, None] @ self.transition)[:, :, 0])
 
     def mean(self, posterior: np.ndarray) -> np.ndarray:
-        """(N,) expected p."""
+        """Returns the mean of p (N,)."""
         return np.asarray(posterior.sum(axis=1) @ GRID)
 
 
-def _moves(volatility: float) -> np.ndarray:
-    # (from, to) chances of a step: a finely cut Gaussian around each cell, folded into [0, 1].
+def _transition(volatility: float) -> np.ndarray:
+    # (from, to), a finely discretized Gaussian around each cell, reflected into [0, 1].
     offset = np.linspace(-5, 5, 1001)
     weight = np.exp(-(offset**2) / 2)
     folded = np.abs(GRID[:, None] + volatility * offset) % 2
     cell = np.minimum((np.minimum(folded, 2 - folded) * CELLS).astype(np.int64), CELLS - 1)
-    moves = np.zeros((CELLS, CELLS))
-    np.add.at(moves, (np.arange(CELLS)[:, None], cell), weight / weight.sum())
-    return moves
+    transition = np.zeros((CELLS, CELLS))
+    np.add.at(transition, (np.arange(CELLS)[:, None], cell), weight / weight.sum())
+    return transition
 
 
 @lru_cache(maxsize=16)
 def filter_return(
     pulls: int, volatility: tuple[float, ...], trials: int = 10_000, seed: int = 0
 ) -> float:
-    """Return of playing the filter's larger mean; its error is about 0.05 at 100 pulls."""
+    """Estimates the Bayes-optimal return, with an error of about 0.05 at 100 pulls."""
     rng, model = np.random.default_rng(seed), DriftFilter(volatility)
-    chance = drift(rng.choice(volatility, trials), pulls, rng)
+    reward_prob = drift(rng.choice(volatility, trials), pulls, rng)
     posterior, total = model.prior(trials), 0.0
-    for p in chance.T:
+    for p in reward_prob.T:
         total += float(np.where(model.mean(posterior) >= 0.5, p, 1 - p).mean())
         posterior = model.after(posterior, rng.random(trials) < p)
     return total
 
 
-def thompson_return(chance: np.ndarray, volatility: float, rng: np.random.Generator) -> float:
-    """Mean return over drifts (N, pulls) of sampling p from a filter of one volatility."""
+def thompson_return(reward_prob: np.ndarray, volatility: float, rng: np.random.Generator) -> float:
+    """Returns the mean return over drifts of Thompson sampling from a filter of one volatility."""
     model, total = DriftFilter((volatility,)), 0.0
-    posterior = model.prior(len(chance))
-    for p in chance.T:
-        reached = posterior[:, 0].cumsum(axis=1) < rng.random((len(chance), 1))
-        sampled = GRID[np.minimum(reached.sum(axis=1), CELLS - 1)]
+    posterior = model.prior(len(reward_prob))
+    for p in reward_prob.T:
+        passed = posterior[:, 0].cumsum(axis=1) < rng.random((len(reward_prob), 1))
+        sampled = GRID[np.minimum(passed.sum(axis=1), CELLS - 1)]
         total += float(np.where(sampled >= 0.5, p, 1 - p).mean())
-        posterior = model.after(posterior, rng.random(len(chance)) < p)
+        posterior = model.after(posterior, rng.random(len(reward_prob)) < p)
     return total
 
 
-def ucb_return(chance: np.ndarray, rng: np.random.Generator, chi: float = 1.0) -> float:
-    """Mean return over drifts of UCB with the bonus sqrt(chi log n / n_i), as Wang et al. 2016."""
-    rows, total = np.arange(len(chance)), 0.0
-    wins, pulled = np.zeros((2, len(chance), 2))
-    for t, p in enumerate(chance.T):
+def ucb_return(reward_prob: np.ndarray, rng: np.random.Generator, chi: float = 1.0) -> float:
+    """Returns the mean return over drifts of UCB with Wang et al.'s bonus sqrt(chi log n / n_i)."""
+    rows, total = np.arange(len(reward_prob)), 0.0
+    wins, pulled = np.zeros((2, len(reward_prob), 2))
+    for t, p in enumerate(reward_prob.T):
         tried = np.maximum(pulled, 1)
         index = wins / tried + np.sqrt(chi * np.log(max(t, 1)) / tried)
         arm = np.where(pulled > 0, index, np.inf).argmax(axis=1)
-        pays = np.where(arm == 0, p, 1 - p)
-        total += float(pays.mean())
-        wins[rows, arm] += rng.random(len(chance)) < pays
+        p_arm = np.where(arm == 0, p, 1 - p)
+        total += float(p_arm.mean())
+        wins[rows, arm] += rng.random(len(reward_prob)) < p_arm
         pulled[rows, arm] += 1
     return total
 
 
 def rescorla_wagner_return(
-    chance: np.ndarray, rng: np.random.Generator, alpha: float = 0.5, beta: float = 10.0
+    reward_prob: np.ndarray, rng: np.random.Generator, alpha: float = 0.5, beta: float = 10.0
 ) -> float:
-    """Mean return over drifts of values learned at the rate alpha, chosen from by softmax.
+    """Returns the mean return over drifts of Rescorla and Wagner's rule with a softmax policy.
 
-    0.5 is the best fixed rate in Wang et al. 2016.
+    The learning rate alpha = 0.5 is the best fixed one in Wang et al. 2016.
     """
-    rows, total = np.arange(len(chance)), 0.0
-    value = np.full((len(chance), 2), 0.5)
-    for p in chance.T:
+    rows, total = np.arange(len(reward_prob)), 0.0
+    value = np.full((len(reward_prob), 2), 0.5)
+    for p in reward_prob.T:
         first = 1 / (1 + np.exp(beta * (value[:, 1] - value[:, 0])))
-        arm = (rng.random(len(chance)) >= first).astype(np.int64)
-        pays = np.where(arm == 0, p, 1 - p)
-        total += float(pays.mean())
-        won = rng.random(len(chance)) < pays
+        arm = (rng.random(len(reward_prob)) >= first).astype(np.int64)
+        p_arm = np.where(arm == 0, p, 1 - p)
+        total += float(p_arm.mean())
+        won = rng.random(len(reward_prob)) < p_arm
         value[rows, arm] += alpha * (won - value[rows, arm])
     return total

@@ -1,4 +1,4 @@
-"""Random tabular MDPs: which states pay, and how to get there, both unknown.
+"""Random tabular MDPs with unknown transitions and rewards.
 
 The setting of RL^2's table 2 (Duan et al. 2016, arXiv:1611.02779).
 """
@@ -15,16 +15,16 @@ from dmrl_ray.config.schema import Number, Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import Array, Reference, Split, Task
 
-from .memory import RememberingVectorEnv
+from .belief import BeliefVectorEnv
 from .tabular_oracle import ACTIONS, HORIZON, STATES, optimistic_action, plan, random_return
 
 
-class TabularMDPVectorEnv(RememberingVectorEnv):
-    """Columns of MDPs that all start in state 0.
+class TabularMDPVectorEnv(BeliefVectorEnv):
+    """MDPs that start in state 0.
 
     * Observation: (10,) the state, one-hot.
     * Action: one of 5.
-    * Reward: the state's and action's mean plus standard normal noise.
+    * Reward: the mean for the state and action plus standard normal noise.
     * End: terminated after 10 steps; the horizon is part of the problem.
     """
 
@@ -33,124 +33,122 @@ class TabularMDPVectorEnv(RememberingVectorEnv):
         "reward_mean",
         "next_cumulative",
         "next_reward_mean",
-        "waiting",
-        "cell",
+        "params_changed",
+        "state",
         "t",
     )
-    memory_fields: ClassVar[tuple[str, ...]] = ("seen", "earned", "steps")
+    belief_fields: ClassVar[tuple[str, ...]] = ("transition_count", "reward_sum", "trial_t")
 
     def __init__(self, num_envs: int, episodes: Number = 1):
         super().__init__(num_envs, Box(0.0, 1.0, (STATES,), np.float32), Discrete(ACTIONS))
-        self.trial_steps = episodes * HORIZON
-        # P(next state <= i) without the last i, where it is 1: one row per state and action.
+        self.max_trial_steps = episodes * HORIZON
+        # P(next state <= i) for all i but the last, where it is 1; one row per state and action.
         uniform = np.arange(1, STATES) / STATES
         self.cumulative = np.tile(uniform.astype(np.float32), (num_envs, STATES * ACTIONS, 1))
         self.reward_mean = np.zeros((num_envs, STATES * ACTIONS))
         self.next_cumulative = self.cumulative.copy()
         self.next_reward_mean = self.reward_mean.copy()
-        self.waiting = np.zeros(num_envs, np.bool_)
-        self.cell = np.zeros(num_envs, np.int64)
+        self.params_changed = np.zeros(num_envs, np.bool_)
+        self.state = np.zeros(num_envs, np.int64)
         self.t = np.zeros(num_envs, np.int64)
-        # What the present tasks have shown: transitions, sums of rewards, steps in all.
-        self.seen = np.zeros((num_envs, STATES * ACTIONS, STATES), np.float32)
-        self.earned = np.zeros((num_envs, STATES * ACTIONS), np.float32)
-        self.steps = np.zeros(num_envs, np.int64)
-        self._columns = np.arange(num_envs)
+        self.transition_count = np.zeros((num_envs, STATES * ACTIONS, STATES), np.float32)
+        self.reward_sum = np.zeros((num_envs, STATES * ACTIONS), np.float32)
+        self.trial_t = np.zeros(num_envs, np.int64)
         self._one_hot = np.eye(STATES, dtype=np.float32)
         self._ones = np.ones(STATES - 1, np.float32)
         self._first_row = np.arange(num_envs) * STATES * ACTIONS
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         super().set_tasks(tasks)
         shape = self.cumulative.shape
         transition = np.array([task.params["transition"] for task in tasks])
         np.cumsum(transition[..., :-1].reshape(shape), axis=-1, out=self.next_cumulative)
         reward_mean = np.array([task.params["reward_mean"] for task in tasks])
         self.next_reward_mean[:] = reward_mean.reshape(shape[:2])
-        self.waiting[:] = True
+        self.params_changed[:] = True
 
-    def begin(self, columns: np.ndarray) -> None:
-        """Put these columns into the first state."""
-        super().begin(columns)
-        changed = columns[self.waiting[columns]]
+    def begin(self, env_ids: np.ndarray) -> None:
+        """Starts episodes in state 0."""
+        super().begin(env_ids)
+        changed = env_ids[self.params_changed[env_ids]]
         if len(changed):
             self.cumulative[changed] = self.next_cumulative[changed]
             self.reward_mean[changed] = self.next_reward_mean[changed]
-            self.waiting[changed] = False
-        self.cell[columns] = 0
-        self.t[columns] = 0
+            self.params_changed[changed] = False
+        self.state[env_ids] = 0
+        self.t[env_ids] = 0
 
-    def forget(self, columns: np.ndarray) -> None:
-        """No steps of these columns are known."""
-        self.seen[columns] = 0.0
-        self.earned[columns] = 0.0
-        self.steps[columns] = 0
+    def reset_belief(self, env_ids: np.ndarray) -> None:
+        """Sets the counts and sums to zero."""
+        self.transition_count[env_ids] = 0.0
+        self.reward_sum[env_ids] = 0.0
+        self.trial_t[env_ids] = 0
 
     def observe(self) -> np.ndarray:
-        """(B, 10) one-hot states."""
-        return self._one_hot.take(self.cell, axis=0)
+        """Returns one-hot states (B, 10)."""
+        return self._one_hot.take(self.state, axis=0)
 
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One transition of every column."""
-        pair = self.cell * ACTIONS + actions
+        """Samples one transition of every environment."""
+        pair = self.state * ACTIONS + actions
         row = self._first_row + pair
         noise = self.np_random.standard_normal(self.num_envs)
         reward = (self.reward_mean.ravel().take(row) + noise).astype(np.float32)
         cumulative = self.cumulative.reshape(-1, STATES - 1).take(row, axis=0)
-        chance = self.np_random.random((self.num_envs, 1), dtype=np.float32)
+        uniform = self.np_random.random((self.num_envs, 1), dtype=np.float32)
         # A product counts the passed thresholds three times as fast as a sum of booleans.
-        passed = (chance >= cumulative).astype(np.float32) @ self._ones
-        self.cell = passed.astype(np.int64)
-        if self.remembers:
-            self.seen[self._columns, pair, self.cell] += 1
-            self.earned[self._columns, pair] += reward
-            self.steps += 1
+        passed = (uniform >= cumulative).astype(np.float32) @ self._ones
+        self.state = passed.astype(np.int64)
+        if self.tracks_belief:
+            self.transition_count[self.env_ids, pair, self.state] += 1
+            self.reward_sum[self.env_ids, pair] += reward
+            self.trial_t += 1
         self.t += 1
         terminated = self.t >= HORIZON
         obs, infos = self.auto_reset(self.observe(), terminated)
         return obs, reward, terminated, np.zeros(self.num_envs, np.bool_), infos
 
     def belief(self) -> np.ndarray:
-        """(B, 601) posterior means of the transitions and of the rewards, the visits of each state
-        and action on a log scale, and the share of the trial's steps done."""
-        visits = self.seen.sum(axis=-1)
-        transition = (self.seen + 1) / (visits + STATES)[..., None]
-        reward_mean = (self.earned + 1) / (visits + 1)
-        count = np.log1p(visits) / np.log1p(self.trial_steps)
-        done = (self.steps / self.trial_steps)[:, None]
+        """Returns posterior means of transitions and rewards, log-scaled visits, time, (B, 601)."""
+        visits = self.transition_count.sum(axis=-1)
+        transition = (self.transition_count + 1) / (visits + STATES)[..., None]
+        reward_mean = (self.reward_sum + 1) / (visits + 1)
+        count = np.log1p(visits) / np.log1p(self.max_trial_steps)
+        done = (self.trial_t / self.max_trial_steps)[:, None]
         parts = [transition.reshape(self.num_envs, -1), reward_mean, count, done]
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
     def expert_action(self) -> np.ndarray:
-        """(B,) actions of a plan in the mean MDP with a bonus for what is little known.
+        """Returns the actions of `optimistic_action` (B,).
 
-        The best rule known that is fair: see `optimistic_action`. A Bayes-optimal one is not
-        tractable.
+        It is the best known policy without access to the MDP; the Bayes-optimal one is intractable.
         """
-        left = np.maximum(self.trial_steps - self.steps, HORIZON - self.t)
-        return optimistic_action(self.seen, self.earned, self.cell, self.t, left)
+        steps_left = np.maximum(self.max_trial_steps - self.trial_t, HORIZON - self.t)
+        return optimistic_action(
+            self.transition_count, self.reward_sum, self.state, self.t, steps_left
+        )
 
     def render(self) -> Array:
-        """Mean rewards by state (across) and action, red to green; the state's column framed."""
+        """Draws mean rewards by state (across) and action, red to green; the state is framed."""
         mean = np.clip(self.reward_mean[0].reshape(STATES, ACTIONS).T / 4 + 0.25, 0, 1)
         image = np.stack([255 * (1 - mean), 255 * mean, np.full_like(mean, 60)], axis=-1)
         image = image.repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
-        left = 8 * int(self.cell[0])
+        left = 8 * int(self.state[0])
         image[:, [left, left + 7]] = 255
         return image
 
 
 class TabularMDP(TaskDistribution):
-    """Transitions from a flat Dirichlet, mean rewards from N(1, 1); every split has its own."""
+    """Transitions from a flat Dirichlet, mean rewards from N(1, 1), sampled for each split."""
 
     class Config(Settings):
-        """Length of the trials."""
+        """The length of trials."""
 
         episodes: Number = 10
-        """Episodes in a trial (n)."""
+        """The number of episodes in a trial (n)."""
 
     family = "tabular_mdp"
 
@@ -162,11 +160,11 @@ class TabularMDP(TaskDistribution):
         self.episodes_per_trial = config.episodes
 
     def make_vec(self, num_envs: int) -> TabularMDPVectorEnv:
-        """A vector environment whose columns play MDPs."""
+        """Returns a vector environment of MDPs."""
         return TabularMDPVectorEnv(num_envs, self.config.episodes)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n MDPs of a split."""
+        """Samples n MDPs of a split."""
         stream = split_stream(rng, split)
         reward_mean = stream.normal(1.0, 1.0, (n, STATES, ACTIONS))
         transition = stream.standard_exponential((n, STATES, ACTIONS, STATES), dtype=np.float32)
@@ -176,7 +174,7 @@ class TabularMDP(TaskDistribution):
         )
 
     def reference(self, task: Task) -> Reference:
-        """The oracle knows the MDP."""
+        """Returns the random return and that of an oracle that knows the MDP."""
         transition = np.asarray(task.params["transition"])
         reward_mean = np.asarray(task.params["reward_mean"])
         episodes = self.config.episodes
@@ -187,7 +185,7 @@ class TabularMDP(TaskDistribution):
 
 
 def psrl_return(episodes: int, trials: int, rng: np.random.Generator) -> np.ndarray:
-    """(trials,) returns of posterior sampling, which plans once per episode.
+    """Simulates posterior sampling, which plans once per episode; returns the returns (trials,).
 
     Its prior is the true one: Dirichlet(1) transitions, N(1, 1) mean rewards, unit noise.
     Source: Osband et al., "(More) efficient reinforcement learning via posterior sampling", 2013.
@@ -203,16 +201,16 @@ def psrl_return(episodes: int, trials: int, rng: np.random.Generator) -> np.ndar
     rows = np.arange(trials)
     for _ in range(episodes):
         count = alpha.sum(axis=-1) - STATES + 1  # the prior counts as one reward of 1
-        believed = reward_sum / count + rng.standard_normal(count.shape) / np.sqrt(count)
+        sampled_mean = reward_sum / count + rng.standard_normal(count.shape) / np.sqrt(count)
         transition = rng.standard_gamma(alpha)
         transition /= transition.sum(axis=-1, keepdims=True)
-        policy, _ = plan(transition, believed)
+        policy, _ = plan(transition, sampled_mean)
         for t in range(HORIZON):
-            state = env.cell.copy()
+            state = env.state.copy()
             action = policy[t, rows, state]
             obs, reward, terminated, _, infos = env.step(action)
-            following = (infos["final_obs"] if terminated[0] else obs).argmax(axis=1)
-            alpha[rows, state, action, following] += 1
+            next_state = (infos["final_obs"] if terminated[0] else obs).argmax(axis=1)
+            alpha[rows, state, action, next_state] += 1
             reward_sum[rows, state, action] += reward
             total += reward
     return total

@@ -1,6 +1,7 @@
-"""A choice that leads to one of two places, of which one pays: does the agent know the way?
+"""The two-step task: does an agent use the transition model, or only repeat rewarded choices?
 
-The two-step task of Wang et al. 2016 (arXiv:1611.05763, sec. 3.2.1), after Daw et al. 2011, with
+A choice in the first stage leads to one of two second-stage states, of which one is rewarded more
+often. The task of Wang et al. 2016 (arXiv:1611.05763, sec. 3.2.1), after Daw et al. 2011, with
 the reversals within a trial of Wang et al. 2018 (doi:10.1038/s41593-018-0147-8).
 """
 
@@ -19,132 +20,131 @@ from dmrl_ray.config.schema import Number, Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.types import SPLITS, Array, Reference, Split, Task
 
-from .memory import RememberingVectorEnv
+from .belief import BeliefVectorEnv
 
 COMMON = 0.75
-"""Chance that action 0 leads to the first place, and action 1 to the second."""
+"""The probability of the common transition: of action 0 to second-stage state 0, of 1 to 1."""
 
 HIGH = 0.9
-"""Chance of a reward at the better place; 1 - HIGH at the other."""
+"""The reward probability in the better second-stage state; 1 - HIGH in the other."""
 
 
-class TwoStepVectorEnv(RememberingVectorEnv):
-    """Columns that choose, arrive, are paid, and choose again.
+class TwoStepVectorEnv(BeliefVectorEnv):
+    """Two-step tasks.
 
-    * Observation: (3,) one-hot: the choice, the first place, the second place.
-    * Action: 0 or 1 at the choice; of no effect at a place.
-    * Reward: 0 for a choice; at a place 1 with its chance, else 0.
+    * Observation: (3,) one-hot: the first stage, either of the two second-stage states.
+    * Action: 0 or 1 in the first stage; no effect in the second.
+    * Reward: 0 in the first stage; in the second 1 with the state's reward probability, else 0.
     * End: terminated after `rounds` choices, each of two steps.
     """
 
-    state_fields: ClassVar[tuple[str, ...]] = ("better", "next_better", "place", "t")
-    memory_fields: ClassVar[tuple[str, ...]] = ("posterior",)
+    state_fields: ClassVar[tuple[str, ...]] = ("better", "next_better", "state", "t")
+    belief_fields: ClassVar[tuple[str, ...]] = ("posterior",)
 
     def __init__(self, num_envs: int, rounds: int, reversal: float):
         super().__init__(num_envs, Box(0.0, 1.0, (3,), np.float32), Discrete(2))
         self.rounds = rounds
         self.reversal = reversal
-        self.better = np.zeros((num_envs, rounds), np.int64)  # place, round by round
+        self.better = np.zeros((num_envs, rounds), np.int64)  # second-stage state in each round
         self.next_better = self.better.copy()
-        self.place = np.zeros(num_envs, np.int64)  # 0 the choice, 1 and 2 the places
+        self.state = np.zeros(num_envs, np.int64)  # 0 first stage, 1 and 2 second stage
         self.t = np.zeros(num_envs, np.int64)
-        # (B, 2, 2): which place is better in the first round, and in the present one.
+        # (B, 2, 2), joint over which state is better in the first round and in the current one.
         self.posterior = np.tile(np.eye(2) / 2, (num_envs, 1, 1))
-        self._columns = np.arange(num_envs)
         self._one_hot = np.eye(3, dtype=np.float32)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
         super().set_tasks(tasks)
         self.next_better[:] = [task.params["better"] for task in tasks]
 
-    def begin(self, columns: np.ndarray) -> None:
-        """Put these columns at the first choice."""
-        if self.remembers:  # What was better in the first round is so again.
-            self.posterior[columns] = np.eye(2) * self.posterior[columns].sum(axis=2)[..., None]
-        super().begin(columns)
-        self.better[columns] = self.next_better[columns]
-        self.place[columns] = 0
-        self.t[columns] = 0
+    def begin(self, env_ids: np.ndarray) -> None:
+        """Starts episodes at the first choice."""
+        if self.tracks_belief:  # The state that was better in the first round is so again.
+            self.posterior[env_ids] = np.eye(2) * self.posterior[env_ids].sum(axis=2)[..., None]
+        super().begin(env_ids)
+        self.better[env_ids] = self.next_better[env_ids]
+        self.state[env_ids] = 0
+        self.t[env_ids] = 0
 
-    def forget(self, columns: np.ndarray) -> None:
-        """Either place may be the better one in these columns."""
-        self.posterior[columns] = np.eye(2) / 2
+    def reset_belief(self, env_ids: np.ndarray) -> None:
+        """Sets both second-stage states to the same probability of being better."""
+        self.posterior[env_ids] = np.eye(2) / 2
 
     def observe(self) -> np.ndarray:
-        """(B, 3) one-hot: the choice or a place."""
-        return self._one_hot.take(self.place, axis=0)
+        """Returns one-hot states (B, 3)."""
+        return self._one_hot.take(self.state, axis=0)
 
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Choose, or be paid."""
-        draw, chooses = self.np_random.random(self.num_envs), self.place == 0
-        better = self.better[self._columns, self.t // 2]
-        chance = np.where(self.place - 1 == better, HIGH, 1 - HIGH)
-        reward = (~chooses & (draw < chance)).astype(np.float32)
-        if self.remembers:
-            self._learn(np.flatnonzero(~chooses), reward > 0)
-        arrives = 1 + np.where(draw < COMMON, actions, 1 - actions)
-        self.place = np.where(chooses, arrives, 0)
+        """Makes a choice in the first stage, or samples a reward in the second."""
+        uniform, first_stage = self.np_random.random(self.num_envs), self.state == 0
+        better = self.better[self.env_ids, self.t // 2]
+        reward_prob = np.where(self.state - 1 == better, HIGH, 1 - HIGH)
+        reward = (~first_stage & (uniform < reward_prob)).astype(np.float32)
+        if self.tracks_belief:
+            self._update_belief(np.flatnonzero(~first_stage), reward > 0)
+        second_state = 1 + np.where(uniform < COMMON, actions, 1 - actions)
+        self.state = np.where(first_stage, second_state, 0)
         self.t += 1
         terminated = self.t >= 2 * self.rounds
         obs, infos = self.auto_reset(self.observe(), terminated)
         return obs, reward, terminated, np.zeros(self.num_envs, np.bool_), infos
 
-    def _learn(self, columns: np.ndarray, paid: np.ndarray) -> None:
-        # A reward speaks for the place, its absence for the other.
-        favoured = np.where(paid[columns], self.place[columns] - 1, 2 - self.place[columns])
-        likelihood = np.where(np.arange(2) == favoured[:, None], HIGH, 1 - HIGH)
-        joint = self.posterior[columns] * likelihood[:, None]
+    def _update_belief(self, env_ids: np.ndarray, rewarded: np.ndarray) -> None:
+        # A reward is evidence for the state, its absence for the other one.
+        state = self.state[env_ids]
+        favored = np.where(rewarded[env_ids], state - 1, 2 - state)
+        likelihood = np.where(np.arange(2) == favored[:, None], HIGH, 1 - HIGH)
+        joint = self.posterior[env_ids] * likelihood[:, None]
         joint /= joint.sum(axis=(1, 2), keepdims=True)
-        self.posterior[columns] = joint + self.reversal * (joint[..., ::-1] - joint)
+        self.posterior[env_ids] = joint + self.reversal * (joint[..., ::-1] - joint)
 
     def belief(self) -> np.ndarray:
-        """(B, 3) the chance that the first place is the better one in this round, the same for the
-        first round, and the share of the steps done."""
+        """Returns the probabilities that state 0 is better now and in round 0, and time, (B, 3)."""
         done = self.t / (2 * self.rounds)
         now, start = self.posterior.sum(axis=1)[:, 0], self.posterior.sum(axis=2)[:, 0]
         return np.stack([now, start, done], axis=1).astype(np.float32)
 
     def expert_action(self) -> np.ndarray:
-        """(B,) the choice that commonly leads to the likelier place; 0 at a place.
+        """Returns the choices (B,) whose common transition leads to the state more likely better.
 
-        Bayes-optimal: either place tells the same about which of them is the better one.
+        Bayes-optimal, as both states are equally informative. In the second stage it is 0.
         """
-        likelier = self.posterior.sum(axis=1).argmax(axis=1)
-        return np.where(self.place == 0, likelier, 0)
+        choice = self.posterior.sum(axis=1).argmax(axis=1)
+        return np.where(self.state == 0, choice, 0)
 
     def render(self) -> Array:
-        """The choice below, the places above; the better one green, the agent's black."""
+        """Draws the second stage above the first; the better state green, the agent's black."""
         image = np.full((2, 4, 3), 255, np.uint8)
         image[0, [0, 3]] = (200, 200, 200)
         current = min(int(self.t[0]) // 2, self.rounds - 1)
         image[0, 3 * self.better[0, current]] = (40, 160, 60)
-        at = [(1, 1), (0, 0), (0, 3)][self.place[0]]
-        image[at] = (0, 0, 0)
+        position = [(1, 1), (0, 0), (0, 3)][self.state[0]]
+        image[position] = (0, 0, 0)
         return image.repeat(8, axis=0).repeat(8, axis=1)
 
 
 class TwoStep(TaskDistribution):
-    """Which place is better, round by round; every split has its own draws.
+    """Sequences of the better second-stage state, sampled separately for each split.
 
-    Where reversals are rare the same sequences are drawn in several splits: there are two without
-    any. By default nothing is held out.
+    Where reversals are rare, splits share sequences: there are only two without a reversal. By
+    default none is held out.
     """
 
     class Config(Settings):
-        """Length of the trials, how often the places change roles and what is held out."""
+        """The length of trials, the probability of reversals and the held-out sequences."""
 
         rounds: Number = 100
-        """Choices in a trial, each of two steps; one episode."""
+        """The number of choices in a trial, each of two steps; a trial is one episode."""
 
         reversal: float = Field(default=0.025, ge=0, le=0.5)
-        """Chance that the places change roles after a round; 0 as in Wang et al. 2016."""
+        """The probability of a reversal of the two states after a round; 0 in Wang et al. 2016."""
 
         held_out: float = Field(default=0.0, ge=0, le=0.4)
-        """Share of the sequences kept for the validation split, and as many others for the test
-        split, told apart by their ids; 0 lets every split draw from all of them."""
+        """The fraction of sequences held out for validation, and as many others for test, by the
+        hash of their ids; with 0 splits share all sequences."""
 
     family = "two_step"
 
@@ -156,120 +156,132 @@ class TwoStep(TaskDistribution):
         self._references: dict[Split, Reference] = {}
         self.task_bytes = 8 * config.rounds
         if config.held_out:
-            rng, parts = np.random.default_rng(0), Counter[str]()
-            for _ in range(100):  # Few at a time, and no more than it takes: they may be long.
-                parts.update(self._part(task) for task in self._draw(rng, 10, "train"))
-                if all(parts[split] >= 10 for split in SPLITS):
+            rng, sizes = np.random.default_rng(0), Counter[str]()
+            for _ in range(100):  # Few at a time, as sequences may be long.
+                sizes.update(self._split_of(task) for task in self._sample_any(rng, 10, "train"))
+                if all(sizes[split] >= 10 for split in SPLITS):
                     break
             else:
                 raise ValueError(
-                    f"tasks.held_out: {config.rounds} rounds with reversal {config.reversal:g} are "
-                    "nearly always one of too few sequences to be split; use 0, or more reversals"
+                    f"tasks.held_out: {config.rounds} rounds with reversal {config.reversal:g} "
+                    "have too few sequences to be split; use 0, or more reversals"
                 )
 
     def make_vec(self, num_envs: int) -> TwoStepVectorEnv:
-        """A vector environment whose columns play two-step tasks."""
+        """Returns a vector environment of two-step tasks."""
         return TwoStepVectorEnv(num_envs, self.config.rounds, self.config.reversal)
 
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n sequences of the better place of a split."""
+        """Samples n sequences of a split."""
         stream = split_stream(rng, split)
-        tasks = self._draw(stream, n, split)
+        tasks = self._sample_any(stream, n, split)
         if not self.config.held_out:
             return tasks
-        mine: list[Task] = []
-        while len(mine) < n:
-            mine += [task for task in tasks if self._part(task) == split]
-            tasks = self._draw(stream, n, split)
-        return mine[:n]
+        of_split: list[Task] = []
+        while len(of_split) < n:
+            of_split += [task for task in tasks if self._split_of(task) == split]
+            tasks = self._sample_any(stream, n, split)
+        return of_split[:n]
 
-    def _draw(self, stream: np.random.Generator, n: int, split: Split) -> list[Task]:
+    def _sample_any(self, stream: np.random.Generator, n: int, split: Split) -> list[Task]:
         changes = stream.random((n, self.config.rounds)) < self.config.reversal
         changes[:, 0] = stream.random(n) < 0.5
         better = (np.cumsum(changes, axis=1) % 2).astype(np.float64)
         return make_tasks(self.family, split, {"better": better})
 
-    def _part(self, task: Task) -> Split:
-        """The split that a sequence is kept for: its id is as good as a random number."""
-        at, held_out = int(task.id, 16) / 2**64, self.config.held_out
-        return "validation" if at < held_out else "test" if at < 2 * held_out else "train"
+    def _split_of(self, task: Task) -> Split:
+        """Returns the split of a sequence, by its id as a uniform random number."""
+        uniform, held_out = int(task.id, 16) / 2**64, self.config.held_out
+        return "validation" if uniform < held_out else "test" if uniform < 2 * held_out else "train"
 
     def reference(self, task: Task) -> Reference:
-        """Both ends averaged over the task's split.
+        """Returns the reference returns averaged over the task's split.
 
-        The oracle knows the chances, not the places, and is Bayes-optimal where nothing is held
-        out. Where something is, it does not know which sequences the split has.
+        The oracle knows all probabilities but not the sequence. It is Bayes-optimal where nothing
+        is held out; otherwise it does not know which sequences the split has.
         """
         if task.split not in self._references:
             rounds, reversal = self.config.rounds, self.config.reversal
             if self.config.held_out:
-                drawn = self.sample(np.random.default_rng(0), 4000, task.split)
-                better = np.array([task.params["better"] for task in drawn])
+                sampled = self.sample(np.random.default_rng(0), 4000, task.split)
+                better = np.array([task.params["better"] for task in sampled])
                 oracle = filter_return(np.tile(better.T, 5), reversal)
             else:
                 oracle = bayes_return(rounds, reversal)
-            ends = Reference(np.array([0.5 * rounds]), np.array([oracle]))
-            self._references[task.split] = ends
+            reference = Reference(np.array([0.5 * rounds]), np.array([oracle]))
+            self._references[task.split] = reference
         return self._references[task.split]
 
 
 @lru_cache(maxsize=16)
 def bayes_return(rounds: int, reversal: float, trials: int = 20_000, seed: int = 0) -> float:
-    """The Bayes-optimal return of a trial, over simulated posteriors; its error is about 0.02.
+    """Estimates the Bayes-optimal return by simulated posteriors, with an error of about 0.02.
 
-    Whoever chooses, a round's reward speaks with chance `HIGH` for the place that is better.
+    Whatever the choice, a round is evidence for the better state with probability `HIGH`.
     """
     rng = np.random.default_rng(seed)
-    chance = np.full(trials, 0.5)  # that the first place is the better one
+    prob = np.full(trials, 0.5)  # that state 0 is better
     total = 0.0
     for _ in range(rounds):
-        reached = 0.5 + (2 * COMMON - 1) * np.abs(chance - 0.5)  # the better place, in expectation
+        reached = 0.5 + (2 * COMMON - 1) * np.abs(prob - 0.5)  # P(better state)
         total += float((1 - HIGH + (2 * HIGH - 1) * reached).mean())
-        speaks = rng.random(trials) < 1 - HIGH + (2 * HIGH - 1) * chance
-        chance = _after(chance, speaks, reversal)
+        evidence = rng.random(trials) < 1 - HIGH + (2 * HIGH - 1) * prob
+        prob = _posterior(prob, evidence, reversal)
     return total
 
 
 def filter_return(better: np.ndarray, reversal: float, seed: int = 0) -> float:
-    """The return of a trial by the rule that is Bayes-optimal for all sequences, on some of them.
+    """Estimates the return, on some sequences, of the policy that is Bayes-optimal over all.
 
     Args:
-        better: (rounds, N) the better place, 0 or 1.
-        reversal: chance that the places change roles, as the rule has it.
-        seed: of the rewards.
+        better: (rounds, N) the better state, 0 or 1.
+        reversal: the probability of a reversal that the policy assumes.
+        seed: the seed of the rewards.
     """
     rng = np.random.default_rng(seed)
-    chance = np.full(better.shape[1], 0.5)  # that the first place is the better one
+    prob = np.full(better.shape[1], 0.5)  # that state 0 is better
     total = 0.0
-    for place in better:
-        right = np.where(chance >= 0.5, 0, 1) == place
-        reached = np.where(right, COMMON, 1 - COMMON)  # the better place, in expectation
+    for state in better:
+        correct = np.where(prob >= 0.5, 0, 1) == state
+        reached = np.where(correct, COMMON, 1 - COMMON)  # P(better state)
         total += float((1 - HIGH + (2 * HIGH - 1) * reached).mean())
-        first = rng.random(len(chance)) < np.where(place == 0, HIGH, 1 - HIGH)
-        chance = _after(chance, first, reversal)
+        evidence = rng.random(len(prob)) < np.where(state == 0, HIGH, 1 - HIGH)
+        prob = _posterior(prob, evidence, reversal)
     return total
 
 
-def _after(chance: np.ndarray, speaks: np.ndarray, reversal: float) -> np.ndarray:
-    """The chance that the first place is better in the next round, after what speaks for it."""
-    likelihood = np.where(speaks, HIGH, 1 - HIGH)
-    chance = chance * likelihood / (chance * likelihood + (1 - chance) * (1 - likelihood))
-    return chance + reversal * (1 - 2 * chance)
-
-
-def stay_probabilities(choice: np.ndarray, place: np.ndarray, reward: np.ndarray) -> np.ndarray:
-    """(2, 2) how often a choice is repeated after a common or rare way (rows), unpaid or paid.
-
-    An agent that knows the way repeats it after common and paid, and after rare and unpaid; one
-    that does not looks at the reward alone.
+def _posterior(prob: np.ndarray, evidence: np.ndarray, reversal: float) -> np.ndarray:
+    """Returns the probability that state 0 is better in the next round.
 
     Args:
-        choice: (rounds, B) actions at the choice, 0 or 1.
-        place: (rounds, B) where they led, 0 or 1.
-        reward: (rounds, B) what was paid there.
+        prob: (N,) the same for this round.
+        evidence: (N,) bool, the outcome is evidence for state 0.
+        reversal: the probability of a reversal.
+    """
+    likelihood = np.where(evidence, HIGH, 1 - HIGH)
+    prob = prob * likelihood / (prob * likelihood + (1 - prob) * (1 - likelihood))
+    return prob + reversal * (1 - 2 * prob)
+
+
+def stay_probabilities(choice: np.ndarray, state: np.ndarray, reward: np.ndarray) -> np.ndarray:
+    """Returns how often a choice is repeated, by transition (common, rare) and reward (0, 1).
+
+    A model-based agent repeats a choice that was rewarded after a common transition or unrewarded
+    after a rare one; a model-free agent responds to the reward alone.
+
+    Args:
+        choice: (rounds, B) actions in the first stage, 0 or 1.
+        state: (rounds, B) second-stage states, 0 or 1.
+        reward: (rounds, B) rewards in the second stage.
+
+    Returns:
+        (2, 2) frequencies.
     """
     stays = choice[1:] == choice[:-1]
-    rare, paid = choice[:-1] != place[:-1], reward[:-1] > 0
+    rare, rewarded = choice[:-1] != state[:-1], reward[:-1] > 0
     return np.array(
-        [[stays[(rare == r) & (paid == p)].mean() for p in (False, True)] for r in (False, True)]
+        [
+            [stays[(rare == r) & (rewarded == w)].mean() for w in (False, True)]
+            for r in (False, True)
+        ]
     )

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 from dmrl_ray.config.schema import Settings
-from dmrl_ray.envs.memory import RememberingVectorEnv
+from dmrl_ray.envs.belief import BeliefVectorEnv
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
 from dmrl_ray.tasks.spaces import Packed
 from dmrl_ray.types import Array, Reference, Split, Task
@@ -32,8 +32,8 @@ SEEN = {
 ACTS = {"discrete": Discrete(3), "continuous": Box(-1.0, 1.0, (2,), np.float32)}
 
 
-class WalkVectorEnv(RememberingVectorEnv):
-    """Columns of walkers on a line.
+class WalkVectorEnv(BeliefVectorEnv):
+    """Walkers on a line.
 
     * Observation: place and time, as two numbers, a picture, or both and a third of the time.
     * Action: a step left, none or right; or two numbers whose mean is the step.
@@ -60,14 +60,14 @@ class WalkVectorEnv(RememberingVectorEnv):
         self.next_goal = np.array([task.params["goal"] for task in tasks])
         self.next_short = np.array([task.params["short"] for task in tasks])
 
-    def begin(self, columns: Array) -> None:
-        super().begin(columns)
-        self.place[columns], self.t[columns] = 0.0, 0
-        self.goal[columns], self.short[columns] = self.next_goal[columns], self.next_short[columns]
-        ends_early = self.np_random.random(len(columns)) < self.short[columns]
-        self.length[columns] = np.where(ends_early & self.varying, SHORT, LIMIT)
+    def begin(self, env_ids: Array) -> None:
+        super().begin(env_ids)
+        self.place[env_ids], self.t[env_ids] = 0.0, 0
+        self.goal[env_ids], self.short[env_ids] = self.next_goal[env_ids], self.next_short[env_ids]
+        ends_early = self.np_random.random(len(env_ids)) < self.short[env_ids]
+        self.length[env_ids] = np.where(ends_early & self.varying, SHORT, LIMIT)
 
-    def forget(self, columns: np.ndarray) -> None:
+    def reset_belief(self, env_ids: np.ndarray) -> None:
         pass
 
     def observe(self) -> np.ndarray:
@@ -76,7 +76,7 @@ class WalkVectorEnv(RememberingVectorEnv):
             return place
         picture = np.zeros((self.num_envs, 8, 8, 3), np.uint8)
         across = np.rint((self.place + REACH) / (2 * REACH) * 7).astype(int)
-        picture[self.everyone, np.minimum(self.t, 7), across] = 255
+        picture[self.env_ids, np.minimum(self.t, 7), across] = 255
         if self.seen == "picture":
             return picture
         parts = {"place": place, "picture": picture, "third": self.t % 3}
@@ -198,9 +198,9 @@ class LazyWalk(Walk):
 class NoisyVectorEnv(WalkVectorEnv):
     """Rewards of 1 and noise, whatever is done, for 300 steps."""
 
-    def begin(self, columns: Array) -> None:
-        super().begin(columns)
-        self.length[columns] = 300
+    def begin(self, env_ids: Array) -> None:
+        super().begin(env_ids)
+        self.length[env_ids] = 300
 
     def observe(self) -> np.ndarray:
         return np.zeros((self.num_envs, 2), np.float32)
@@ -210,7 +210,7 @@ class NoisyVectorEnv(WalkVectorEnv):
         reward = (1 + self.np_random.standard_normal(self.num_envs)).astype(np.float32)
         truncated = self.t >= self.length
         obs, infos = self.auto_reset(self.observe(), truncated)
-        return obs, reward, self.never, truncated, infos
+        return obs, reward, self.all_false, truncated, infos
 
 
 class NoisyWalk(Walk):

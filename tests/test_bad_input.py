@@ -249,7 +249,7 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}
         ),
         (
             ["algorithm={type: dagger}", "network.encoder=gru", MANY_PULLS],
-            ["algorithm.type: ", "expert_action", "leaves out (an index table is for at most"],
+            ["algorithm.type: ", "expert_action", "leaves out (Gittins indices are limited to"],
         ),
         (
             ["tasks={type: observe, of: {type: gym, id: CartPole-v1}}"],
@@ -374,9 +374,9 @@ def test_a_gpu_that_is_not_there_is_found_before_the_run_begins(monkeypatch):
     [
         ("init", ["__init__ raised TypeError: no map (", "family.py, line "]),
         ("reset", ["reset raised KeyError: 'no goal' (", "family.py, line 12)"]),
-        ("shape", ["reset returned observations of shape (3, 1)", "asks for (3, 2)"]),
+        ("shape", ["reset returned observations of shape (3, 1)", "requires (3, 2)"]),
         ("type", ["reset returned observations of", "type float64", "float32"]),
-        ("four", ["the answer of step cannot be used", "expected 5, got 4"]),
+        ("four", ["the return value of step is invalid", "expected 5, got 4"]),
         ("sample", ["sample raised IndexError: no more goals (", "family.py, line "]),
         ("state", ["get_state raised AttributeError: velocity (", "family.py, line "]),
     ],
@@ -393,7 +393,7 @@ def test_a_family_that_is_broken_from_the_start_is_found_before_the_run_begins(f
         ("inf", ["reward of environment 2 at step ", " is inf, on task "]),
         ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 28)"]),
         ("late reset", ["step raised KeyError: 'no goal' (", "family.py, line 12)"]),
-        ("late shape", ["the answer of step cannot be used", "(8, 1) instead of (8, 2)"]),
+        ("late shape", ["the return value of step is invalid", "(8, 1) instead of (8, 2)"]),
     ],
 )
 def test_a_family_that_breaks_later_ends_the_run_and_loses_no_commit(fault, parts):
@@ -410,7 +410,7 @@ def test_a_family_that_breaks_later_ends_the_run_and_loses_no_commit(fault, part
 @pytest.mark.parametrize(
     ("fault", "parts"),
     [
-        ("final", ["the answer of step cannot be used (KeyError: 'final_obs')"]),
+        ("final", ["the return value of step is invalid (KeyError: 'final_obs')"]),
         ("few", ["sample must return ", "make_tasks"]),
         ("reference", ["reference raised FileNotFoundError: table.npz (", "family.py, line "]),
         ("never ends", ["has not ended after 20 steps", "max_episode_steps, which is 20"]),

@@ -40,7 +40,7 @@ from dmrl_ray.config.schema import (
 from dmrl_ray.control import controller
 from dmrl_ray.control.checks import check
 from dmrl_ray.data.sources import RLLIB_COLUMNS, DataSettings
-from dmrl_ray.envs.gym_env import Choices, Ends
+from dmrl_ray.envs.gym_env import Choices, ReferenceReturns
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.decoder import TrialDecoder
@@ -272,7 +272,7 @@ def family_sections() -> Iterator[Section]:
     values = {"choices": [[-1, -0.5, 0, 0.25, 1]]}
     yield Section("choices of gym", Choices, "tasks.vary.goal", config, values)
     config = tiny(tasks={**VARIED, "reference": {"random": 0.0, "oracle": 5.0}})
-    yield Section("reference of gym", Ends, "tasks.reference", config)
+    yield Section("reference of gym", ReferenceReturns, "tasks.reference", config)
 
 
 # Data.

@@ -1,4 +1,4 @@
-"""Observations with named parts, and a critic that sees more than the actor."""
+"""Observations with named parts, and a critic that observes more than the actor."""
 
 import numpy as np
 import pytest
@@ -21,19 +21,19 @@ OBS = {
 }
 
 
-def test_parts_lie_side_by_side_each_on_its_scale():
+def test_parts_are_concatenated_each_on_its_scale():
     expected = [0.0, 0.2, 0.4, 1.0, 0.5, -2.0, 7.0, 1.0, 0.0, 0.0, 1.0]
     np.testing.assert_allclose(SPACE.pack(OBS)[0], expected, rtol=1e-6)
 
 
-def test_a_part_is_found_again_by_name_in_its_shape():
+def test_a_part_is_returned_by_name_in_its_shape():
     packed = torch.from_numpy(SPACE.pack(OBS)).expand(4, 5, -1)
     assert SPACE.part(packed, "picture").shape == (4, 5, 2, 2, 1)
     assert SPACE.part(packed, "speed")[3, 2].tolist() == [0.5, -2.0]
     assert SPACE.part(packed, "key")[0, 0].tolist() == [0.0, 0.0, 1.0]
 
 
-def test_only_measured_numbers_are_scaled_by_running_statistics():
+def test_only_entries_of_float_boxes_are_normalized_by_running_statistics():
     assert scaled_columns(SPACE).tolist() == [False] * 4 + [True] * 2 + [False] * 5
 
 
@@ -50,7 +50,7 @@ def policy(**settings):
 
 
 @pytest.mark.parametrize("separate_value", [True, False])
-def test_what_the_critic_alone_sees_moves_the_value_and_not_the_action(separate_value):
+def test_a_part_for_the_critic_alone_changes_the_value_and_not_the_action(separate_value):
     net = policy(separate_value=separate_value)
     obs = torch.randn(1, 4, 5)
     other = obs.clone()
@@ -60,14 +60,14 @@ def test_what_the_critic_alone_sees_moves_the_value_and_not_the_action(separate_
     assert not torch.allclose(net.value(features, obs), net.value(changed, other))
 
 
-def test_a_part_to_hide_that_is_not_there_is_named():
+def test_an_unknown_critic_only_part_is_named():
     with pytest.raises(ValueError, match="there is no 'tusk'"):
         ActorCritic(
             ActorCritic.Config(critic_only=("tusk",)), SPACE, Discrete(2), sees_previous=False
         )
 
 
-def test_running_statistics_leave_pixels_tokens_and_one_hots_alone():
+def test_running_statistics_do_not_change_pixels_tokens_and_one_hots():
     net = ActorCritic(ActorCritic.Config(), SPACE, Discrete(2), sees_previous=False)
     obs = torch.from_numpy(SPACE.pack(OBS)).unsqueeze(0)
     net.obs_norm.mean += 100.0

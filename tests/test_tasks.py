@@ -1,4 +1,4 @@
-"""Tasks of a run: what they are called, which are drawn, and what is told of them."""
+"""Tasks of a run: their ids, which are sampled, their table, and which were seen in training."""
 
 import json
 import re
@@ -37,14 +37,14 @@ stages:
 
 
 class Titled(GridNav):
-    """Tasks whose ids are text that cannot name a file."""
+    """Tasks whose ids are not valid file names."""
 
     def sample(self, rng, n, split):
         tasks = super().sample(rng, n, split)
         return [replace(task, id=f'"goal" №{task.params["goal"]:g}/\n') for task in tasks]
 
 
-def test_a_task_is_called_by_its_family_and_parameters_alone():
+def test_the_id_of_a_task_depends_on_its_family_and_parameters_alone():
     params = {"length": np.array([0.5, 1.0]), "place": np.array([[1.0, 2.0], [1.0, 2.0]])}
     train, test = (make_tasks("pole", split, params) for split in ("train", "test"))
     assert [task.id for task in train] == [task.id for task in test]
@@ -71,18 +71,18 @@ def test_a_task_is_fine_tuned_to_whatever_its_id(family, tmp_path):
 def test_every_seed_of_a_study_is_validated_and_evaluated_on_the_same_tasks(tmp_path):
     end = "stages.end={type: evaluate, init_from: train, tasks: 3}"
     settings = ("tasks=bandit", "algorithm.num_steps=10", end)
-    drawn = [
+    evaluated = [
         load(play(tmp_path / str(i), *settings, *changes), "tasks").query("split != 'train'")
         for i, changes in enumerate([[], ["seed=1"], ["seed=1", "evaluation_seed=1"]])
     ]
-    ids = [frame.groupby("split")["task_id"].agg(list) for frame in drawn]
+    ids = [frame.groupby("split")["task_id"].agg(list) for frame in evaluated]
     assert ids[0].to_dict() == ids[1].to_dict()
-    assert not set(drawn[1]["task_id"]) & set(drawn[2]["task_id"])
-    assert len(drawn[0]) == 2 + 3
+    assert not set(evaluated[1]["task_id"]) & set(evaluated[2]["task_id"])
+    assert len(evaluated[0]) == 2 + 3
 
 
 def test_the_tasks_table_holds_every_task_that_an_episode_names_once_in_each_split(tmp_path):
-    # 21 goals, and collections of 4: all are met in training, some again and again.
+    # 21 goals, and collections of 4: all occur in training, some repeatedly.
     end = "stages.end={type: evaluate, init_from: train, tasks: 40}"
     folder = play(tmp_path / "run", "stages.train.env_steps=6000", end)
     tasks, episodes = load(folder, "tasks"), load(folder)
@@ -114,7 +114,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("params", KINDS.values(), ids=KINDS)
-def test_parameters_of_any_kind_are_kept(params, tmp_path):
+def test_parameters_of_any_type_are_stored(params, tmp_path):
     with create(tmp_path / "run") as writer:
         writer.add("tasks", task_rows([Task(str(i), "f", "test", p) for i, p in enumerate(params)]))
         writer.commit({}, {})
@@ -137,7 +137,7 @@ RECORDED = """
 
 
 def recorded(split="train", more="", data="stage: played", tasks="{type: bandit}"):
-    """A config whose second policy is cloned from what the first one played."""
+    """A config whose second policy is cloned from episodes of the first."""
     stages = RECORDED.replace("SPLIT", split).replace("MORE", more)
     stages = stages.replace("ALGORITHM", f"{{type: behavior_cloning, data: {{{data}}}}}")
     config = CONFIG.rstrip() + stages.replace("num_steps: 15, ", "")
@@ -153,7 +153,7 @@ def recorded(split="train", more="", data="stage: played", tasks="{type: bandit}
         ("test", "cartpole", "1 of the 1 tasks that stage 'cloned' selects on"),
     ],
 )
-def test_a_policy_is_not_judged_on_held_out_tasks_that_it_learned_from(split, tasks, sentence):
+def test_a_policy_is_not_evaluated_on_held_out_tasks_that_it_learned_from(split, tasks, sentence):
     with pytest.raises(ConfigError, match=rf"stages.cloned: algorithm.data: .*{sentence}"):
         controller.check(recorded(split, tasks=tasks))
     controller.check(recorded(split, "allow_seen: true,", tasks=tasks))
@@ -164,7 +164,7 @@ def test_recordings_of_training_tasks_may_be_learned_from(tasks):
     controller.check(recorded(tasks=tasks))
 
 
-def test_recordings_of_other_runs_are_looked_at_too(tmp_path):
+def test_recordings_of_other_runs_are_checked_too(tmp_path):
     config = recorded("test", "allow_seen: true,")
     folder = tmp_path / "run"
     controller.run(config, folder, display=Display(quiet=True))
@@ -175,7 +175,7 @@ def test_recordings_of_other_runs_are_looked_at_too(tmp_path):
     controller.check(other)
 
 
-def test_to_allow_what_cannot_happen_is_refused():
+def test_allow_seen_without_recordings_is_refused():
     with pytest.raises(ConfigError, match="allow_seen: this stage learns from no recordings"):
         controller.check(parse_config(CONFIG, "c.yaml", ["stages.train.allow_seen=true"]))
 
@@ -185,7 +185,7 @@ def seen(folder):
     return {name: tuple(row) for name, row in frame[["tasks", "starts", "seen"]].iterrows()}
 
 
-def test_tasks_that_were_trained_on_are_counted_stage_by_stage(tmp_path):
+def test_tasks_that_were_trained_on_are_counted_for_each_stage(tmp_path):
     # 6000 steps are 400 trials, of all 21 goals unless some are held out.
     more = [
         "stages.train.env_steps=6000",
@@ -211,7 +211,7 @@ def test_tasks_of_recordings_count_as_trained_on_and_are_marked(tmp_path):
     assert text_report(folder) == report
 
 
-def test_what_was_learned_from_stays_known_whatever_a_pattern_finds_later(tmp_path):
+def test_the_recordings_learned_from_are_logged_whatever_a_pattern_matches_later(tmp_path):
     one, two, clone = (tmp_path / name for name in ("made/one", "made/two", "clone"))
     recording = recorded("test", "allow_seen: true,")
     controller.run(recording, one, display=Display(quiet=True))
@@ -232,7 +232,7 @@ def test_what_was_learned_from_stays_known_whatever_a_pattern_finds_later(tmp_pa
 CLONING = (
     "type: pretrain, env_steps: 60, validation_tasks: 6, algorithm: {type: behavior_cloning, data: "
 )
-LAUNDERED = f"""
+RECORDED_TWICE = f"""
   played: {{type: evaluate, init_from: train, split: test, tasks: 4, record: true}}
   taught: {{ALLOWED {CLONING} {{stage: played}}}}}}
   replayed: {{type: evaluate, init_from: taught, split: train, tasks: 4, record: true}}
@@ -241,16 +241,16 @@ LAUNDERED = f"""
 """
 
 
-def laundered(allowed=""):
-    text = CONFIG.rstrip() + LAUNDERED.replace("ALLOWED", allowed)
+def recorded_twice(allowed=""):
+    text = CONFIG.rstrip() + RECORDED_TWICE.replace("ALLOWED", allowed)
     return parse_config(text, "c.yaml", ["tasks=bandit", "algorithm.num_steps=10"])
 
 
-def test_tasks_are_followed_through_policies_that_were_recorded(tmp_path):
+def test_tasks_are_tracked_through_policies_that_were_recorded(tmp_path):
     with pytest.raises(ConfigError, match=r"stages.taught: .* 4 of the 30 tasks"):
-        controller.check(laundered())
+        controller.check(recorded_twice())
     folder = tmp_path / "run"
-    controller.run(laundered("allow_seen: true,"), folder, display=Display(quiet=True))
+    controller.run(recorded_twice("allow_seen: true,"), folder, display=Display(quiet=True))
     assert seen(folder)["final"] == (30, 30, 4)
     assert "4 of 30 (final: 30 starts, allow_seen in taught)" in text_report(folder)
     with pytest.raises(ConfigError, match="4 of the 30 tasks that stage 'final' reports on"):
@@ -271,7 +271,7 @@ def test_tasks_of_episodes_that_never_ended_count_as_trained_on(tmp_path):
     assert seen(folder)["end"] == (21, 400, 4)
 
 
-def test_starts_of_fine_tuning_are_of_the_jobs_that_are_done(tmp_path, monkeypatch):
+def test_starts_of_fine_tuning_are_those_of_finished_jobs(tmp_path, monkeypatch):
     save = Run.save_policy
 
     def interrupt(run, name, *rest):
@@ -294,7 +294,7 @@ def block(language):
     return text
 
 
-def test_the_pages_lines_join_every_episode_with_its_parameters(tmp_path, monkeypatch):
+def test_the_code_of_the_page_joins_every_episode_with_its_parameters(tmp_path, monkeypatch):
     play(tmp_path / "runs" / "smoke")
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -303,7 +303,7 @@ def test_the_pages_lines_join_every_episode_with_its_parameters(tmp_path, monkey
     assert len(names["both"]) == len(names["episodes"])
 
 
-def test_the_pages_stage_can_be_learned_from():
+def test_the_stage_of_the_page_can_be_learned_from():
     text = CONFIG.replace("  train:", "  experts:") + "  " + block("yaml")
     cloned = (
         "stages.cloned={type: pretrain, env_steps: 60, algorithm: {type: behavior_cloning, DATA}}"
@@ -313,7 +313,7 @@ def test_the_pages_stage_can_be_learned_from():
     )
 
 
-def test_the_page_says_what_the_report_says(tmp_path):
+def test_the_page_quotes_the_report(tmp_path):
     stages = [
         "stages.train.env_steps=6000",
         "stages.held_out={type: evaluate, init_from: train, tasks: 256}",

@@ -123,6 +123,10 @@ OLD_COLUMNS = {"shot": "adaptation_step", "column": "environment"}
 OLD_NAMES: list[tuple[str, str]] = [
     (r"(\.\d{4})\.[^/]+", r"\1"),  # Fine-tuning jobs without the id of their task.
     (r"\bbody\.", "torso."),
+    (r"\benv\.(next_)?chance$", r"env.\1reward_prob"),
+    (r"\benv\.shown\.", "env.observed."),
+    (r"\benv\.unseen$", "env.task_changed"),
+    (r"\benv\.place$", "env.state"),
 ]
 """Names of jobs and arrays of checkpoints, as regular expressions, older to newer."""
 

@@ -68,7 +68,7 @@ class DAgger(Algorithm):
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
         """Act by pi_i = beta_i pi* + (1 - beta_i) pi, and note pi*'s action at every step."""
         config = self.config
-        sampler.env.remembers = True
+        sampler.env.tracks_belief = True
         sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         beta = config.beta * max(0.0, 1 - self.progress / config.beta_until)
         rollout = sampler.rollout(self.policy, beta=beta)

@@ -283,7 +283,7 @@ def smoke_test(program: Program, spec: JobSpec, asked: str | None = None) -> Non
     tasks = [task for split in SPLITS for task in sample(family, stream, 1, split)]
     sampler = program.sampler(len(tasks))
     sampler.start(stream, 0)
-    sampler.env.remembers = asked is not None
+    sampler.env.tracks_belief = asked is not None
     sampler.begin_trial(tasks, policy)
     if asked is not None:
         _ask(program, spec, sampler.env, asked)

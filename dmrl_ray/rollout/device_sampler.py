@@ -46,7 +46,7 @@ class DeviceSampler(Sampler):
     ) -> None:
         super().__init__(distribution, num_envs, memory_spans_trial=memory_spans_trial)
         self.device = device
-        self.env.put_on(device, distribution.max_episode_steps)
+        self.env.to_device(device, distribution.max_episode_steps)
         self._envs = torch.arange(num_envs, device=device)
         self._success: list[tuple[int, Tensor]] = []  # step, and whether it was one, (B,)
 

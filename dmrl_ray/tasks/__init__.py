@@ -1,4 +1,4 @@
-"""What a task family must do, its spaces, and what environments do wrong."""
+"""The contract of task families, their spaces, and the errors of external environments."""
 
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
 

@@ -1,7 +1,7 @@
-"""The environment contract: a distribution of tasks and the vector environments that play them.
+"""The environment contract: a distribution of tasks and the vector environments that run them.
 
-An author of a task family writes one file with two classes: a `TaskVectorEnv`, which steps many
-columns at once, each on its own task, and a `TaskDistribution`, which says what varies.
+The author of a task family writes one file with two classes: a `TaskVectorEnv`, which steps many
+environments at once, each on its own task, and a `TaskDistribution`, which defines what varies.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from dmrl_ray.types import SPLITS, Array, Arrays, Reference, Split, Task
 
 
 class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
-    """B environment columns, stepped together, each on its own task.
+    """B environments, stepped together, each on its own task.
 
-    * `set_tasks` takes effect at a column's next reset.
+    * `set_tasks` takes effect at an environment's next reset.
     * Auto-reset is SAME_STEP: the step that ends an episode returns the first observation of the
-      next one, and the true successor in ``infos["final_obs"]`` (B, *obs_shape; rows of columns
-      that did not end are undefined).
+      next one, and the true successor in ``infos["final_obs"]`` (B, *obs_shape; rows of
+      environments whose episode continues are undefined).
     * Continuous actions lie in [-1, 1]; the environment scales them.
     * All randomness comes from ``self.np_random``; the caller sets it before a reset, so that an
       episode is a function of (task, stream).
-    * ``infos["success"]`` (B,) is 1 or True where a step was a success, 0 or False where not, NaN
-      where the environment does not say. An episode is one if any of its steps was, and none if the
-      environment said so at some step.
-    * A family may write its `step` for tensors too: see `put_on`.
+    * ``infos["success"]`` (B,) is 1 or True where a step was a success, 0 or False where it was
+      not, NaN where it is unknown. An episode is a success if any of its steps was, and a failure
+      if none was and at least one is known.
+    * A family may implement `step` for tensors too: see `to_device`.
 
-    An author writes `set_tasks`, `begin`, `observe`, `render`, and `step`, which ends with
+    An author implements `set_tasks`, `begin`, `observe`, `render`, and `step`, which ends with
     `auto_reset`.
     """
 
     state_fields: ClassVar[tuple[str, ...]] = ()
-    """Attributes, each an array (B, ...), that hold everything an open episode depends on, the
-    parameters of the columns' present tasks and those waiting for the next reset included."""
+    """The names of the attributes, each an array (B, ...), that an open episode depends on. They
+    include the parameters of the current tasks and of those that start at the next reset."""
 
-    fixed_fields: ClassVar[tuple[str, ...]] = ()
-    """Attributes, arrays too, that steps read and nothing writes."""
+    constant_fields: ClassVar[tuple[str, ...]] = ()
+    """The names of further arrays that `step` reads and nothing writes."""
 
     xp: Any = np
-    """Where the functions of the arrays are: ``numpy``; ``torch`` on a device. The names that both
-    have are those of the array API standard (data-apis.org/array-api)."""
+    """The array namespace: ``numpy``, or ``torch`` on a device. Functions that both have are those
+    of the array API standard (data-apis.org/array-api)."""
 
-    remembers: bool = False
-    """Keep what the present tasks have shown, for `belief` and `expert_action`. Set before the
-    first reset; a column forgets at the first reset after each `set_tasks`."""
+    tracks_belief: bool = False
+    """Whether `belief` and `expert_action` are available. Set before the first reset; a belief is
+    reset to the prior at the first reset after each `set_tasks`."""
 
     idle: Array | None = None
-    """(B,) bool, environments that have played their episodes while others still play. Nobody reads
-    what they return, so that a family that steps one after the other may leave them as they are."""
+    """(B,) bool, environments that have finished their episodes while others have not. Their
+    outputs are ignored, so that a family that steps environments in a loop may skip them."""
 
     def __init__(
         self, num_envs: int, observation_space: gym.Space[Any], action_space: gym.Space[Any]
@@ -67,40 +67,40 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        self.everyone: Array = np.arange(num_envs)
-        self.never: Array = np.zeros(num_envs, np.bool_)
+        self.env_ids: Array = np.arange(num_envs)
+        self.all_false: Array = np.zeros(num_envs, np.bool_)
         self._steps_left: int | None = None  # on a device, until all episodes end
 
     @abstractmethod
     def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """One task per column, played from that column's next reset on."""
+        """Sets one task per environment, in effect from its next reset on."""
 
     @abstractmethod
-    def begin(self, columns: Array) -> None:
-        """Start episodes in these columns, given as indices, on the tasks last set for them."""
+    def begin(self, env_ids: Array) -> None:
+        """Starts episodes in the environments of these indices, on the tasks last set for them."""
 
     @abstractmethod
     def observe(self) -> Array:
-        """(B, *obs_shape), in an array that no later step writes to."""
+        """Returns the observations (B, *obs_shape) in an array that no later step writes to."""
 
     @abstractmethod
     def render(self) -> Array:
-        """(H, W, 3) uint8: a small picture of column 0, drawn without any graphics library."""
+        """Returns a small image (H, W, 3) uint8 of environment 0, drawn in NumPy."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        """Start an episode in every column; ``options["tasks"]`` are set first, if given."""
+        """Starts an episode in every environment; sets ``options["tasks"]`` first, if given."""
         super().reset(seed=seed)
         if options and "tasks" in options:
             self.set_tasks(options["tasks"])
-        self.begin(self.everyone)
+        self.begin(self.env_ids)
         if self._steps_left is not None:
             self._steps_left = self._episode_steps
         return self.observe(), {}
 
     def auto_reset(self, obs: Array, done: Array) -> tuple[Array, dict[str, Any]]:
-        """Begin the next episode where one is done; what `step` returns as obs and infos."""
+        """Starts the next episode where one is done; returns the obs and infos of `step`."""
         if self._steps_left is not None:
             return self._reset_together(obs)
         if not done.any():
@@ -108,28 +108,29 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
         self.begin(np.flatnonzero(done))
         return self.observe(), {"final_obs": obs}
 
-    def put_on(self, device: Any, episode_steps: int) -> None:
-        """Keep the columns as tensors on a device from now on, and step them there.
+    def to_device(self, device: Any, episode_steps: int) -> None:
+        """Moves the state to a device, as tensors, where all later steps are computed.
 
         For families whose episodes all have `episode_steps` steps (`TaskDistribution.on_device`):
-        columns are reset together, so that their ends are known without asking the device, which
-        would wait for it. What they keep to be remembered stays behind.
+        the environments are reset together, so that the ends of episodes are known without a
+        device synchronization. Beliefs are not moved.
         """
         import torch
 
         self.xp = torch
         self._device = device
         self._episode_steps = self._steps_left = episode_steps
-        for name in (*self.state_fields, *self.fixed_fields, "everyone", "never"):
+        for name in (*self.state_fields, *self.constant_fields, "env_ids", "all_false"):
             setattr(self, name, torch.tensor(getattr(self, name), device=device))
 
     def array(self, values: Any) -> Array:
-        """Numbers, as an array where the columns are."""
+        """Converts numbers to an array or tensor on the environments' device."""
         values = np.asarray(values)
         return values if self.xp is np else self.xp.asarray(values, device=self._device)
 
-    def rows(self, table: Array, index: Array) -> Array:
-        """Rows of a table, the fastest way there is for each kind of array."""
+    def take_rows(self, table: Array, index: Array) -> Array:
+        """Returns rows of a table."""
+        # `take` is NumPy's fastest way, indexing is torch's.
         return table.take(index, axis=0) if self.xp is np else table[index]
 
     def _reset_together(self, obs: Array) -> tuple[Array, dict[str, Any]]:
@@ -137,42 +138,49 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
         self._steps_left -= 1
         if self._steps_left:
             return obs, {}
-        self.begin(self.everyone)
+        self.begin(self.env_ids)
         self._steps_left = self._episode_steps
         return self.observe(), {"final_obs": obs}
 
     def belief(self) -> np.ndarray:
-        """(B, D) float32: what can be known of each column's task, as numbers of about unit scale.
+        """Returns the beliefs about the tasks (B, D) float32, of about unit scale.
 
-        A sufficient statistic of everything the column was shown since its first episode on the
-        task; kept only while `remembers`. Families without one raise NotImplementedError.
+        A belief is a sufficient statistic of an environment's observations, actions and rewards
+        since its first episode on the task. Requires `tracks_belief`.
+
+        Raises:
+            NotImplementedError: the family has no belief.
         """
         raise NotImplementedError
 
     def expert_action(self) -> np.ndarray:
-        """(B, *action_shape): what the best fair policy known would do now, to be imitated.
+        """Returns the expert actions (B, *action_shape), as labels for imitation learning.
 
-        Fair: it knows what `belief` knows, never the task. Only while `remembers`; families
-        without one raise NotImplementedError.
+        The expert is the best known policy that conditions on the `belief` alone, never on the
+        task. Requires `tracks_belief`.
+
+        Raises:
+            NotImplementedError: the family has no expert.
         """
         raise NotImplementedError
 
     def best_action(self) -> np.ndarray:
-        """(B, *action_shape): what one who knows the task would do now, to learn to guess.
+        """Returns the optimal actions given the tasks (B, *action_shape), as labels.
 
-        Families that do not know it raise NotImplementedError.
+        Raises:
+            NotImplementedError: the family does not know them.
         """
         raise NotImplementedError
 
     def get_state(self) -> Arrays:
-        """Copies of everything the open episodes depend on, the random stream excepted."""
+        """Returns copies of everything the open episodes depend on, except the random stream."""
         state = {name: self._host(getattr(self, name)) for name in self.state_fields}
         if self._steps_left is not None:
             state["steps_left"] = np.full(self.num_envs, self._steps_left)
         return state
 
     def set_state(self, state: Arrays) -> None:
-        """Continue from `get_state`'s answer."""
+        """Restores the state that `get_state` returned."""
         for name in self.state_fields:
             setattr(self, name, self.array(np.array(state[name])))
         if self._steps_left is not None:
@@ -186,59 +194,62 @@ class TaskDistribution(ABC):
     """A family of tasks, split into train, validation and test."""
 
     class Config(Settings):
-        """What a YAML file may set for this family."""
+        """The settings of this family in a YAML file."""
 
     family: str
-    """The name under which the family stands in tables; part of what its tasks are called."""
+    """The family's name in tables, and part of the hash that is a task's id."""
 
     domain: str = "core"
-    """core, game, robot, language or recommendation."""
+    """One of core, game, robot, language, recommendation."""
 
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
 
     max_episode_steps: int
-    """Every episode ends after at most this many steps."""
+    """The maximum number of steps of an episode."""
 
     episodes_per_trial: int = 1
-    """Episodes an agent lives through on one task; its memory survives their ends."""
+    """The number of episodes on one task; the policy's memory survives their ends."""
 
     fixed_length: bool = True
-    """True if every episode has exactly `max_episode_steps` steps."""
+    """Whether every episode has exactly `max_episode_steps` steps."""
 
     vectorized: bool = True
-    """True if a step of many environments costs little more than one of a few."""
+    """Whether a step of many environments costs little more than one of a few."""
 
     on_device: bool = False
-    """True if `make_vec`'s environments can be put on a device; their episodes have all one length
-    then."""
+    """Whether the environments of `make_vec` can be moved to a device, which requires
+    `fixed_length`."""
 
     task_bytes: int = 0
-    """Of the parameters of one task, where a setting can make them many."""
+    """The size of one task's parameters in bytes, where a setting can make it large, else 0."""
 
     @abstractmethod
     def __init__(self, config: Config) -> None: ...
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-        """n tasks of a split; a small family may draw a task for several splits, and says so."""
+        """Samples n tasks of a split; a small family may share tasks between splits."""
 
     @abstractmethod
     def make_vec(self, num_envs: int) -> TaskVectorEnv:
-        """A vector environment whose columns play tasks of this family."""
+        """Returns `num_envs` environments of this family."""
 
     def reference(self, task: Task) -> Reference | None:
-        """Expected random and oracle return per episode of a trial, or None where unknown."""
+        """Returns a random policy's and the oracle's expected returns for each episode of a trial.
+
+        None where they are unknown.
+        """
         return None
 
     @property
     def trial_steps(self) -> int:
-        """Steps of the longest trial."""
+        """The maximum number of steps of a trial."""
         return self.episodes_per_trial * self.max_episode_steps
 
 
 def split_stream(rng: np.random.Generator, split: Split) -> np.random.Generator:
-    """A stream of one split's own: a function of `rng`'s state, which it advances, and the split.
+    """Returns a random generator that depends on `rng`'s state, which it advances, and the split.
 
     Parameters drawn from it differ between splits even where `rng` is in the same state.
     """
@@ -246,14 +257,16 @@ def split_stream(rng: np.random.Generator, split: Split) -> np.random.Generator:
     return np.random.default_rng([*words, SPLITS.index(split)])
 
 
-def drawn_from(size: int, held_out: int, split: Split) -> np.ndarray:
-    """Which of a finite family's `size` tasks a split draws from, in order; the same in every run.
+def split_indices(size: int, held_out: int, split: Split) -> np.ndarray:
+    """Returns the indices of the tasks of a finite family that belong to a split, in order.
+
+    They are the same in every run.
 
     Args:
-        size: of the family.
-        held_out: tasks kept for validation, and as many others for test; with 0 every split draws
-            from all of them.
-        split: that draws.
+        size: the number of tasks of the family.
+        held_out: the number of tasks held out for validation, and as many others for test; with 0
+            every split contains all tasks.
+        split: the split.
     """
     if held_out == 0:
         return np.arange(size)
@@ -266,19 +279,19 @@ def drawn_from(size: int, held_out: int, split: Split) -> np.ndarray:
 
 
 def make_tasks(family: str, split: Split, params: Mapping[str, np.ndarray]) -> list[Task]:
-    """Tasks from arrays of parameters (n, ...), each called by its `task_id`.
+    """Returns the tasks that have these parameters (n, ...), with ids as `task_id` has them.
 
-    Neither the order of the names nor the sign of a zero makes another task.
+    An id depends neither on the order of the names nor on the sign of a zero.
     """
     params = {name: _unsigned_zeros(params[name]) for name in sorted(params)}
     flat = [np.ascontiguousarray(v).reshape(len(v), -1) for v in params.values()]
     rows = np.concatenate([v.view(np.uint8) for v in flat], axis=1)
     data, size, names = rows.tobytes(), rows.shape[1], tuple(params)
-    named = _named(family, names)
+    prefix = _hash_prefix(family, names)
     values = zip(*(v.tolist() if v.ndim == 1 else v for v in params.values()), strict=True)
     return [
         Task(
-            _hash(named + data[i * size : (i + 1) * size]),
+            _hash(prefix + data[i * size : (i + 1) * size]),
             family,
             split,
             dict(zip(names, value, strict=True)),
@@ -292,11 +305,14 @@ def _unsigned_zeros(values: np.ndarray) -> np.ndarray:
 
 
 def task_id(family: str, names: tuple[str, ...] = (), values: bytes = b"") -> str:
-    """A hash of a family's name and a task's parameters: 16 digits, in every split and run."""
-    return _hash(_named(family, names) + values)
+    """Returns a task's id, 16 hexadecimal digits: a hash of its family's name and parameters.
+
+    It is the same in every split and run.
+    """
+    return _hash(_hash_prefix(family, names) + values)
 
 
-def _named(family: str, names: tuple[str, ...]) -> bytes:
+def _hash_prefix(family: str, names: tuple[str, ...]) -> bytes:
     return "\0".join((family, *names, "")).encode()
 
 

@@ -1,7 +1,7 @@
-"""Faults of a task family: what its author's code raised or answered, told in one sentence.
+"""Errors of task families: exceptions and invalid return values, reported in one sentence.
 
-A family is external code and may raise anything; whoever wrote it needs to know what and where, and
-not the way that led there through this package.
+A family is external code and may raise anything. Its author needs to know what happened where in
+that code, without the stack frames of this package.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from dmrl_ray.types import Array, EnvironmentFault, Reference, Split, Task
 Family: TypeAlias = TaskDistribution | type[TaskDistribution]
 
 _PACKAGE = str(Path(__file__).parents[1])
-_OTHERS = tuple({sys.prefix, sys.base_prefix})
+_LIBRARIES = tuple({sys.prefix, sys.base_prefix})
 
 
-def fault(family: Family, what: str, error: Exception) -> EnvironmentFault:
-    """The fault that `error` is, if it came out of the family's method `what`."""
+def fault(family: Family, method: str, error: Exception) -> EnvironmentFault:
+    """Returns the `EnvironmentFault` that describes an error of a family's method."""
     found = f"{type(error).__name__}: {error}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
-    if not frames:  # It was this package that could not use the answer.
-        return EnvironmentFault(f"{name_of(family)}: the answer of {what} cannot be used ({found})")
-    written = [f for f in frames if not f.filename.startswith((*_OTHERS, "<"))]
-    place = (written or frames)[-1]
+    if not frames:  # This package failed to use the return value.
+        return EnvironmentFault(
+            f"{name_of(family)}: the return value of {method} is invalid ({found})"
+        )
+    authored = [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<"))]
+    frame = (authored or frames)[-1]
     return EnvironmentFault(
-        f"{name_of(family)}: {what} raised {found} ({place.filename}, line {place.lineno})"
+        f"{name_of(family)}: {method} raised {found} ({frame.filename}, line {frame.lineno})"
     )
 
 
 def answer_of(family: TaskDistribution, method: Callable[..., Any], *arguments: object) -> Any:
-    """Call a method of the family, or of its environment.
+    """Calls a method of the family or of its environments.
 
     Raises:
-        EnvironmentFault: it raised.
+        EnvironmentFault: the method raised.
     """
     try:
         return method(*arguments)
@@ -52,67 +54,68 @@ def answer_of(family: TaskDistribution, method: Callable[..., Any], *arguments: 
 
 
 def name_of(family: Family) -> str:
-    """How messages name a family."""
+    """Returns the family's name for messages."""
     return f"task family {getattr(family, 'family', 'without a name')!r}"
 
 
 def sample(family: TaskDistribution, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
-    """The family's tasks, as many as were asked for.
+    """Samples n tasks of a split.
 
     Raises:
-        EnvironmentFault: it raised, or answered something else.
+        EnvironmentFault: `sample` raised, or returned anything but a list of n tasks.
     """
     tasks = answer_of(family, family.sample, rng, n, split)
-    known = isinstance(tasks, list) and all(isinstance(task, Task) for task in tasks)
-    if not known or len(tasks) != n:
+    valid = isinstance(tasks, list) and all(isinstance(task, Task) for task in tasks)
+    if not valid or len(tasks) != n:
         raise EnvironmentFault(
-            f"{name_of(family)}: sample must return {n} tasks of split {split!r}, as it was asked "
-            "for; make them with dmrl_ray.tasks.distribution.make_tasks"
+            f"{name_of(family)}: sample must return a list of the {n} requested tasks of split "
+            f"{split!r}; make them with dmrl_ray.tasks.distribution.make_tasks"
         )
     checked: list[Task] = tasks
     return checked
 
 
 def reference(family: TaskDistribution, task: Task) -> Reference | None:
-    """Both ends of a task's score, if the family knows them.
+    """Returns the reference returns of a task, or None where the family does not know them.
 
     Raises:
-        EnvironmentFault: it raised.
+        EnvironmentFault: `reference` raised.
     """
-    ends: Reference | None = answer_of(family, family.reference, task)
-    return ends
+    returns: Reference | None = answer_of(family, family.reference, task)
+    return returns
 
 
 def check_spaces(family: TaskDistribution) -> None:
-    """See that policies can be built for the family.
+    """Checks that policies support the family's spaces.
 
     Raises:
-        ValueError: an attribute is missing, or a space is one that no policy knows.
+        ValueError: an attribute is missing, or a space is not supported.
     """
     for name in ("family", "observation_space", "action_space", "max_episode_steps"):
         if not hasattr(family, name):
             raise ValueError(f"tasks: {type(family).__name__} lacks the attribute {name!r}")
-    seen, acts = family.observation_space, family.action_space
-    if not isinstance(seen, gym.spaces.Box) or seen.dtype not in (np.float32, np.uint8):
+    obs_space, action_space = family.observation_space, family.action_space
+    if not isinstance(obs_space, gym.spaces.Box) or obs_space.dtype not in (np.float32, np.uint8):
         raise ValueError(
-            f"tasks: {name_of(family)}: observations are {seen}; a Box of float32, or of uint8 for "
-            "images, is needed"
+            f"tasks: {name_of(family)}: observations are {obs_space}; a Box of float32, or of "
+            "uint8 for images, is needed"
         )
-    boxed = isinstance(acts, gym.spaces.Box) and len(acts.shape) == 1
-    if isinstance(acts, gym.spaces.Box):
-        boxed = boxed and bool((acts.low == -1).all() and (acts.high == 1).all())
-    if not boxed and not (isinstance(acts, gym.spaces.Discrete) and acts.start == 0):
+    valid = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    if isinstance(action_space, gym.spaces.Box):
+        in_range = (action_space.low == -1).all() and (action_space.high == 1).all()
+        valid = len(action_space.shape) == 1 and bool(in_range)
+    if not valid:
         raise ValueError(
-            f"tasks: {name_of(family)}: actions are {acts}; a Discrete from 0, or a Box from -1 "
-            "to 1 with one axis, is needed"
+            f"tasks: {name_of(family)}: actions are {action_space}; a Discrete from 0, or a Box "
+            "from -1 to 1 with one axis, is needed"
         )
 
 
 def first_obs(family: TaskDistribution, env: TaskVectorEnv) -> Array:
-    """Reset every column; the observations, if they are what the family's space says.
+    """Resets every environment and returns the observations.
 
     Raises:
-        EnvironmentFault: it raised, or they are not.
+        EnvironmentFault: `reset` raised, or the observations are not in the family's space.
     """
     answer = answer_of(family, env.reset)
     if not (isinstance(answer, tuple) and len(answer) == 2):
@@ -123,7 +126,8 @@ def first_obs(family: TaskDistribution, env: TaskVectorEnv) -> Array:
     if obs.shape != shape or str(obs.dtype).removeprefix("torch.") != str(space.dtype):
         raise EnvironmentFault(
             f"{name_of(family)}: reset returned observations of shape {obs.shape} and type "
-            f"{obs.dtype}; for {env.num_envs} columns the space asks for {shape} and {space.dtype}"
+            f"{obs.dtype}; for {env.num_envs} environments the space requires {shape} and "
+            f"{space.dtype}"
         )
     return obs
 

@@ -1,7 +1,7 @@
-"""Observations with named parts, laid side by side in one vector.
+"""Observations with named parts, concatenated into one vector.
 
-One array per rollout, whatever an observation is made of: buffers, shards and checkpoints know
-nothing of dictionaries, and networks that care find the parts by name.
+A rollout thus has one observation array whatever its structure: buffers, shards and checkpoints
+need not handle dictionaries, and networks look parts up by name.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dmrl_ray.types import Array
 
 
 class Packed(Box):
-    """Named parts in one float32 vector (D,), in the order given.
+    """A float32 vector (D,) of named parts, in the order given.
 
     Args:
-        parts: a float `Box` as it is, a uint8 `Box` (an image) scaled to [0, 1], a `Discrete`
-            one-hot, a `MultiDiscrete` (tokens) as its numbers.
+        parts: the spaces of the parts. A float `Box` is unchanged, a uint8 `Box` (an image) is
+            scaled to [0, 1], a `Discrete` one-hot, a `MultiDiscrete` (tokens) kept as integers.
 
     Raises:
-        ValueError: a part is of another kind.
+        ValueError: a part has another type of space.
     """
 
     def __init__(self, parts: Mapping[str, gym.Space[Any]]) -> None:
@@ -39,7 +39,7 @@ class Packed(Box):
         super().__init__(-np.inf, np.inf, (start,), np.float32)
 
     def pack(self, obs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(B, D) of parts that are (B, ...) each."""
+        """Concatenates parts, (B, ...) each, to (B, D)."""
         num = len(next(iter(obs.values())))
         packed = np.empty((num, *self.shape), np.float32)
         for name, part in self.parts.items():
@@ -47,21 +47,21 @@ class Packed(Box):
         return packed
 
     def part(self, obs: Array, name: str) -> Array:
-        """(..., *shape) of the part in a packed array or tensor (..., D)."""
+        """Returns a part (..., *shape) of a packed array or tensor (..., D)."""
         return obs[..., self.slices[name]].reshape(*obs.shape[:-1], *_shape(self.parts[name]))
 
     def without(self, names: Iterable[str]) -> Box:
-        """The space of what is left; a single plain vector is just that vector.
+        """Returns the space without some parts; a single remaining vector is a plain Box.
 
         Raises:
-            ValueError: there is no such part, or nothing is left.
+            ValueError: there is no such part, or none remains.
         """
         unknown = [name for name in names if name not in self.parts]
         left = {name: part for name, part in self.parts.items() if name not in set(names)}
         if unknown or not left:
             raise ValueError(
                 f"observations have the parts {', '.join(self.parts)}; "
-                + (f"there is no {unknown[0]!r}" if unknown else "one at least must be left")
+                + (f"there is no {unknown[0]!r}" if unknown else "at least one must remain")
             )
         only = next(iter(left.values()))
         if len(left) == 1 and isinstance(only, Box) and len(only.shape) == 1:
@@ -69,15 +69,15 @@ class Packed(Box):
         return Packed(left)
 
     def columns(self, names: Iterable[str]) -> np.ndarray:
-        """Indices along D of some parts."""
-        every = np.arange(self.shape[0])
-        return np.concatenate([every[self.slices[name]] for name in names])
+        """Returns the indices of some parts along D."""
+        indices = np.arange(self.shape[0])
+        return np.concatenate([indices[self.slices[name]] for name in names])
 
 
 def scaled_columns(space: Box) -> np.ndarray:
-    """(D,) bool: the entries that running statistics should scale, which are measured numbers.
+    """Returns which entries running statistics should normalize, (D,) bool.
 
-    What is one-hot, a token or a pixel has a scale already.
+    One-hot entries, tokens and pixels have a known scale already.
     """
     if not isinstance(space, Packed):
         return np.full(space.shape, space.dtype != np.uint8)

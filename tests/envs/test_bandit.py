@@ -15,12 +15,12 @@ from dmrl_ray.envs.gittins import GittinsTable, gittins_table
 from dmrl_ray.types import Task
 
 
-def task(chance):
-    return Task("a", "bandit", "train", {"chance": np.array(chance)})
+def task(reward_prob):
+    return Task("a", "bandit", "train", {"chance": np.array(reward_prob)})
 
 
 def by_enumeration(arms, pulls):
-    """The optimum by trying every action after every history; nothing is merged or remembered."""
+    """The optimum by trying every action after every history, without merging or caching."""
     if pulls == 0:
         return 0.0
 
@@ -49,8 +49,8 @@ def test_tabulated_optima_are_the_exact_ones(cell):
 
 
 def test_gittins_indices_of_the_last_two_pulls_by_hand():
-    # One pull left: the mean, 1/2. Two left at (0, 0): the charge x that a win, worth going on
-    # with at 2/3, just pays for: 1/2 - x + (2/3 - x) / 2 = 0, so x = 5/9.
+    # One pull left: the mean, 1/2. Two left at (0, 0), continuing after a win with mean 2/3:
+    # 1/2 - x + (2/3 - x) / 2 = 0, so x = 5/9.
     none = np.zeros(1, int)
     assert GittinsTable(2)(1, none, none) == pytest.approx(1 / 2, abs=1e-4)
     assert GittinsTable(2)(2, none, none) == pytest.approx(5 / 9, abs=1e-4)
@@ -58,11 +58,11 @@ def test_gittins_indices_of_the_last_two_pulls_by_hand():
 
 def test_gittins_indices_are_those_of_the_recursion():
     # W(s, f, r) = max(0, p - x + p W(s + 1, f, r - 1) + (1 - p) W(s, f + 1, r - 1)), by bisection.
-    def worth(wins, losses, left, charge):
+    def value(wins, losses, left, charge):
         if left == 0:
             return 0.0
         p = (wins + 1) / (wins + losses + 2)
-        win, loss = (worth(wins + w, losses + 1 - w, left - 1, charge) for w in (1, 0))
+        win, loss = (value(wins + w, losses + 1 - w, left - 1, charge) for w in (1, 0))
         return max(0.0, p - charge + p * win + (1 - p) * loss)
 
     table = GittinsTable(9)
@@ -70,19 +70,19 @@ def test_gittins_indices_are_those_of_the_recursion():
         low, high = 0.0, 1.0
         for _ in range(15):
             middle = (low + high) / 2
-            positive = worth(wins, losses, left, middle) > 0
+            positive = value(wins, losses, left, middle) > 0
             low, high = (middle, high) if positive else (low, middle)
         index = table(left, np.array([wins]), np.array([wins + losses]))[0]
         assert index == pytest.approx(low, abs=3e-4)
 
 
-def test_an_arm_known_beyond_the_table_is_worth_its_mean():
+def test_the_index_of_an_arm_beyond_the_table_is_its_mean():
     index = gittins_table(10)(np.full((1, 1), 10), np.array([[30, 0]]), np.array([[40, 0]]))
     assert index[0, 0] == pytest.approx(31 / 42)
     assert index[0, 1] > 0.6
 
 
-def test_the_index_policy_earns_almost_the_optimum():
+def test_the_return_of_the_index_policy_is_almost_the_optimum():
     assert gittins_return(2, 20) == pytest.approx(exact_return(2, 20), rel=0.003)
 
 
@@ -90,27 +90,27 @@ def test_the_index_policy_earns_almost_the_optimum():
 @pytest.mark.parametrize(
     ("cell", "tolerance"), [((5, 100), 0.2), ((10, 100), 0.2), ((50, 100), 0.2)]
 )
-def test_tabulated_gittins_returns_are_simulated_again(cell, tolerance):
+def test_tabulated_gittins_returns_are_those_of_another_simulation(cell, tolerance):
     assert gittins_return(*cell, seed=1) == pytest.approx(KNOWN[cell], abs=tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "least"), [((5, 100), 78.5), ((50, 500), 464.5)])
-def test_the_oracle_action_earns_almost_the_optimum(cell, least):
-    # Counted as in `play`: by the chance of the arm pulled, corrected for how good the best were.
+def test_the_return_of_the_expert_action_is_almost_the_optimum(cell, least):
+    # As in `simulated_return`: summed reward probabilities, with the best arm as control variate.
     arms, pulls = cell
     family = Bandit(Bandit.Config(arms=arms, pulls=pulls))
     env = family.make_vec(4000)
     env.np_random = np.random.default_rng(0)
-    env.remembers = True
+    env.tracks_belief = True
     env.set_tasks(family.sample(np.random.default_rng(1), 4000, "test"))
     env.reset()
-    chance, total = env.chance.copy(), np.zeros(4000)
+    reward_prob, total = env.reward_prob.copy(), np.zeros(4000)
     for _ in range(pulls):
         action = env.expert_action()
-        total += chance[np.arange(4000), action]
+        total += reward_prob[np.arange(4000), action]
         env.step(action)
-    best = chance.max(axis=1)
+    best = reward_prob.max(axis=1)
     slope = np.cov(total, best)[0, 1] / best.var(ddof=1)
     assert total.mean() - slope * (best.mean() - arms / (arms + 1)) > least
 
@@ -120,20 +120,20 @@ def test_the_tabulated_optimum_of_20_pulls_is_exact():
     assert KNOWN[5, 20] == pytest.approx(exact_return(5, 20), abs=1e-4)
 
 
-def test_classic_baselines_earn_what_is_known():
-    # Duan et al. 2016, table 1, gives 74.7 for Thompson sampling at (100, 5); 75.1 with 0.1 of
-    # noise here. UCB1 with 0.2 earns 78.4.
+def test_returns_of_classic_baselines_are_the_published_ones():
+    # Duan et al. 2016, table 1, has 74.7 for Thompson sampling at (100, 5); 75.1 +- 0.1 here.
+    # UCB1 with c = 0.2 has 78.4.
     rng = np.random.default_rng(0)
     assert thompson_return(5, 100, 4000, rng) == pytest.approx(75.0, abs=0.6)
     assert ucb1_return(5, 100, 4000, rng) == pytest.approx(78.4, abs=0.6)
 
 
-def test_an_unaffordable_oracle_is_left_unknown():
+def test_there_is_no_reference_where_the_oracle_is_too_expensive():
     assert bayes_optimal_return(3, 5000) is None
     assert Bandit(Bandit.Config(arms=3, pulls=5000)).reference(task([0, 0, 1])) is None
 
 
-def test_rewards_come_with_the_chance_of_the_arm_pulled():
+def test_rewards_come_with_the_probability_of_the_arm_pulled():
     env = Bandit(Bandit.Config(arms=3, pulls=10)).make_vec(3)
     env.np_random = np.random.default_rng(0)
     env.set_tasks([task([0.0, 1.0, 0.3])] * 3)
@@ -164,11 +164,11 @@ def test_regrets_of_dependent_arms_are_the_known_optima(prior, mean_best, regret
 
 
 @pytest.mark.parametrize("prior", ["correlated_uniform", "hard"])
-def test_the_oracle_of_dependent_arms_earns_their_optimum(prior):
+def test_the_return_of_the_expert_on_dependent_arms_is_the_optimum(prior):
     family = Bandit(Bandit.Config(arms=2, pulls=20, prior=prior))
     env = family.make_vec(20_000)
     env.np_random = np.random.default_rng(0)
-    env.remembers = True
+    env.tracks_belief = True
     env.set_tasks(family.sample(np.random.default_rng(1), 20_000, "test"))
     env.reset()
     total = sum(env.step(env.expert_action())[1] for _ in range(20))
@@ -177,7 +177,7 @@ def test_the_oracle_of_dependent_arms_earns_their_optimum(prior):
 
 
 def test_posterior_means_by_bayes_rule():
-    # Three pulls of p: two wins; one pull of 1 - p: a loss, which speaks for p as a win does.
+    # Three pulls of p: two wins; one pull of 1 - p: a loss, which is evidence as a win of p is.
     wins, pulled = np.array([2, 0]), np.array([3, 1])
     for prior, high in PAIRS.items():
         for_high, for_low = high**3 * (1 - high), (1 - high) ** 3 * high
@@ -188,5 +188,5 @@ def test_posterior_means_by_bayes_rule():
 
 
 def test_a_bandit_of_dependent_arms_has_two():
-    with pytest.raises(ValueError, match="2 arms, not of 5"):
+    with pytest.raises(ValueError, match="requires 2 arms, not 5"):
         Bandit.Config(prior="easy")

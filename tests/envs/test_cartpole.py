@@ -11,23 +11,23 @@ def task(**physics):
 
 
 def push(obs, noise, rng):
-    """Under the falling pole, or anywhere with some probability."""
+    """Balances the pole, or takes a random action with probability `noise`."""
     if rng.random() < noise:
         return int(rng.integers(2))
     return int(obs[2] + 0.3 * obs[3] + 0.05 * obs[0] + 0.1 * obs[1] > 0)
 
 
-def compare(column, reference, num_steps):
-    """Step both with the same actions, asserting equality; returns how their episodes ended.
+def compare(env, reference, num_steps):
+    """Steps both with the same actions, asserts equality, and returns how their episodes ended.
 
-    Every second episode is played at random and soon falls.
+    Every second episode has random actions and ends soon.
     """
     rng, ends = np.random.default_rng(0), []
-    obs, expected = column.reset(seed=5)[0], reference.reset(seed=5)[0]
+    obs, expected = env.reset(seed=5)[0], reference.reset(seed=5)[0]
     for _ in range(num_steps):
         np.testing.assert_array_equal(obs[0], expected)
         action = push(expected, 1.0 if len(ends) % 2 else 0.03, rng)
-        obs, *rest, infos = column.step(np.array([action]))
+        obs, *rest, infos = env.step(np.array([action]))
         expected, *expected_rest, _ = reference.step(action)
         assert [float(part[0]) for part in rest] == [float(part) for part in expected_rest]
         if any(expected_rest[1:]):
@@ -38,8 +38,8 @@ def compare(column, reference, num_steps):
 
 
 def test_the_standard_physics_are_cartpole_v1_to_the_last_bit():
-    column = CartPole(CartPole.Config()).make_vec(1)
-    ends = compare(column, gym.make("CartPole-v1"), 8000)
+    env = CartPole(CartPole.Config()).make_vec(1)
+    ends = compare(env, gym.make("CartPole-v1"), 8000)
     assert {(True, False), (False, True)} <= set(ends)  # it fell and it ran out of time
 
 
@@ -50,12 +50,12 @@ def test_other_physics_are_those_of_an_edited_cartpole():
         setattr(reference.unwrapped, name, value)
     reference.unwrapped.total_mass = 0.3 + 1.0
     reference.unwrapped.polemass_length = 0.3 * 0.8
-    column = CartPole(CartPole.Config()).make_vec(1)
-    column.set_tasks([task(**physics)])
-    assert compare(column, reference, 2000)
+    env = CartPole(CartPole.Config()).make_vec(1)
+    env.set_tasks([task(**physics)])
+    assert compare(env, reference, 2000)
 
 
-def test_columns_do_not_feel_each_others_physics():
+def test_environments_are_independent_of_each_others_physics():
     alone, together = (CartPole(CartPole.Config()).make_vec(n) for n in (1, 3))
     alone.set_tasks([task(gravity=5.0)])
     together.set_tasks([task(), task(gravity=5.0), task(length=1.0)])

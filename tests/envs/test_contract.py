@@ -1,4 +1,4 @@
-"""What every task family promises, checked for each of them."""
+"""The contract of task families, checked for each of them."""
 
 import re
 import warnings
@@ -45,7 +45,7 @@ CASES = {
     "gym_box": (GymEnv, {"id": "Pendulum-v1", "vary": {"g": [5, 15]}, "max_episode_steps": 9}),
 }
 FEW_TASKS = {"bandit_hard", "informative_bandit", "gym_choices", "two_step_steady"}
-"""Families of so few tasks that all splits draw the same."""
+"""Families of so few tasks that splits share them."""
 
 CHOICES = {"gravity": {"choices": [5, 10, 15]}, "length": {"choices": [0.25, 0.5]}}
 FINITE = {
@@ -54,7 +54,7 @@ FINITE = {
     "gym_choices": (GymEnv, {"id": "CartPole-v1", "vary": CHOICES}, 6),
     "two_step_short": (TwoStep, {"rounds": 4, "reversal": 0.5}, 16),
 }
-"""Finite families and how many tasks they have, of which `HELD_OUT` can be held out."""
+"""Finite families and their number of tasks, of which `HELD_OUT` can be held out."""
 HELD_OUT = {"grid_nav": 5, "informative_bandit": 3, "gym_choices": 2, "two_step_short": 0.25}
 SPLIT = CASES | {
     "gym_choices": FINITE["gym_choices"][:2],
@@ -72,11 +72,11 @@ def stream(seed=0):
     return np.random.default_rng(seed)
 
 
-def started(family, seed=0, num_envs=5, remembers=False):
-    """Columns on tasks of their own, reset, and their first observation."""
+def started(family, seed=0, num_envs=5, tracks_belief=False):
+    """Environments on sampled tasks after a reset, and the first observations."""
     env = family.make_vec(num_envs)
     env.np_random = stream(seed)
-    env.remembers = remembers
+    env.tracks_belief = tracks_belief
     env.set_tasks(family.sample(stream(), num_envs, "train"))
     return env, env.reset()[0]
 
@@ -92,17 +92,17 @@ def play(env, actions):
 
 
 def has(name, method):
-    """Whether the family of a case answers a question about what is known."""
+    """Whether the family of a case implements a method."""
     try:
-        getattr(started(made(name), remembers=True)[0], method)()
+        getattr(started(made(name), tracks_belief=True)[0], method)()
     except NotImplementedError:
         return False
     return True
 
 
-BELIEVERS = [name for name in CASES if has(name, "belief") and CASES[name][0] is not Observe]
-ORACLES = [name for name in CASES if has(name, "expert_action")]
-INFORMED = [name for name in ORACLES if has(name, "best_action")]
+WITH_BELIEF = [name for name in CASES if has(name, "belief") and CASES[name][0] is not Observe]
+WITH_EXPERT = [name for name in CASES if has(name, "expert_action")]
+WITH_BEST_ACTION = [name for name in WITH_EXPERT if has(name, "best_action")]
 
 
 @pytest.fixture(params=CASES)
@@ -110,8 +110,8 @@ def family(request):
     return made(request.param)
 
 
-@pytest.fixture(params=BELIEVERS)
-def believer(request):
+@pytest.fixture(params=WITH_BELIEF)
+def family_with_belief(request):
     return made(request.param)
 
 
@@ -120,7 +120,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_one_column_passes_gymnasiums_own_check(family):
+def test_a_single_environment_passes_gymnasiums_check(family):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unbounded velocities, and no spec outside gym.make
         check_env(SingleEnv(family, render_mode="rgb_array"), skip_render_check=True)
@@ -132,8 +132,8 @@ def test_a_registered_family_can_be_made_both_ways(name):
     register()  # a second call changes nothing
     single = gym.make(f"dmrl/{name}-v0", render_mode="rgb_array")
     single.reset(seed=3)
-    columns = gym.make_vec(f"dmrl/{name}-v0", num_envs=2)
-    assert columns.reset(seed=3)[0].shape == (2, *single.observation_space.shape)
+    vector = gym.make_vec(f"dmrl/{name}-v0", num_envs=2)
+    assert vector.reset(seed=3)[0].shape == (2, *single.observation_space.shape)
     assert single.render().ndim == 3
 
 
@@ -163,7 +163,7 @@ def test_a_task_takes_effect_at_reset_and_not_before(family):
 def test_splits_share_no_task_even_from_streams_in_the_same_state(name):
     family = made(name)
     ids = [{task.id for task in family.sample(stream(), 50, split)} for split in SPLITS]
-    if name in FEW_TASKS:  # ... and then the ids tell it.
+    if name in FEW_TASKS:  # The ids show that they are shared.
         assert ids[0] == ids[1] == ids[2]
         return
     assert not ids[0] & ids[1]
@@ -172,7 +172,7 @@ def test_splits_share_no_task_even_from_streams_in_the_same_state(name):
 
 
 @pytest.mark.parametrize("name", FINITE)
-def test_held_out_tasks_are_kept_from_a_finite_family_whose_tasks_stay_the_same(name):
+def test_held_out_tasks_divide_a_finite_family_without_changing_its_tasks(name):
     kind, settings, size = FINITE[name]
     shared, kept = (
         [
@@ -196,19 +196,19 @@ KEPT = {
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", KEPT)
-def test_the_familys_own_oracle_scores_1_on_the_tasks_of_each_split(name, split):
+def test_the_expert_scores_1_on_the_tasks_of_each_split(name, split):
     kind, settings = KEPT[name]
     family = kind(kind.Config(**settings))
     env, tasks = family.make_vec(4000), family.sample(stream(1), 4000, split)
-    env.remembers = True
+    env.tracks_belief = True
     env.np_random = stream()
     env.set_tasks(tasks)
     env.reset()
-    ends = family.reference(tasks[0])
+    reference = family.reference(tasks[0])
     for episode in range(family.episodes_per_trial):
         steps = range(family.max_episode_steps)
         total = sum(env.step(env.expert_action())[1].astype(float) for _ in steps)
-        score = ends.score(np.array(episode), total)
+        score = reference.score(np.array(episode), total)
         assert score.mean() == pytest.approx(1, abs=5 * score.std() / np.sqrt(len(tasks)))
 
 
@@ -232,7 +232,7 @@ def test_box_actions_lie_between_minus_one_and_one(family):
 
 
 def test_an_end_returns_the_next_first_observation_and_keeps_the_last_one(family):
-    # The true successor is what a copy sees that stays where the episode ends.
+    # The true successor is the observation of a copy that is not reset.
     env, _ = started(family)
     ends = 0
     for action in random_actions(env, 60):
@@ -246,7 +246,7 @@ def test_an_end_returns_the_next_first_observation_and_keeps_the_last_one(family
         fresh = family.make_vec(5)
         fresh.np_random = random
         fresh.set_state(state)
-        getattr(fresh, "env", fresh).begin = lambda columns: None
+        getattr(fresh, "env", fresh).begin = lambda env_ids: None
         last = fresh.step(action)[0]
         np.testing.assert_array_equal(infos["final_obs"][done], last[done])
         np.testing.assert_array_equal(obs[~done], last[~done])
@@ -258,7 +258,7 @@ def test_an_end_returns_the_next_first_observation_and_keeps_the_last_one(family
 def test_open_episodes_continue_from_their_state_in_another_process(family):
     env, _ = started(family)
     play(env, random_actions(env, 6))
-    env.set_tasks(family.sample(stream(5), 5, "train"))  # waiting ones travel along
+    env.set_tasks(family.sample(stream(5), 5, "train"))  # pending tasks are part of the state
     state = {name: array.copy() for name, array in env.get_state().items()}
     copy = family.make_vec(5)
     copy.set_state(state)
@@ -276,7 +276,7 @@ def test_a_state_is_a_copy(family):
     assert_same(before.values(), kept.values())
 
 
-def test_no_episode_is_longer_than_promised(family):
+def test_no_episode_is_longer_than_max_episode_steps(family):
     env, _ = started(family)
     length, lengths = np.zeros(5, int), []
     for action in random_actions(env, 2 * min(family.max_episode_steps, 40) + 1):
@@ -310,30 +310,30 @@ def test_types_are_those_of_the_contract(family):
     assert picture.size < 40_000
 
 
-def test_a_belief_changes_with_what_is_shown_and_travels_with_the_state(believer):
-    env, _ = started(believer, remembers=True)
+def test_a_belief_changes_with_experience_and_is_part_of_the_state(family_with_belief):
+    env, _ = started(family_with_belief, tracks_belief=True)
     first = env.belief()
     play(env, random_actions(env, 6))
-    env.set_tasks(believer.sample(stream(5), 5, "train"))
+    env.set_tasks(family_with_belief.sample(stream(5), 5, "train"))
     assert not np.array_equal(first, env.belief())
-    copy = believer.make_vec(5)
-    copy.remembers = True
+    copy = family_with_belief.make_vec(5)
+    copy.tracks_belief = True
     copy.set_state(env.get_state())
-    for action in random_actions(env, 2 * min(believer.max_episode_steps, 40), seed=2):
+    for action in random_actions(env, 2 * min(family_with_belief.max_episode_steps, 40), seed=2):
         np.testing.assert_array_equal(env.belief(), copy.belief())
         for each in (env, copy):
             each.np_random = stream(7)
             each.step(action)
 
 
-def test_a_column_forgets_at_the_first_reset_after_it_was_given_a_task(believer):
-    env, _ = started(believer, remembers=True)
+def test_a_belief_is_reset_at_the_first_reset_after_set_tasks(family_with_belief):
+    env, _ = started(family_with_belief, tracks_belief=True)
     first = env.belief()
     play(env, random_actions(env, 12))
     env.reset()
     later = env.belief()
     assert not np.array_equal(first, later)
-    env.set_tasks(believer.sample(stream(9), 5, "train"))
+    env.set_tasks(family_with_belief.sample(stream(9), 5, "train"))
     np.testing.assert_array_equal(env.belief(), later)
     env.begin(np.array([1, 3]))
     np.testing.assert_array_equal(env.belief()[[1, 3]], first[[1, 3]])
@@ -343,12 +343,12 @@ def test_a_column_forgets_at_the_first_reset_after_it_was_given_a_task(believer)
     assert not np.array_equal(env.belief()[[1, 3]], first[[1, 3]])
 
 
-@pytest.mark.parametrize("name", BELIEVERS)
-def test_belief_and_oracle_know_the_task_by_what_was_shown_alone(name):
-    # Where two columns that were given different tasks differ before the first step, there the
-    # tasks are hidden: exchange that and nothing else.
+@pytest.mark.parametrize("name", WITH_BELIEF)
+def test_belief_and_expert_depend_on_the_task_through_experience_alone(name):
+    # The state that differs between two environments on different tasks before the first step
+    # holds the task parameters: exchange those and nothing else.
     family = made(name)
-    env, other = (started(family, remembers=True)[0] for _ in range(2))
+    env, other = (started(family, tracks_belief=True)[0] for _ in range(2))
     other.set_tasks(family.sample(stream(9), 5, "train"))
     other.np_random = stream()
     other.reset()
@@ -359,21 +359,21 @@ def test_belief_and_oracle_know_the_task_by_what_was_shown_alone(name):
     play(env, random_actions(env, min(8, family.max_episode_steps - 1)))
     other.set_state(env.get_state() | {key: theirs[key] for key in hidden})
     np.testing.assert_array_equal(env.belief(), other.belief())
-    if name in ORACLES:
+    if name in WITH_EXPERT:
         np.testing.assert_array_equal(env.expert_action(), other.expert_action())
 
 
-def test_nothing_is_kept_where_nobody_asked(believer):
-    env, _ = started(believer)
-    fresh = believer.make_vec(5)
+def test_no_belief_is_tracked_by_default(family_with_belief):
+    env, _ = started(family_with_belief)
+    fresh = family_with_belief.make_vec(5)
     play(env, random_actions(env, 12))
     assert set(env.get_state()) == set(env.state_fields)
-    for name in env.memory_fields:
+    for name in env.belief_fields:
         np.testing.assert_array_equal(getattr(env, name), getattr(fresh, name))
 
 
-def test_a_belief_is_about_unit_scale(believer):
-    env, _ = started(believer, remembers=True)
+def test_a_belief_is_about_unit_scale(family_with_belief):
+    env, _ = started(family_with_belief, tracks_belief=True)
     for action in random_actions(env, 50):
         belief = env.belief()
         assert belief.dtype == np.float32
@@ -382,33 +382,33 @@ def test_a_belief_is_about_unit_scale(believer):
         env.step(action)
 
 
-@pytest.mark.parametrize("name", ORACLES)
-def test_the_oracle_earns_more_than_random_actions(name):
+@pytest.mark.parametrize("name", WITH_EXPERT)
+def test_the_expert_has_a_higher_return_than_random_actions(name):
     family = made(name)
     total = []
-    for imitated in (True, False):
-        env, _ = started(family, num_envs=2000, remembers=True)
-        earned = np.zeros(2000)
+    for is_expert in (True, False):
+        env, _ = started(family, num_envs=2000, tracks_belief=True)
+        returns = np.zeros(2000)
         for random in random_actions(env, family.trial_steps, seed=3):
-            action = env.expert_action() if imitated else random
+            action = env.expert_action() if is_expert else random
             assert env.action_space.contains(action)
-            earned += env.step(action)[1]
-        total.append(earned)
-    error = np.sqrt(sum(earned.var() / 2000 for earned in total))
+            returns += env.step(action)[1]
+        total.append(returns)
+    error = np.sqrt(sum(returns.var() / 2000 for returns in total))
     assert total[0].mean() > total[1].mean() + 5 * error
 
 
-@pytest.mark.parametrize("name", INFORMED)
-def test_one_who_knows_the_task_earns_more_than_the_oracle(name):
+@pytest.mark.parametrize("name", WITH_BEST_ACTION)
+def test_best_actions_have_a_higher_return_than_the_expert(name):
     family = made(name)
     total = []
     for method in ("best_action", "expert_action"):
-        env, _ = started(family, num_envs=2000, remembers=True)
-        earned = np.zeros(2000)
+        env, _ = started(family, num_envs=2000, tracks_belief=True)
+        returns = np.zeros(2000)
         for _ in range(family.trial_steps):
             action = getattr(env, method)()
             assert env.action_space.contains(action)
-            earned += env.step(action)[1]
-        total.append(earned)
-    error = np.sqrt(sum(earned.var() / 2000 for earned in total))
+            returns += env.step(action)[1]
+        total.append(returns)
+    error = np.sqrt(sum(returns.var() / 2000 for returns in total))
     assert total[0].mean() > total[1].mean() + 5 * error

@@ -27,7 +27,7 @@ def shortest(here, goal):
 
 
 def searching_return(goal):
-    """(4,) returns of the agent that sweeps, then follows the edge, then knows the goal."""
+    """Returns (4,) of an agent that sweeps, then follows the edge, then goes to the found goal."""
     env = GridNav(GridNav.Config()).make_vec(1)
     env.set_tasks([Task("a", "grid_nav", "train", {"goal": float(goal)})])
     env.reset()
@@ -48,34 +48,34 @@ def reference(family, split="test"):
 
 
 def test_a_search_policy_attains_the_bayes_optimal_return():
-    # `search` argues that nothing can be better; here a policy earns it in the environment.
-    earned = np.mean([searching_return(goal) for goal in GOALS], axis=0)
+    # `search` argues that it is an upper bound; here a policy attains it in the environment.
+    returns = np.mean([searching_return(goal) for goal in GOALS], axis=0)
     oracle = reference(GridNav(GridNav.Config())).oracle
-    np.testing.assert_allclose(earned, oracle, atol=1e-5)
+    np.testing.assert_allclose(returns, oracle, atol=1e-5)
     np.testing.assert_allclose(oracle, [4.0, 11.0714, 11.0714, 11.0714], atol=1e-4)
 
 
-def test_the_oracle_action_attains_the_bayes_optimal_return():
+def test_the_expert_action_attains_the_bayes_optimal_return():
     env = GridNav(GridNav.Config()).make_vec(21)
-    env.remembers = True
+    env.tracks_belief = True
     env.set_tasks([Task("a", "grid_nav", "train", {"goal": float(goal)}) for goal in GOALS])
     env.reset()
     reward = np.array([env.step(env.expert_action())[1] for _ in range(4 * HORIZON)], np.float64)
-    earned = reward.reshape(4, HORIZON, 21).sum(axis=1).mean(axis=1)
-    np.testing.assert_allclose(earned, [4.0, 11.0714, 11.0714, 11.0714], atol=1e-4)
-    assert earned.sum() == pytest.approx(37.214, abs=1e-3)
+    returns = reward.reshape(4, HORIZON, 21).sum(axis=1).mean(axis=1)
+    np.testing.assert_allclose(returns, [4.0, 11.0714, 11.0714, 11.0714], atol=1e-4)
+    assert returns.sum() == pytest.approx(37.214, abs=1e-3)
 
 
-def test_the_oracle_stays_on_a_goal_and_searches_on_beside_a_refuted_cell():
+def test_the_expert_stays_on_a_goal_and_continues_its_search_elsewhere():
     env = GridNav(GridNav.Config()).make_vec(1)
-    env.remembers = True
+    env.tracks_belief = True
     env.set_tasks([Task("a", "grid_nav", "train", {"goal": 3.0})])
     env.reset()
     for action in [1, 1]:  # to the cell 2, which is not the goal
         env.step(np.array([action]))
     assert env.belief()[0, 2] == 0
     assert env.belief()[0, 3] == pytest.approx(1 / 20)
-    assert env.expert_action()[0] == 3  # of the neighbours 7 and 3 the sweep has 7 first
+    assert env.expert_action()[0] == 3  # of the neighbors 7 and 3 the sweep has 7 first
     env.step(np.array([1]))
     assert env.belief()[0, [3, 25]].tolist() == [1, 1]
     assert env.expert_action()[0] == 0
@@ -141,21 +141,21 @@ def test_without_held_out_cells_every_split_draws_from_all():
 
 
 def best_return(goals, episodes):
-    """The best expected return of a trial by backward induction over all walks: (cell, goals left)
-    is the state, as whoever finds the goal knows it."""
+    """The best expected return of a trial by backward induction over all walks, with the state
+    (cell, goals not yet excluded)."""
     sets = np.arange(1 << len(goals))
     count = np.array([bits.bit_count() for bits in sets.tolist()])
-    worth = np.zeros(len(sets))  # of the sum over the goals that are left, episodes to go
+    future = np.zeros(len(sets))  # value of later episodes, summed over the goals not excluded
     for later in range(episodes):
-        value = np.tile(worth - 0.1 * HORIZON * count, (len(CELLS), 1))
+        value = np.tile(future - 0.1 * HORIZON * count, (len(CELLS), 1))
         for t in range(HORIZON, 0, -1):
             for i, goal in enumerate(goals):
                 left = sets[(sets >> i & 1) > 0]
-                paid = 16.1 - 1.1 * t + later * (16.1 - 1.1 * CELLS[goal].sum())
-                value[goal, left] = paid + value[goal, left ^ (1 << i)]
+                found = 16.1 - 1.1 * t + later * (16.1 - 1.1 * CELLS[goal].sum())
+                value[goal, left] = found + value[goal, left ^ (1 << i)]
             value = value[NEXT_CELL].max(axis=1)
-        worth = value[0]
-    return worth[-1] / len(goals)
+        future = value[0]
+    return future[-1] / len(goals)
 
 
 @pytest.mark.parametrize("episodes", [1, 2, 4])

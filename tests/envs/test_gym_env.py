@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dmrl_ray.envs.cartpole import CartPole
-from dmrl_ray.envs.gym_column import EnvNotDeterministic
+from dmrl_ray.envs.external_env import EnvNotDeterministic
 from dmrl_ray.envs.gym_env import GymEnv
 from dmrl_ray.types import SPLITS, EnvironmentFault
 
@@ -21,18 +21,18 @@ class Toy(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.t = 0
-        return self.answer()[0], {}
+        return self.returned()[0], {}
 
     def step(self, action):
         self.t += 1
         self.action = action
-        answer = self.answer()
-        return answer[:4] if self.misbehaves("old") else answer
+        returned = self.returned()
+        return returned[:4] if self.misbehaves("old") else returned
 
     def misbehaves(self, fault):
         return self.fault == fault and self.t == self.when
 
-    def answer(self):
+    def returned(self):
         if self.misbehaves("raises"):
             raise KeyError("door")
         obs = self.observation()
@@ -56,8 +56,8 @@ class Toy(gym.Env):
         return self.np_random.random(2).astype(np.float32) if self.fault == "random" else GOOD
 
 
-class Forgetful(Toy):
-    """Takes its randomness from a generator of its own."""
+class Unseeded(Toy):
+    """Samples from a generator that no reset seeds."""
 
     own = np.random.default_rng(0)
 
@@ -66,7 +66,7 @@ class Forgetful(Toy):
 
 
 class Overwriting(Toy):
-    """Sets its size anew at reset."""
+    """Overwrites its size at reset."""
 
     def reset(self, *, seed=None, options=None):
         self.size = 2.0
@@ -74,28 +74,33 @@ class Overwriting(Toy):
 
 
 class TaskToy(Toy):
-    """Has the method that Meta-World's environments have."""
+    """Has a method `set_task`, as Meta-World's environments have."""
 
     def set_task(self, task):
         self.size = 10 * task["size"]
 
 
 class Winning(Toy):
-    """Ends after two steps, and tells then whether that was a success, if it does."""
+    """Ends after two steps, with an `is_success` from an iterator, if there is one."""
 
-    told = iter(())
+    successes = iter(())
 
     def step(self, action):
-        *answer, _ = super().step(action)
+        *returned, _ = super().step(action)
         done = self.t >= 2
-        return *answer[:2], done, False, {"is_success": next(self.told, None)} if done else {}
+        return (
+            *returned[:2],
+            done,
+            False,
+            {"is_success": next(self.successes, None)} if done else {},
+        )
 
 
 class Wrapped(gym.Wrapper):
-    """Knows nothing of tasks."""
+    """Has no method `set_task`."""
 
 
-for kind in (Toy, Forgetful, Overwriting, TaskToy, Winning):
+for kind in (Toy, Unseeded, Overwriting, TaskToy, Winning):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=20)
 gym.register("Endless-v0", entry_point=Toy)
 gym.register("WrappedTask-v0", entry_point=lambda **kwargs: Wrapped(TaskToy(**kwargs)))
@@ -114,25 +119,25 @@ def started(family, num_envs=2, seed=0):
 
 
 def test_varied_attributes_are_the_physics():
-    # The native family plays the same physics: same start, same actions, same motion.
+    # The native family has the same physics: same start, same actions, same motion.
     vary = {"gravity": [5, 15], "force_mag": [5, 15]}
     adapted, native = family("CartPole-v1", vary=vary), CartPole(CartPole.Config())
-    env, column = started(adapted, 1), native.make_vec(1)
+    env, other = started(adapted, 1), native.make_vec(1)
     task = adapted.sample(np.random.default_rng(1), 1, "train")[0]
     standard = native.sample(np.random.default_rng(0), 1, "train")[0]
-    column.set_tasks([type(task)("a", "b", "train", {**standard.params, **task.params})])
-    column.reset()
-    column.motion = env.columns[0].env.unwrapped.state[None]
+    other.set_tasks([type(task)("a", "b", "train", {**standard.params, **task.params})])
+    other.reset()
+    other.motion = env.envs[0].env.unwrapped.state[None]
     for action in [1, 1, 0, 1, 0, 0]:
         obs = env.step(np.array([action]))[0]
-        np.testing.assert_array_equal(obs, column.step(np.array([action]))[0])
+        np.testing.assert_array_equal(obs, other.step(np.array([action]))[0])
 
 
 def test_tasks_can_be_arguments_of_the_constructor():
     pendulum = family("Pendulum-v1", vary={"g": [5, 15]}, apply="kwargs")
     env = started(pendulum)
     tasks = pendulum.sample(np.random.default_rng(1), 2, "train")
-    assert [column.env.unwrapped.g for column in env.columns] == [t.params["g"] for t in tasks]
+    assert [each.env.unwrapped.g for each in env.envs] == [t.params["g"] for t in tasks]
 
 
 @pytest.mark.parametrize("env_id", ["TaskToy-v0", "WrappedTask-v0"])
@@ -146,12 +151,12 @@ def test_tasks_can_be_set_by_the_environments_own_method(env_id):
 def test_choices_keep_the_type_the_config_gave_them():
     toy = family("Toy-v0", vary={"size": {"choices": [3, 4]}})
     env = started(toy, num_envs=8)
-    sizes = [column.env.unwrapped.size for column in env.columns]
+    sizes = [each.env.unwrapped.size for each in env.envs]
     assert {type(size) for size in sizes} == {int}
     assert set(sizes) == {3, 4}
 
 
-def test_a_first_task_of_zeros_is_set_like_any_other():
+def test_a_first_task_of_zeros_is_set():
     env = started(family("Toy-v0", vary={"size": {"choices": [0]}}))
     np.testing.assert_array_equal(env.step(np.array([0, 1]))[1], [0, 0])
 
@@ -160,9 +165,9 @@ def test_box_actions_are_rescaled_to_the_bounds():
     space = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 10]))
     env = started(family("Toy-v0", kwargs={"action_space": space}), 1)
     env.step(np.array([[1.0, -1.0]]))
-    np.testing.assert_allclose(env.columns[0].env.unwrapped.action, [2, 0])
+    np.testing.assert_allclose(env.envs[0].env.unwrapped.action, [2, 0])
     env.step(np.array([[0.5, 0.0]]))
-    np.testing.assert_allclose(env.columns[0].env.unwrapped.action, [1, 5])
+    np.testing.assert_allclose(env.envs[0].env.unwrapped.action, [1, 5])
 
 
 def test_integer_observations_are_one_hot_and_spaces_may_start_anywhere():
@@ -172,7 +177,7 @@ def test_integer_observations_are_one_hot_and_spaces_may_start_anywhere():
     }
     env = started(family("Toy-v0", kwargs=kwargs), 1)
     np.testing.assert_array_equal(env.step(np.array([2]))[0], [[0, 1, 0, 0]])
-    assert env.columns[0].env.unwrapped.action == 1
+    assert env.envs[0].env.unwrapped.action == 1
 
 
 def test_an_environment_that_never_ends_is_truncated():
@@ -197,13 +202,13 @@ def test_an_environment_that_does_not_vary_is_one_task():
 @pytest.mark.parametrize(
     ("vary", "sentence"),
     [
-        ({"size": [1, 2]}, "something varies over a range"),
+        ({"size": [1, 2]}, "a parameter varies over a range"),
         ({}, "nothing varies; leave it out"),
-        ({"size": {"choices": [1, 2, 1.0]}}, "name each once"),
+        ({"size": {"choices": [1, 2, 1.0]}}, "given twice; name each once"),
         ({"size": {"choices": [1, 2]}}, "of 2 combinations of choices, 1 for each of two splits"),
     ],
 )
-def test_what_cannot_be_held_out_is_refused(vary, sentence):
+def test_tasks_that_cannot_be_held_out_are_refused(vary, sentence):
     with pytest.raises(ValueError, match=sentence):
         family("Toy-v0", vary=vary, held_out=1)
 
@@ -212,7 +217,7 @@ LENGTHS, SIZES = [0.25, 0.0, 1.0], [3, 1, 2]
 
 
 @pytest.mark.parametrize("held_out", [0, 2])
-def test_tasks_depend_on_what_varies_and_not_on_the_order_in_which_it_is_said(held_out):
+def test_tasks_do_not_depend_on_the_order_of_the_parameters(held_out):
     def drawn(**vary):
         toy = family("Toy-v0", vary=vary, held_out=held_out)
         return [[t.to_json() for t in toy.sample(np.random.default_rng(0), 9, s)] for s in SPLITS]
@@ -222,11 +227,11 @@ def test_tasks_depend_on_what_varies_and_not_on_the_order_in_which_it_is_said(he
     assert one == drawn(when={"choices": LENGTHS}, size={"choices": [2.0, 3.0, 1.0]})
 
 
-def test_success_is_known_of_episodes_that_were_told_it_whatever_their_neighbours():
+def test_success_is_reported_for_each_environment_on_its_own():
     env = started(family("Winning-v0"), 2)
-    # Both environments play episodes of two steps; what each is told at their ends:
-    env.columns[0].env.unwrapped.told = iter([True, np.array([False]), None, np.nan])
-    env.columns[1].env.unwrapped.told = iter([None, None, False, None])
+    # Both environments have episodes of two steps, and report at their ends:
+    env.envs[0].env.unwrapped.successes = iter([True, np.array([False]), None, np.nan])
+    env.envs[1].env.unwrapped.successes = iter([None, None, False, None])
     nothing = {"success": np.full(2, np.nan)}
     seen = [(nothing | env.step(np.zeros(2, np.int64))[4])["success"] for _ in range(8)]
     np.testing.assert_array_equal(
@@ -236,7 +241,7 @@ def test_success_is_known_of_episodes_that_were_told_it_whatever_their_neighbour
 
 
 @pytest.mark.parametrize("oracle", [5, 4.5])
-def test_an_oracle_that_is_no_better_than_random_play_is_refused(oracle):
+def test_an_oracle_no_better_than_random_actions_is_refused(oracle):
     with pytest.raises(ValueError, match=r"reference\n.*oracle: .* is not more than random, 5"):
         family("Toy-v0", reference={"random": 5, "oracle": oracle})
 
@@ -295,13 +300,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_breaks_in_the_first_steps_is_found_before_the_run(fault):
+def test_an_error_in_the_first_steps_is_found_before_the_run(fault):
     with pytest.raises(ValueError, match=f"Toy-v0: .* step 3: .*{FAULTS[fault]}"):
         family("Toy-v0", kwargs={"fault": fault, "when": 3})
 
 
 @pytest.mark.parametrize("fault", ["raises", "nan obs", "shape", "none"])
-def test_what_breaks_at_reset_is_found_before_the_run(fault):
+def test_an_error_at_reset_is_found_before_the_run(fault):
     with pytest.raises(ValueError, match=f"Toy-v0: .* step 0: .*{FAULTS[fault]}"):
         family("Toy-v0", kwargs={"fault": fault, "when": 0})
 
@@ -313,25 +318,25 @@ def test_observations_outside_their_space_are_found_before_the_run(space):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_breaks_later_names_environment_column_seed_and_step(fault):
+def test_a_later_error_names_the_environment_seed_and_step(fault):
     env = started(family("Toy-v0", kwargs={"fault": fault, "when": 15}))
-    seed = env.columns[0].seed
+    seed = env.envs[0].seed
     for _ in range(14):
         env.step(np.array([0, 1]))
-    message = f"Toy-v0: column 0, episode seed {seed}, step 15: .*{FAULTS[fault]}"
+    message = f"Toy-v0: environment 0, episode seed {seed}, step 15: .*{FAULTS[fault]}"
     with pytest.raises(EnvironmentFault, match=message):
         env.step(np.array([0, 1]))
 
 
-def test_an_episode_that_does_not_repeat_itself_cannot_be_restored():
-    forgetful = family("Forgetful-v0")
-    env = started(forgetful)
+def test_a_nondeterministic_episode_cannot_be_restored():
+    unseeded = family("Unseeded-v0")
+    env = started(unseeded)
     env.step(np.array([0, 1]))
-    with pytest.raises(EnvNotDeterministic, match="Forgetful-v0: column 0: repeating the 1"):
-        forgetful.make_vec(2).set_state(env.get_state())
+    with pytest.raises(EnvNotDeterministic, match="Unseeded-v0: environment 0: replaying the 1"):
+        unseeded.make_vec(2).set_state(env.get_state())
 
 
-def test_a_restored_episode_shows_the_same_observation():
+def test_a_restored_episode_has_the_same_observation():
     toy = family("Toy-v0", kwargs={"fault": "random"})
     env, copy = started(toy), toy.make_vec(2)
     obs = env.step(np.array([0, 1]))[0]

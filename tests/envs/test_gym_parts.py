@@ -15,7 +15,7 @@ from dmrl_ray.types import EnvironmentFault
 
 
 class Signs(gym.Env):
-    """Go where the bright column of the picture is; with the word 4, to the other side."""
+    """The rewarded action is the bright side of the picture; with the word 4, the other side."""
 
     observation_space = Dict(
         see=Dict(picture=Box(0, 255, (4, 4, 1), np.uint8), wind=Box(-1.0, 1.0, (2,), np.float64)),
@@ -48,8 +48,8 @@ class Signs(gym.Env):
         return obs
 
 
-class Same(gym.Env):
-    """Shows what it is told to."""
+class Constant(gym.Env):
+    """Always returns the given observation."""
 
     action_space = Discrete(2)
 
@@ -65,12 +65,12 @@ class Same(gym.Env):
 
 
 gym.register("Signs-v0", entry_point=Signs, max_episode_steps=8)
-gym.register("Same-v0", entry_point=Same, max_episode_steps=8)
+gym.register("Constant-v0", entry_point=Constant, max_episode_steps=8)
 
 
 def first_obs(space, obs):
     family = GymEnv(
-        GymEnv.Config.model_validate({"id": "Same-v0", "kwargs": {"space": space, "obs": obs}})
+        GymEnv.Config.model_validate({"id": "Constant-v0", "kwargs": {"space": space, "obs": obs}})
     )
     env = family.make_vec(1)
     env.np_random = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def first_obs(space, obs):
     return family.observation_space, env.reset()[0][0].tolist()
 
 
-def test_parts_have_the_dotted_names_of_where_they_are():
+def test_parts_have_dotted_names():
     space = GymEnv(GymEnv.Config(id="Signs-v0")).observation_space
     assert list(space.parts) == ["see.picture", "see.wind", "words", "step"]
     assert space.shape == (16 + 2 + 9 + 2,)
@@ -103,11 +103,11 @@ def test_several_integers_are_one_part(space, value):
     ("wrong", "message"),
     [
         ({"words": np.array([3, 9])}, r"observation\['words'\] is array\(\[3, 9\]\), not in"),
-        ({"see": {"picture": 0}}, "observation is not built as .*KeyError: 'wind'"),
+        ({"see": {"picture": 0}}, "observation does not match .*KeyError: 'wind'"),
         ({"step": 1.5}, r"observation\['step'\] is 1.5, not in Discrete"),
     ],
 )
-def test_a_part_that_breaks_its_space_is_named(wrong, message, monkeypatch):
+def test_a_part_outside_its_space_is_named(wrong, message, monkeypatch):
     family = GymEnv(GymEnv.Config(id="Signs-v0"))
     env = family.make_vec(1)
     env.np_random = np.random.default_rng(0)
@@ -116,7 +116,7 @@ def test_a_part_that_breaks_its_space_is_named(wrong, message, monkeypatch):
     monkeypatch.setattr(Signs, "wrong", wrong)
     for _ in range(4):
         env.step(np.array([0]))
-    with pytest.raises(EnvironmentFault, match=f"column 0, episode seed .*step 5: {message}"):
+    with pytest.raises(EnvironmentFault, match=f"environment 0, episode seed .*step 5: {message}"):
         env.step(np.array([0]))
 
 
@@ -153,7 +153,7 @@ GRU = {"type": "gru", "hidden_size": 32}
         {"type": "combined", "parts": SMALL, "trunk": GRU},
         {"type": "gru", "hidden_size": 16, "torso": {"type": "combined", "parts": SMALL}},
     ],
-    ids=["defaults", "memory_behind", "memory_around"],
+    ids=["defaults", "memory_in_trunk", "memory_around"],
 )
 def test_a_policy_steps_and_learns_from_all_parts(encoder):
     learner = learner_of(encoder)
@@ -164,7 +164,7 @@ def test_a_policy_steps_and_learns_from_all_parts(encoder):
 
 
 @pytest.mark.slow
-def test_a_policy_learns_what_only_picture_and_words_together_tell():
+def test_a_policy_learns_from_picture_and_words_together():
     rewards = train(learner_of({"type": "combined", "parts": SMALL, "trunk": MLP}), 60)
     assert np.mean(rewards[:3]) < 0.6
     assert np.mean(rewards[-5:]) > 0.9

@@ -1,4 +1,4 @@
-"""What is shown of a family is true at every moment, and the family itself is left as it is."""
+"""Additional observations are correct at every step and do not change the family."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ GOALS = {"type": "point_goal", "horizon": 3}
 GRID = {"type": "grid_nav"}
 
 
-def shown(of, *show):
+def observing(of, *show):
     return Observe(Observe.Config.model_validate({"of": of, "show": show or ("task",)}))
 
 
@@ -33,7 +33,7 @@ def test_a_task_is_its_parameters_in_order_of_their_names():
 
 
 def test_an_observation_is_the_familys_own_and_the_task():
-    family = shown(GOALS)
+    family = observing(GOALS)
     tasks = family.sample(stream(), 4, "train")
     env, first = started(family, tasks)
     own = family.inner.make_vec(4)
@@ -51,9 +51,9 @@ def test_an_observation_is_the_familys_own_and_the_task():
             np.testing.assert_array_equal(one, other)
 
 
-def test_a_new_task_is_shown_from_its_first_observation_on_and_not_before():
-    # Both columns end after 3 steps; the new goals wait from step 2 on.
-    family = shown(GOALS)
+def test_a_new_task_is_observed_from_its_first_observation_on_and_not_before():
+    # Both episodes end after 3 steps; the new goals are set after the first.
+    family = observing(GOALS)
     before, after = family.sample(stream(), 2, "train"), family.sample(stream(1), 2, "train")
     old, new = (np.float32([task.params["goal"] for task in tasks]) for tasks in (before, after))
     env, _ = started(family, before)
@@ -68,8 +68,8 @@ def test_a_new_task_is_shown_from_its_first_observation_on_and_not_before():
     np.testing.assert_array_equal(obs[:, 2:], new)
 
 
-def test_only_columns_that_ended_show_their_new_task():
-    family = shown({"type": "cartpole", "gravity": [5, 15]})
+def test_only_environments_whose_episode_ended_observe_their_new_task():
+    family = observing({"type": "cartpole", "gravity": [5, 15]})
     env, obs = started(family, family.sample(stream(), 8, "train"))
     env.set_tasks(family.sample(stream(1), 8, "train"))
     before, ended = obs[:, 4:].copy(), np.zeros(8, bool)
@@ -83,8 +83,8 @@ def test_only_columns_that_ended_show_their_new_task():
     pytest.fail("all poles fell at once")
 
 
-def test_the_belief_shown_is_the_environments_own():
-    family = shown(GRID, "belief")
+def test_the_observed_belief_is_the_environments():
+    family = observing(GRID, "belief")
     env, obs = started(family, family.sample(stream(), 3, "train"))
     part = family.observation_space.slices["belief"]
     first = obs[:, part].copy()
@@ -95,8 +95,8 @@ def test_the_belief_shown_is_the_environments_own():
     assert not np.array_equal(obs[:, part], first)
 
 
-def test_a_belief_of_the_next_task_starts_from_nothing():
-    family = shown(GRID, "belief")
+def test_the_belief_of_the_next_task_starts_from_the_prior():
+    family = observing(GRID, "belief")
     env, obs = started(family, family.sample(stream(), 3, "train"))
     first = obs[:, family.observation_space.slices["belief"]].copy()
     for seed in range(14):  # one less than an episode
@@ -106,19 +106,19 @@ def test_a_belief_of_the_next_task_starts_from_nothing():
     np.testing.assert_array_equal(env.reset()[0][:, -first.shape[1] :], first)
 
 
-def test_a_belief_is_shown_whoever_asks_the_environment_to_remember():
-    family = shown(GRID, "belief")
+def test_an_observed_belief_is_always_tracked():
+    family = observing(GRID, "belief")
     env = family.make_vec(2)
-    env.remembers = False
-    assert env.remembers
-    blind = shown(GRID).make_vec(2)
-    assert not blind.remembers
-    blind.remembers = True
-    assert blind.env.remembers
+    env.tracks_belief = False
+    assert env.tracks_belief
+    without = observing(GRID).make_vec(2)
+    assert not without.tracks_belief
+    without.tracks_belief = True
+    assert without.env.tracks_belief
 
 
 def test_names_lengths_and_references_are_the_familys():
-    family = shown(GRID, "task", "belief")
+    family = observing(GRID, "task", "belief")
     inner = family.inner
     assert list(family.observation_space.parts) == ["obs", "task", "belief"]
     assert (family.family, family.trial_steps) == (inner.family, inner.trial_steps)
@@ -127,11 +127,13 @@ def test_names_lengths_and_references_are_the_familys():
     np.testing.assert_array_equal(family.reference(task).oracle, inner.reference(task).oracle)
 
 
-def test_a_family_without_a_belief_is_told():
-    with pytest.raises(ValueError, match=r"point_goal.*no belief .*half circle.*; show the task"):
-        shown(GOALS, "belief")
+def test_a_family_without_a_belief_is_refused():
+    with pytest.raises(
+        ValueError, match=r"point_goal.*no belief .*half circle.*; use task instead"
+    ):
+        observing(GOALS, "belief")
 
 
-def test_a_family_is_named_like_any_other_component():
+def test_a_family_is_given_like_any_other_component():
     settings = Component.model_validate({"type": "observe", "of": "point_goal"}).settings
     assert Observe(settings).family == "point_goal"

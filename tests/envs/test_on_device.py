@@ -1,4 +1,4 @@
-"""A family that can be put on a device plays there what it plays in NumPy."""
+"""A family has the same episodes on a device as in NumPy."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ CASES = {
     "point_goal": (PointGoal, {"horizon": 7}),
     "point_goal_sparse": (PointGoal, {"horizon": 30, "goal": "semicircle", "sparse_radius": 0.9}),
 }
-COLUMNS = 50
+NUM_ENVS = 50
 
 
 class TensorsOf:
-    """A NumPy generator whose numbers are tensors."""
+    """A NumPy generator that returns tensors."""
 
     def __init__(self, rng):
         self.rng = rng
@@ -37,12 +37,12 @@ def family(request):
 
 def pair(family):
     """The family in NumPy and on a device, on the same tasks and with the same noise."""
-    envs = family.make_vec(COLUMNS), family.make_vec(COLUMNS)
-    envs[1].put_on(torch.device("cpu"), family.max_episode_steps)
+    envs = family.make_vec(NUM_ENVS), family.make_vec(NUM_ENVS)
+    envs[1].to_device(torch.device("cpu"), family.max_episode_steps)
     streams = np.random.default_rng(1), TensorsOf(np.random.default_rng(1))
     for env, stream in zip(envs, streams, strict=True):
         env.np_random = stream
-        env.set_tasks(family.sample(np.random.default_rng(0), COLUMNS, "train"))
+        env.set_tasks(family.sample(np.random.default_rng(0), NUM_ENVS, "train"))
     return envs
 
 
@@ -54,19 +54,22 @@ def assert_same(tensors, arrays):
 
 
 def play(family, env, other, num_steps, seed=0):
-    """Both, through ends of episodes and a change of tasks; every step must agree."""
+    """Steps both through ends of episodes and a change of tasks; returns the number of ends."""
     env.action_space.seed(seed)
     ends = 0
     for t in range(num_steps):
         if t == num_steps // 2:
-            tasks = family.sample(np.random.default_rng(2), COLUMNS, "test")
+            tasks = family.sample(np.random.default_rng(2), NUM_ENVS, "test")
             env.set_tasks(tasks)
             other.set_tasks(tasks)
         action = env.action_space.sample()
-        (*mine, infos), (*theirs, told) = env.step(action), other.step(torch.from_numpy(action))
+        (*mine, infos), (*theirs, other_infos) = (
+            env.step(action),
+            other.step(torch.from_numpy(action)),
+        )
         assert_same(theirs, mine)
-        assert told.keys() == infos.keys()
-        assert_same(told.values(), infos.values())
+        assert other_infos.keys() == infos.keys()
+        assert_same(other_infos.values(), infos.values())
         ends += "final_obs" in infos
     return ends
 
@@ -77,7 +80,7 @@ def test_every_step_is_the_same_as_in_numpy(family):
     assert play(family, env, other, 3 * family.max_episode_steps) == 3
 
 
-def test_open_episodes_travel_to_another_device(family):
+def test_open_episodes_continue_on_another_device(family):
     env, other = pair(family)
     env.reset()
     other.reset()
@@ -90,7 +93,7 @@ def test_open_episodes_travel_to_another_device(family):
     assert play(family, env, fresh, 2 * family.max_episode_steps, seed=1) == 2
 
 
-def test_what_a_state_holds_is_a_copy(family):
+def test_a_state_is_a_copy(family):
     _, other = pair(family)
     other.reset()
     before = other.get_state()
@@ -101,7 +104,7 @@ def test_what_a_state_holds_is_a_copy(family):
         np.testing.assert_array_equal(array, kept[name])
 
 
-def test_only_families_whose_episodes_have_one_length_say_they_can():
+def test_only_families_of_one_episode_length_can_be_on_a_device():
     able = {name for name, kind in FAMILIES.items() if kind.on_device}
     assert able == {"Bandit", "GridNav", "PointGoal"}
     assert all(FAMILIES[name].fixed_length for name in able)

@@ -1,14 +1,19 @@
 import numpy as np
 import pytest
 
-from dmrl_ray.envs.point_goal import LONGEST, PointGoal, known_goal_return, random_return
+from dmrl_ray.envs.point_goal import (
+    MAX_REFERENCE_HORIZON,
+    PointGoal,
+    known_goal_return,
+    random_return,
+)
 from dmrl_ray.types import Task
 
 
-def env_at(place, num_envs=1, remembers=False, **settings):
+def env_at(goal_position, num_envs=1, tracks_belief=False, **settings):
     env = PointGoal(PointGoal.Config(**settings)).make_vec(num_envs)
-    env.remembers = remembers
-    env.set_tasks([Task("a", "point_goal", "train", {"goal": np.array(place)})] * num_envs)
+    env.tracks_belief = tracks_belief
+    env.set_tasks([Task("a", "point_goal", "train", {"goal": np.array(goal_position)})] * num_envs)
     env.reset()
     return env
 
@@ -45,7 +50,7 @@ def test_mean_oracle_over_goals_is_the_integral():
     assert expected == pytest.approx(-0.506, abs=5e-4)
 
 
-def test_the_environment_pays_the_oracle_to_a_straight_walk():
+def test_a_straight_walk_has_the_oracle_return():
     goal = np.array([0.37, -0.42])
     env, position, total = env_at(goal), np.zeros(2), 0.0
     for _ in range(100):
@@ -70,7 +75,7 @@ def test_random_return_of_one_step_is_the_integral():
     assert random_return(goal, 1) == pytest.approx(expected, abs=1e-4)
 
 
-def test_actions_beyond_the_limits_are_cut():
+def test_actions_beyond_the_limits_are_clipped():
     env = env_at([0.5, 0.5])
     obs, reward, *_ = env.step(np.array([[7.0, -3.0]]))
     np.testing.assert_allclose(obs[0], [0.1, -0.1], atol=1e-7)
@@ -85,21 +90,21 @@ def test_the_end_is_a_time_limit():
 
 @pytest.mark.parametrize(("horizon", "mean"), [(20, 13.38), (60, 53.38), (100, 93.38)])
 def test_mean_oracle_of_the_sparse_half_circle_is_the_known_one(horizon, mean):
-    # The first 7 to 10 moves reach the goal, whatever the horizon, and the others pay 1.
+    # The goal is reached in 7 to 10 moves, whatever the horizon; the rewards are 1 from then on.
     angle = np.pi * (np.arange(4000) + 0.5) / 4000
     goals = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     returns = [known_goal_return(goal, horizon, 0.2) for goal in goals]
     assert np.mean(returns) == pytest.approx(mean, abs=5e-3)
 
 
-def test_a_sparse_goal_pays_within_its_radius_alone():
+def test_a_sparse_reward_is_positive_within_the_radius_alone():
     env = env_at([0.0, 1.0], goal="semicircle", sparse_radius=0.2)
     reward = [env.step(np.array([[0.0, 0.98]]))[1][0] for _ in range(10)]
     np.testing.assert_allclose(reward[:8], 0)
     np.testing.assert_allclose(reward[8:], [1 - 0.118, 1 - 0.02], atol=1e-6)
 
 
-def test_a_goal_too_far_to_be_met_has_no_reference():
+def test_a_goal_out_of_reach_has_no_reference():
     task = Task("a", "point_goal", "train", {"goal": np.array([0.0, 1.0])})
     near, far = (
         PointGoal(PointGoal.Config(goal="semicircle", sparse_radius=0.25, horizon=horizon))
@@ -130,10 +135,10 @@ def test_goals_of_the_half_circle_are_uniform_in_angle():
     )
 
 
-def test_a_sparse_belief_excludes_what_was_passed_and_holds_what_was_met():
+def test_a_sparse_belief_excludes_unrewarded_angles_and_finds_the_goal():
     angle = 2.0
     goal = np.array([np.cos(angle), np.sin(angle)])
-    env = env_at(goal, remembers=True, goal="semicircle", sparse_radius=0.2)
+    env = env_at(goal, tracks_belief=True, goal="semicircle", sparse_radius=0.2)
     for _ in range(10):  # to (1, 0), where the goals within 0.2 are those up to 0.2003 radians
         env.step(np.array([[1.0, 0.0]]))
     excluded = env.belief()[0] < 1e-6
@@ -148,18 +153,18 @@ def test_a_sparse_belief_excludes_what_was_passed_and_holds_what_was_met():
 
 def test_a_dense_belief_finds_the_angle_from_any_walk():
     angle = 0.9
-    env = env_at([np.cos(angle), np.sin(angle)], remembers=True, goal="semicircle")
+    env = env_at([np.cos(angle), np.sin(angle)], tracks_belief=True, goal="semicircle")
     rng = np.random.default_rng(0)
     for _ in range(60):
         env.step(rng.uniform(-1, 1, (1, 2)))
     assert env.belief()[0] @ (np.pi * (np.arange(64) + 0.5) / 64) == pytest.approx(angle, abs=0.05)
 
 
-def test_no_belief_is_kept_about_goals_in_a_square():
+def test_goals_in_a_square_have_no_belief():
     with pytest.raises(NotImplementedError, match="half circle"):
         env_at([0.1, 0.2]).belief()
 
 
 def test_an_episode_too_long_for_the_table_of_returns_has_no_reference():
-    family = PointGoal(PointGoal.Config(horizon=LONGEST + 1))
+    family = PointGoal(PointGoal.Config(horizon=MAX_REFERENCE_HORIZON + 1))
     assert family.reference(family.sample(np.random.default_rng(0), 1, "train")[0]) is None

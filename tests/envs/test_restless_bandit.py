@@ -14,20 +14,20 @@ from dmrl_ray.envs.restless_oracle import (
 )
 
 
-def played_by_the_oracle(num_envs=5000, **settings):
-    """The environment after a trial, and its returns (B,)."""
+def played_by_the_expert(num_envs=5000, **settings):
+    """The environment after a trial of the expert, and its returns (B,)."""
     family = RestlessBandit(RestlessBandit.Config(**settings))
     env = family.make_vec(num_envs)
     env.np_random = np.random.default_rng(0)
-    env.remembers = True
+    env.tracks_belief = True
     env.set_tasks(family.sample(np.random.default_rng(1), num_envs, "test"))
     env.reset()
     total = sum(env.step(env.expert_action())[1] for _ in range(family.max_episode_steps))
     return family, env, total
 
 
-def test_the_oracle_action_earns_the_reference():
-    family, _, total = played_by_the_oracle()
+def test_the_return_of_the_expert_action_is_the_reference():
+    family, _, total = played_by_the_expert()
     oracle = family.reference(None).oracle[0]
     assert total.mean() == pytest.approx(oracle, abs=4 * total.std() / np.sqrt(5000))
 
@@ -37,20 +37,20 @@ def test_a_drift_that_stands_still_is_the_stationary_bandit():
     assert filter_return(100, (0.0,)) == pytest.approx(75 - 1.221, abs=0.4)
 
 
-def test_the_filter_is_bayes_rule_and_then_a_step():
+def test_the_filter_applies_bayes_rule_and_then_the_drift():
     model = DriftFilter((0.0, 0.1))
     after = model.after(model.prior(1), np.array([True]))
-    np.testing.assert_allclose(after[0, 0], GRID / GRID.sum() / 2, rtol=1e-5)  # no step
-    np.testing.assert_allclose(after.sum(axis=2), [[0.5, 0.5]], rtol=1e-5)  # no news of volatility
+    np.testing.assert_allclose(after[0, 0], GRID / GRID.sum() / 2, rtol=1e-5)  # no drift
+    np.testing.assert_allclose(after.sum(axis=2), [[0.5, 0.5]], rtol=1e-5)  # volatility unchanged
     assert 0.5 < model.mean(after)[0] < 2 / 3
 
 
 def test_the_filter_is_calibrated():
-    # Of pulls with a posterior mean near m a share m pays.
+    # A fraction m of the pulls with a posterior mean near m is rewarded.
     rng, model = np.random.default_rng(0), DriftFilter((0.03, 0.2))
-    chance = drift(rng.choice([0.03, 0.2], 4000), 40, rng)
+    reward_prob = drift(rng.choice([0.03, 0.2], 4000), 40, rng)
     posterior, means, wins = model.prior(4000), [], []
-    for p in chance.T:
+    for p in reward_prob.T:
         first = rng.random(4000) < p
         means.append(model.mean(posterior))
         wins.append(first)
@@ -61,20 +61,20 @@ def test_the_filter_is_calibrated():
         assert wins[inside].mean() == pytest.approx(means[inside].mean(), abs=0.02)
 
 
-def test_the_volatility_is_found_out():
+def test_the_volatility_is_inferred():
     family = RestlessBandit(RestlessBandit.Config(pulls=100))
     env = family.make_vec(2000)
     env.np_random = np.random.default_rng(0)
-    env.remembers = True
+    env.tracks_belief = True
     tasks = family.sample(np.random.default_rng(1), 2000, "test")
     env.set_tasks(tasks)
     env.reset()
     for _ in range(99):
         env.step(env.expert_action())
     fast = np.array([task.params["volatility"] == 0.2 for task in tasks])
-    believed = env.belief()[:, CELLS : 2 * CELLS].sum(axis=1)
-    assert believed[fast].mean() > 0.65
-    assert believed[~fast].mean() < 0.35
+    posterior = env.belief()[:, CELLS : 2 * CELLS].sum(axis=1)
+    assert posterior[fast].mean() > 0.65
+    assert posterior[~fast].mean() < 0.35
 
 
 def test_drifts_have_their_volatility_and_stay_inside():
@@ -87,13 +87,13 @@ def test_drifts_have_their_volatility_and_stay_inside():
 
 
 def test_classic_rules_rank_as_published():
-    # Wang et al. 2016: below them all is what knows the volatilities; the best fixed learning rate
+    # Wang et al. 2016: all have a lower return than the filter; the best fixed learning rate
     # of Rescorla and Wagner's rule is 0.5.
     rng = np.random.default_rng(0)
-    chance = drift(rng.choice([0.03, 0.2], 4000), 100, rng)
-    rates = {rate: rescorla_wagner_return(chance, rng, rate) for rate in (0.1, 0.5)}
+    reward_prob = drift(rng.choice([0.03, 0.2], 4000), 100, rng)
+    rates = {rate: rescorla_wagner_return(reward_prob, rng, rate) for rate in (0.1, 0.5)}
     assert rates[0.5] == pytest.approx(66.5, abs=0.4)
     assert rates[0.5] > rates[0.1] + 1
-    assert ucb_return(chance, rng) == pytest.approx(66.7, abs=0.4)
-    assert thompson_return(chance, 0.115, rng) == pytest.approx(63.4, abs=0.5)
+    assert ucb_return(reward_prob, rng) == pytest.approx(66.7, abs=0.4)
+    assert thompson_return(reward_prob, 0.115, rng) == pytest.approx(63.4, abs=0.5)
     assert filter_return(100, (0.03, 0.2)) == pytest.approx(68.3, abs=0.3)

@@ -1,5 +1,6 @@
-"""One gymnasium environment behind the checks of the contract: what it returns is finite, has the
-shape it promised, and an error says where it happened.
+"""A gymnasium environment whose return values are checked: finite numbers in the declared spaces.
+
+An error names the environment, the episode and the step.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class EnvNotDeterministic(EnvironmentFault):
-    """An environment did not repeat itself, so that an open episode cannot be restored."""
+    """An environment is not deterministic given a seed: its open episode cannot be restored."""
 
 
-class GymColumn:
-    """An environment on one task, with the memory of how its episode came about."""
+class ExternalEnv:
+    """A gymnasium environment on one task, with the seed and actions that replay its episode."""
 
     def __init__(
         self,
         make: Callable[..., gym.Env[Any, Any]],
         apply: Apply,
         max_episode_steps: int,
-        column: int,
+        index: int,
     ):
         self.env = make()
         self.max_episode_steps = max_episode_steps
-        self.column = column
+        self.index = index
         self.seed = -1  # no episode yet
         self.actions: list[Any] = []
         self._make = make
@@ -48,51 +49,55 @@ class GymColumn:
         self._space = observation_space(self.env.observation_space)
         self._action = action_map(self.env.action_space)
 
-    def start(self, values: Values, seed: int, *, changed: bool) -> np.ndarray:
-        """Become the task, if it is another one, and reset with the seed."""
+    def reset(self, values: Values, seed: int, *, changed: bool) -> np.ndarray:
+        """Sets the task, if it has changed, and resets with the seed; returns the observation."""
         self.seed, self.actions = seed, []
         try:
             if changed:
-                self.become(values)
-            answer = self.env.reset(seed=seed)
+                self.set_task(values)
+            returned = self.env.reset(seed=seed)
         except Exception as error:  # an external environment may raise anything
             self._fail("reset", f"raised {type(error).__name__}: {error}", error)
-        if not (isinstance(answer, tuple) and len(answer) == 2):
+        if not (isinstance(returned, tuple) and len(returned) == 2):
             self._fail("reset", "did not return (observation, info)")
-        return self._observation(answer[0])
+        return self._observation(returned[0])
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, Mapping[str, Any]]:
-        """One step; truncated at the latest after `max_episode_steps`."""
+        """Steps the environment; truncates the episode after `max_episode_steps`."""
         self.actions.append(action)
         try:
-            answer = self.env.step(self._action(action))
+            returned = self.env.step(self._action(action))
         except Exception as error:  # an external environment may raise anything
             self._fail("step", f"raised {type(error).__name__}: {error}", error)
-        if not (isinstance(answer, tuple) and len(answer) == 5):
+        if not (isinstance(returned, tuple) and len(returned) == 5):
             self._fail("step", "did not return (observation, reward, terminated, truncated, info)")
-        raw, reward, terminated, truncated, info = answer
+        raw, reward, terminated, truncated, info = returned
         for field, flag in (("terminated", terminated), ("truncated", truncated)):
             if not isinstance(flag, bool | np.bool_):
                 self._fail(field, f"is {flag!r}, not a bool")
-        late = len(self.actions) >= self.max_episode_steps
+        time_limit = len(self.actions) >= self.max_episode_steps
         obs = self._observation(raw)
-        return obs, self._reward(reward), bool(terminated), bool(truncated or late), info
+        return obs, self._reward(reward), bool(terminated), bool(truncated or time_limit), info
 
     def replay(self, values: Values, seed: int, actions: np.ndarray, digest: int) -> np.ndarray:
-        """Live through an episode again, up to an observation that must have this digest."""
-        obs = self.start(values, seed, changed=True)
+        """Replays an episode and returns its last observation, which must have this digest.
+
+        Raises:
+            EnvNotDeterministic: the observation is another one.
+        """
+        obs = self.reset(values, seed, changed=True)
         for action in actions:
             obs = self.step(action)[0]
         if obs_digest(obs) != digest:
             raise EnvNotDeterministic(
-                f"{self._name()}: column {self.column}: repeating the {len(actions)} actions since "
-                f"the reset with seed {seed} led to another observation; "
-                "its randomness must come from self.np_random for a run to be resumed"
+                f"{self._name()}: environment {self.index}: replaying the {len(actions)} actions "
+                f"since the reset with seed {seed} led to another observation; "
+                "all randomness must come from self.np_random for a run to be resumed"
             )
         return obs
 
-    def become(self, values: Values) -> None:
-        """Take the values of a task over."""
+    def set_task(self, values: Values) -> None:
+        """Applies a task's parameters to the environment."""
         if self._apply == "kwargs":
             close(self.env)
             self.env = self._make(**values)
@@ -111,20 +116,20 @@ class GymColumn:
                 return (np.arange(int(space.n)) == int(array) - int(space.start)).astype(np.float32)
             return array
         try:
-            inside = list(contents(space, raw))
+            values = list(contents(space, raw))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             found = f"{type(error).__name__}: {error}"
-            self._fail("observation", f"is not built as {space} ({found})", error)
+            self._fail("observation", f"does not match {space} ({found})", error)
         arrays = {}
-        for (name, part), value in zip(leaves(space), inside, strict=True):
-            seen = self._space.parts[name]
-            arrays[name] = self._checked(f"observation[{name!r}]", part, seen, value)[None]
+        for (name, part), value in zip(leaves(space), values, strict=True):
+            packed = self._space.parts[name]
+            arrays[name] = self._checked(f"observation[{name!r}]", part, packed, value)[None]
         return self._space.pack(arrays)[0]
 
     def _checked(
-        self, field: str, space: gym.Space[Any], seen: gym.Space[Any], raw: Any
+        self, field: str, space: gym.Space[Any], obs_space: gym.Space[Any], raw: Any
     ) -> np.ndarray:
-        """What the environment gave for a space, as an array that can be `seen`."""
+        """Converts a value of the environment's space to an array of the policy's `obs_space`."""
         array = np.asarray(raw)
         if isinstance(space, Discrete | MultiDiscrete):
             if not (array.shape == space.shape and array.dtype.kind in "iu" and array in space):
@@ -132,12 +137,12 @@ class GymColumn:
             return array
         if array.dtype.kind not in "fiub":
             self._fail(field, f"is {raw!r}, not an array of numbers")
-        if array.shape != seen.shape:
-            self._fail(field, f"has shape {array.shape}, its space has {seen.shape}")
-        if seen.dtype == np.uint8 and array.dtype != np.uint8:
+        if array.shape != obs_space.shape:
+            self._fail(field, f"has shape {array.shape}, its space has {obs_space.shape}")
+        if obs_space.dtype == np.uint8 and array.dtype != np.uint8:
             self._fail(field, f"is {array.dtype}, its space is uint8")
-        with np.errstate(over="ignore"):  # becomes infinite and is found in the next line
-            array = array.astype(seen.dtype)
+        with np.errstate(over="ignore"):  # An overflow is infinite, which the next check finds.
+            array = array.astype(obs_space.dtype)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             index = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
             self._fail(field, f"is {np.asarray(raw)[index]} at {list(index)}")
@@ -154,7 +159,7 @@ class GymColumn:
 
     def _fail(self, field: str, found: str, cause: Exception | None = None) -> NoReturn:
         raise EnvironmentFault(
-            f"{self._name()}: column {self.column}, episode seed {self.seed}, "
+            f"{self._name()}: environment {self.index}, episode seed {self.seed}, "
             f"step {len(self.actions)}: {field} {found}"
         ) from cause
 
@@ -164,19 +169,19 @@ class GymColumn:
 
 
 def find_attribute(env: gym.Env[Any, Any], name: str) -> tuple[Any, str]:
-    """The object that holds a dotted attribute of the unwrapped environment, and its last part.
+    """Returns the owner and name of a dotted attribute of the unwrapped environment.
 
     Raises:
         AttributeError: there is none.
     """
-    *path, last = name.split(".")
-    owner = reduce(getattr, path, env.unwrapped)
-    getattr(owner, last)
-    return owner, last
+    *owners, attribute = name.split(".")
+    owner = reduce(getattr, owners, env.unwrapped)
+    getattr(owner, attribute)
+    return owner, attribute
 
 
 def find_set_task(env: gym.Env[Any, Any]) -> Callable[[dict[str, bool | int | float]], None]:
-    """The outermost `set_task` of an environment and its wrappers.
+    """Returns the outermost `set_task` of an environment and its wrappers.
 
     Raises:
         AttributeError: there is none.
@@ -187,17 +192,17 @@ def find_set_task(env: gym.Env[Any, Any]) -> Callable[[dict[str, bool | int | fl
     return layer.set_task  # type: ignore[attr-defined]
 
 
-def told_success(info: Mapping[str, Any]) -> float:
-    """1 or 0 as a step's info says under ``success`` or ``is_success``; NaN if it does not say."""
-    told = info.get("success", info.get("is_success"))
-    return np.nan if told is None or told != told else float(bool(told))
+def success_of(info: Mapping[str, Any]) -> float:
+    """Returns ``success`` or ``is_success`` of an info as 1 or 0, or NaN if it has neither."""
+    success = info.get("success", info.get("is_success"))
+    return np.nan if success is None or success != success else float(bool(success))
 
 
 def close(env: gym.Env[Any, Any]) -> None:
-    """Close an environment."""
+    """Closes an environment."""
     env.close()  # type: ignore[no-untyped-call]
 
 
 def obs_digest(obs: np.ndarray) -> int:
-    """64 bits that tell observations apart."""
+    """Returns a 64-bit hash of an observation."""
     return int.from_bytes(blake2b(obs.tobytes(), digest_size=8).digest(), "little")
