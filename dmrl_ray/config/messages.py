@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dmrl_ray.config.components import OLD_NAMES, did_you_mean
+from dmrl_ray.config.components import MOVED, OLD_NAMES, did_you_mean
 
 NAME_PATTERN = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
 
@@ -26,6 +26,8 @@ def message_of(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> 
         if (name := OLD_NAMES.get(key)) in fields:
             like = BY if name == "by" else name
             return f"this setting has another name: {like}"
+        if key in MOVED:
+            return f"this setting belongs to another type: {MOVED[key]}"
         hint = did_you_mean(key, fields)
         return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"
     if kind == "missing":
