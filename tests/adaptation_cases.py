@@ -45,7 +45,7 @@ def make_algorithm(kind="maml", encoder=None, tasks="point_goal", context=0, **s
     network = ActorCritic.Config.model_validate({"encoder": encoder, "context": context})
     spaces = family.observation_space, family.action_space
     kind = import_class(kind, "algorithm") if isinstance(kind, str) else kind
-    policy = ActorCritic(network, *spaces, sees_previous=kind.sees_previous)
+    policy = ActorCritic(network, *spaces, sees_previous=kind.memory_spans_trial)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if name != "context":

@@ -12,7 +12,12 @@ from dmrl_ray.losses.distributions import (
     gaussian_entropy,
     gaussian_log_prob,
 )
-from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss, ppo_clip_loss
+from dmrl_ray.losses.policy_gradient import (
+    likelihood_ratio_loss,
+    policy_gradient_loss,
+    ppo_clip_loss,
+    value_loss,
+)
 from dmrl_ray.losses.returns import (
     generalized_advantage,
     linear_baseline,
@@ -267,6 +272,22 @@ def test_the_ppo_loss_by_hand():
     # ratio 2, advantage 1: clipped to 1.2; ratio 0.5, advantage -3: clipped to 0.8, -2.4.
     loss = ppo_clip_loss(f([math.log(2), math.log(0.5)]), f([0, 0]), f([1, -3]), clip=0.2)
     torch.testing.assert_close(loss, -torch.tensor((1.2 - 2.4) / 2, dtype=torch.float64))
+
+
+def test_the_value_loss_by_hand():
+    # errors 1 and 3 count: (1 + 9) / 2 / 2; a gradient is the error over their number
+    value = f([2, 4, 100]).requires_grad_()
+    loss = value_loss(value, f([1, 1, 0]), mask=b([1, 1, 0]))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor(2.5, dtype=torch.float64))
+    torch.testing.assert_close(value.grad, f([0.5, 1.5, 0]))
+
+
+def test_the_policy_gradient_weighs_log_probabilities_by_advantages():
+    # of the two that count: -(2, -1) / 2
+    log_prob = f([-1, -2, -3]).requires_grad_()
+    policy_gradient_loss(log_prob, f([2, -1, 7]), mask=b([1, 1, 0])).backward()
+    torch.testing.assert_close(log_prob.grad, f([-1, 0.5, 0]))
 
 
 def test_without_a_clip_ppo_is_the_likelihood_ratio():

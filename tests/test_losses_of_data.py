@@ -5,12 +5,19 @@ import math
 import pytest
 import torch
 
-from dmrl_ray.losses.imitation import discriminator_loss, imitation_reward
+from dmrl_ray.losses.imitation import discriminator_loss, expert_action_loss, imitation_reward
 from dmrl_ray.losses.representation import ProbabilisticPCA, negative_evidence_bound
 
 
 def f(values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def test_the_loss_of_imitation_is_the_cross_entropy_to_the_experts_actions():
+    # probabilities 1/2 and 1/8 of the expert's actions; the third step does not count
+    log_prob = f([0.5, 0.125, 0.9]).log()
+    loss = expert_action_loss(log_prob, mask=torch.tensor([True, True, False]))
+    assert float(loss) == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
 def test_a_discriminator_that_knows_nothing_loses_log_four():

@@ -26,7 +26,6 @@ class AlgorithmDistillation(BehaviorCloning):
         """Of each history every n-th episode is read, beginning with one of the first n."""
 
     config: Config
-    sees_previous = True
     memory_spans_trial = True
 
     def read(self, rng: np.random.Generator, columns: int) -> Trial:

@@ -21,43 +21,42 @@ class Algorithm(Descent, Adaptation):
 
     Networks that an algorithm needs beside the policy are put into ``policy.auxiliary`` when it is
     made. A learner sets what `Descent` lists before `update`; a worker sets `progress`, too.
+
+    What an algorithm can do is said by the attributes below, which workers, learners and checks
+    read; a subclass sets those that differ. That its memory spans the trial and that it acts
+    greedily stand in `Adaptation`; whether it has steps of `adapt`, minibatches and schedules is
+    read from its methods and its Config.
     """
 
-    sees_previous: bool = False
-    """The policy is shown the previous action, reward and episode end."""
-
-    frozen_statistics: bool = False
-    """Updates use batch normalisation and dropout as acting does; else as training does."""
-
     continues_episodes: bool = False
-    """Episodes go on from one collection to the next; else every collection begins afresh."""
+    """Episodes continue from one collection to the next; else every collection begins afresh."""
 
     corrects_for_lag: bool = False
-    """Updates allow for actions of an older policy, so that `max_policy_lag` may be above 0."""
-
-    recordable: bool = True
-    """What `collect` returns was played, with the rewards that the environment gave."""
+    """Updates correct for actions of an older policy, so that `max_policy_lag` may be above 0."""
 
     on_device: bool = False
     """`collect` works with a sampler on a device, too, whose rollouts are of tensors."""
 
+    recordable: bool = True
+    """Steps that `collect` returns were played, with the rewards that the environment gave."""
+
     compiles: bool = False
     """Its losses given to `descend` read nothing that changes but the policy and the batch."""
 
-    in_precision: bool = False
-    """`update` steps through minibatches, in which `learners.precision` holds (`step_through`)."""
-
-    network_unread: tuple[str, ...] = ()
-    """Settings of the network that its policy leaves out or has as it must."""
+    frozen_statistics: bool = False
+    """Updates use batch normalisation and dropout as acting does; else as training does."""
 
     learns_to_act: bool = True
     """False: returns say nothing of what is learned, and the last policy counts as the best."""
 
+    network_unread: tuple[str, ...] = ()
+    """Settings of the network that its policy leaves out or has as it must."""
+
     run_folder: str = ""
-    """Of the run, for what earlier stages of it recorded."""
+    """Folder of the run, in which earlier stages recorded."""
 
     datasets: tuple[Dataset, ...] = ()
-    """What it has opened to learn from."""
+    """The datasets that it has opened."""
 
     def __init__(
         self, config: Descent.Config, distribution: TaskDistribution, policy: ActorCritic
@@ -67,8 +66,22 @@ class Algorithm(Descent, Adaptation):
 
     @classmethod
     def policy_options(cls, config: Any) -> dict[str, Any]:
-        """How its policy is made: what `ActorCritic` takes by keyword."""
-        return {"sees_previous": cls.sees_previous}
+        """How its policy is made: the arguments of `ActorCritic` by keyword.
+
+        A policy whose memory spans the trial observes the previous action, reward and episode end:
+        the task is to be found out from them.
+        """
+        return {"sees_previous": cls.memory_spans_trial}
+
+    @classmethod
+    def has_adaptation_steps(cls) -> bool:
+        """Whether `adapt` changes the state by a call; else memory adapts in the forward pass."""
+        return cls.adapt is not Adaptation.adapt
+
+    @property
+    def takes_minibatches(self) -> bool:
+        """Whether `update` steps through minibatches, in which `learners.precision` holds."""
+        return "minibatches" in type(self.config).model_fields
 
     @property
     def collected_steps(self) -> int:
@@ -77,7 +90,7 @@ class Algorithm(Descent, Adaptation):
 
     @property
     def asked(self) -> str | None:
-        """The method by which environments say what to learn in `collect`, if one must."""
+        """The environments' method that labels steps in `collect`, if one must be there."""
         return None
 
     @property
@@ -86,7 +99,7 @@ class Algorithm(Descent, Adaptation):
         return self.distribution.episodes_per_trial
 
     def own_adaptation(self) -> Adaptation:
-        """Who adapts in an online stage that leaves it to the algorithm.
+        """The adaptation of an online stage that leaves it to the algorithm.
 
         Raises:
             ValueError: the algorithm does not adapt.
@@ -100,21 +113,21 @@ class Algorithm(Descent, Adaptation):
 
     @abstractmethod
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        """The inner loop: let the policy live through, and adapt to, these tasks."""
+        """The inner loop: let the policy act on these tasks, and adapt to them."""
 
     @abstractmethod
     def update(self, trial: Trial) -> dict[str, float]:
         """The outer loop: improve the policy from what all shards collected, as tensors."""
 
     def check_continued(self) -> None:
-        """See that its policy can act while gradient steps move it.
+        """Check that its policy can act while gradient steps move it.
 
         Raises:
             ValueError: it cannot.
         """
 
     def get_state(self) -> Arrays:
-        """What the next update depends on beside weights and optimiser, such as replay."""
+        """State that the next update depends on beside weights and optimiser, such as replay."""
         return {}
 
     def set_state(self, state: Arrays) -> None:

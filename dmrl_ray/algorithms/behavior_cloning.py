@@ -33,7 +33,6 @@ class BehaviorCloning(Offline):
 class TrialCloning(BehaviorCloning):
     """Maximum likelihood of actions, given the trial so far."""
 
-    sees_previous = True
     memory_spans_trial = True
 
     def read(self, rng: np.random.Generator, columns: int) -> Trial:

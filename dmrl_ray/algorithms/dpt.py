@@ -65,7 +65,6 @@ class DPT(Offline):
             return self
 
     config: Config
-    sees_previous = True
     memory_spans_trial = True
     _experts: Dataset | None = None
     _tasks: Sequence[str] = ()

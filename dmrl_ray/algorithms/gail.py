@@ -1,8 +1,8 @@
 """Generative adversarial imitation: PPO on how much its steps look like an expert's.
 
 Source: Ho and Ermon, "Generative Adversarial Imitation Learning", 2016 (arXiv:1606.03476),
-algorithm 1, with PPO in place of TRPO. The discriminator travels with the policy, so that workers
-give its reward, as they give all rewards; the episodes table keeps the environment's own returns.
+algorithm 1, with PPO in place of TRPO. The discriminator is among the policy's networks, so that
+workers compute its reward; the episodes table keeps the environment's own returns.
 Left out: the causal entropy term beyond PPO's entropy bonus.
 """
 
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.algorithms.offline import open_dataset
-from dmrl_ray.algorithms.ppo import PPO
+from dmrl_ray.algorithms.ppo import PPO, with_advantage
 from dmrl_ray.config.components import Number, Sizes
 from dmrl_ray.data.dataset import Dataset
 from dmrl_ray.data.sources import DataSettings
@@ -65,42 +65,42 @@ class GAIL(PPO):
         return self.config.discriminator_lr if mine else self.config.lr
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        """The policy's rollout, and as many steps of the expert."""
-        if self._dataset is None:
-            self._dataset = open_dataset(self, self.config.data)
-        steps, columns = self.config.num_steps, sampler.num_envs
-        return [
-            *super().collect(sampler, tasks),
-            self._dataset.windows(sampler.rng, columns, steps),
-        ]
+        """Algorithm 1, line 3: the policy's steps, and as many of the expert's.
 
-    def with_advantage(self, rollout: Rollout) -> Rollout:
-        """With the discriminator's rewards in place of the environment's."""
+        The policy's have the discriminator's rewards in place of the environment's.
+        """
+        config = self.config
+        if self._dataset is None:
+            self._dataset = open_dataset(self, config.data)
+        sampler.continue_episodes(tasks, self.policy)
+        rollout = sampler.rollout(self.policy, config.num_steps)
         with torch.no_grad():
             rollout.reward = imitation_reward(self._logit(rollout.map(torch.from_numpy))).numpy()
-        return super().with_advantage(rollout)
+        rollout = with_advantage(rollout, gamma=config.gamma, gae_lambda=config.gae_lambda)
+        return [rollout, self._dataset.windows(sampler.rng, sampler.num_envs, config.num_steps)]
 
     def update(self, trial: Trial) -> dict[str, float]:
+        """Algorithm 1, lines 4 and 5: the discriminator's steps (eq. 17), then the policy's."""
         rollout, expert = trial
         for _ in range(self.config.discriminator_updates):
-            loss, right = self._judge(expert, rollout)
+            loss, accuracy = self._discriminate(expert, rollout)
             self.step_optimizer(loss, (DISCRIMINATOR,))
         return {
             **super().update([rollout]),
             "imitation_reward": float(rollout.reward.mean()),
             "discriminator_loss": float(loss.detach()),
-            "discriminator_accuracy": float(right),
+            "discriminator_accuracy": float(accuracy),
         }
 
-    def _judge(self, expert: Rollout, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The discriminator's loss on this learner's columns, and how often it is right."""
+    def _discriminate(self, expert: Rollout, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The discriminator's loss on this learner's environments, and how often it is right."""
         mine = slice(self.rank, None, self.world_size)
         theirs, own = (self._logit(r)[:, mine] for r in (expert, rollout))
-        right = 0.5 * ((theirs > 0).float().mean() + (own < 0).float().mean())
-        return discriminator_loss(theirs, own), right
+        accuracy = 0.5 * ((theirs > 0).float().mean() + (own < 0).float().mean())
+        return discriminator_loss(theirs, own), accuracy
 
     def _logit(self, rollout: Rollout) -> Tensor:
-        """(T, B) by which a step is taken for the expert's."""
+        """(T, B) log-odds that a step is the expert's."""
         obs = self.policy.scale(rollout.obs[:-1]).flatten(2)
         action = self.policy.policy_head.encode(rollout.action)
         logit: Tensor = self.policy.auxiliary["discriminator"](torch.cat([obs, action], -1))

@@ -16,7 +16,7 @@ from dmrl_ray.config.components import Number
 from dmrl_ray.data.dataset import Dataset
 from dmrl_ray.data.sources import DataSettings, source_of
 from dmrl_ray.learn.gradients import Batch
-from dmrl_ray.learn.minibatches import in_columns, shown, step_through
+from dmrl_ray.learn.minibatches import as_sequences, observed
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout, Task, Trial
@@ -58,7 +58,6 @@ class Offline(Algorithm):
 
     config: Config
     recordable = False
-    in_precision = True
     _dataset: Dataset | None = None
 
     @property
@@ -102,16 +101,14 @@ class Offline(Algorithm):
             return value, {"loss": value, **report}
 
         config, batch = self.config, self.batch(trial)
-        metrics = step_through(
-            self, batch, loss, epochs=config.epochs, minibatches=config.minibatches
-        )
+        metrics = self.optimize(loss, batch, epochs=config.epochs, minibatches=config.minibatches)
         self.policy.update_norms(trial[0], None)
         return metrics
 
     def inputs(self, rollout: Rollout) -> Batch:
-        """What the policy is shown in a rollout, and what was done."""
-        batch = shown(self.policy, rollout) | {"action": rollout.action}
-        return in_columns(self.policy, batch)
+        """The inputs of the policy in a rollout, and the actions."""
+        batch = observed(self.policy, rollout) | {"action": rollout.action}
+        return as_sequences(self.policy, batch)
 
     def empty_memory(self, batch: dict[str, Tensor]) -> Memory:
         """The memory before a minibatch: every column begins with a reset."""

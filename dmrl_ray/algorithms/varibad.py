@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from dmrl_ray.algorithms.actor_critic import updating_norms
+from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
 from dmrl_ray.algorithms.rl2 import RL2
 from dmrl_ray.config.components import LARGEST_NUMBER, Number
 from dmrl_ray.data.replay import Transitions, TrialReplay
-from dmrl_ray.learn.minibatches import single_steps
+from dmrl_ray.learn.gradients import Batch
+from dmrl_ray.learn.minibatches import pi_and_value, single_steps
 from dmrl_ray.losses.averages import counted_mean
 from dmrl_ray.losses.latent import chained_kl, gaussian_sample
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous, mask_previous, previous_inputs
@@ -117,17 +121,25 @@ class VariBAD(RL2):
             self.replay.set_state(state, next(self.policy.parameters()).device)
 
     def update(self, trial: Trial) -> dict[str, float]:
-        metrics = super().update(trial)
-        if not self.config.belief_updates or not any(n.startswith(BELIEF) for n in self.names):
+        (rollout,), config = trial, self.config
+        forward = self._forward if self.encoder.detach else pi_and_value
+        loss = partial(ppo_loss, self.policy, clip=config.clip, value_coef=config.value_coef)
+        loss = partial(loss, forward=forward)
+        with updating_norms(self, rollout):
+            batch = self._batch(rollout)
+            metrics = self.optimize(
+                loss, batch, epochs=config.epochs, minibatches=config.minibatches
+            )
+        if not config.belief_updates or not any(n.startswith(BELIEF) for n in self.names):
             return metrics
         self.replay.add(trial)
-        steps = [self._update_belief() for _ in range(self.config.belief_updates)]
+        steps = [self._update_belief() for _ in range(config.belief_updates)]
         means = torch.stack([torch.stack(list(step.values())) for step in steps]).mean(0)
         return metrics | dict(zip(steps[0], means.tolist(), strict=True))
 
-    def _batch(self, rollout: Rollout) -> dict[str, Tensor]:
+    def _batch(self, rollout: Rollout) -> Batch:
         """With the beliefs, which the loss of the policy leaves as they are, in place of memory."""
-        batch = super()._batch(rollout)
+        batch = ppo_batch(self.policy, rollout, self.config.entropy_weight(self.progress))
         if not self.encoder.detach:
             return batch
         with torch.no_grad():
@@ -136,14 +148,12 @@ class VariBAD(RL2):
         kept |= {"mean": mean, "log_var": log_var}
         return single_steps(kept)
 
-    def _forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if "mean" not in batch:
-            return super()._forward(batch)
-        policy, obs = self.policy, batch["obs"]
+    def _forward(self, policy: ActorCritic, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Distribution parameters and values of a batch that has beliefs in place of memory."""
+        obs = batch["obs"]
         features = self.encoder.features(policy.actor_input(obs), batch["mean"], batch["log_var"])
         value = policy.value(features, obs)
-        pi = exactly(policy.policy_head, features)
-        return pi, self._value_loss(value, batch)
+        return exactly(policy.policy_head, features), value
 
     def _beliefs(self, obs: Tensor, previous: Previous) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (T, B, L) of the beliefs of whole trials."""

@@ -52,7 +52,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
     },
     "algorithm": {
         "ppo": "dmrl_ray.algorithms.ppo:PPO",
-        "appo": "dmrl_ray.algorithms.impala:APPO",
+        "appo": "dmrl_ray.algorithms.appo:APPO",
         "impala": "dmrl_ray.algorithms.impala:IMPALA",
         "rl2": "dmrl_ray.algorithms.rl2:RL2",
         "sac": "dmrl_ray.algorithms.sac:SAC",

@@ -158,7 +158,7 @@ def _own(config: RunConfig) -> list[str]:
 def _check_learning(program: Program, spec: JobSpec, stage: Pretrain | Finetune) -> None:
     """See that an algorithm learns as the learner and the network are set."""
     algorithm, name = program.algorithm, spec.algorithm_name
-    if spec.precision != "float32" and not algorithm.in_precision:
+    if spec.precision != "float32" and not algorithm.takes_minibatches:
         raise ValueError(
             f"learners.precision: {name} takes no gradient steps on minibatches, so that all of it "
             "is in float32; leave it out"

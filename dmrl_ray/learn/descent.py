@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dmrl_ray.learn.gradients import (
     Slopes,
     by_autograd,
 )
+from dmrl_ray.learn.minibatches import shuffled
 from dmrl_ray.learn.optimizers import SGD, Adam, AdamW
 from dmrl_ray.learn.trainable import select
 from dmrl_ray.networks.actor_critic import ActorCritic
@@ -45,6 +46,9 @@ class Descent:
 
     class Config(Settings):
         """Settings of the optimiser, which every algorithm has."""
+
+        scheduled: ClassVar[tuple[str, ...]] = ("anneal_lr",)
+        """Settings that, where they are on, change training over the budget."""
 
         optimizer: Literal["adam", "adamw", "sgd"] = "adam"
         """How gradients move the parameters."""
@@ -76,7 +80,7 @@ class Descent:
     @classmethod
     def schedules(cls, config: Any) -> list[str]:
         """Settings by which training changes over the budget, as `progress` counts it."""
-        return ["anneal_lr"] if config.anneal_lr else []
+        return [name for name in config.scheduled if getattr(config, name)]
 
     def learning_rate(self, name: str) -> float:
         """Step size of the parameter of this name."""
@@ -121,6 +125,32 @@ class Descent:
         moving = self._moving(parts)
         slopes, _ = by_autograd(moving, lambda _: (loss, {}), {})
         return self._step(list(moving.values()), slopes)
+
+    def optimize(
+        self, loss: Loss, batch: Batch, *, epochs: int, minibatches: int
+    ) -> dict[str, float]:
+        """Pass over a batch in random minibatches of environments, a gradient step on each.
+
+        Compiled code, mixed precision and several learners, each of which takes its share of every
+        minibatch, are seen to here.
+
+        Returns:
+            Means over all steps of what `loss` reports, and of ``grad_norm``.
+        """
+
+        def in_precision(minibatch: Batch) -> tuple[Tensor, Report]:
+            if self.precision == torch.float32:
+                return loss(minibatch)
+            with torch.autocast(next(iter(minibatch.values())).device.type, self.precision):
+                return loss(minibatch)
+
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        steps = []
+        for _ in range(epochs):
+            for minibatch, weight in shuffled(batch, minibatches, self.rng, **ranks):
+                report = self.descend(in_precision, minibatch, weight)
+                steps.append(torch.stack(list(report.values())))
+        return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
 
     def descend(
         self, loss: Loss, batch: Batch, weight: float = 1.0, parts: tuple[str, ...] = ("",)

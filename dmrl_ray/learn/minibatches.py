@@ -1,64 +1,50 @@
-"""Gradient steps on minibatches of columns, and what a policy is shown in them.
+"""A rollout as the batch that a loss reads, and its random minibatches.
 
-A batch is tensors (T, B, ...) by name, or numbers () that are the same for all columns. Minibatches
-are whole columns; for a policy without memory every step is a column of its own.
+A batch is tensors (T, B, ...) by name, or numbers () that are the same for all environments.
+Minibatches are whole environments; for a policy without memory every step is an environment of its
+own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from dmrl_ray.backend import permutation
-from dmrl_ray.learn.descent import Descent
-from dmrl_ray.learn.gradients import Batch, Loss, Report
+from dmrl_ray.learn.gradients import Batch
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous, previous_inputs
+from dmrl_ray.networks.base import Memory
 from dmrl_ray.types import Rollout
 
 PREVIOUS = ("previous_action", "previous_reward", "previous_done")
 
 
-def step_through(
-    algorithm: Descent, batch: Batch, loss: Loss, *, epochs: int, minibatches: int
-) -> dict[str, float]:
-    """Pass over a batch in random minibatches, a gradient step on each.
+def shuffled(
+    batch: Batch, minibatches: int, rng: np.random.Generator, *, rank: int, world_size: int
+) -> Iterator[tuple[Batch, float]]:
+    """One pass over a batch in random minibatches: a learner's part of each, and its weight.
 
-    Of several learners each takes its share of every minibatch.
-
-    Returns:
-        Means over all steps of what `loss` reports, and of ``grad_norm``.
+    With the weights, the average of the learners' gradients is that of the whole minibatch.
     """
     first = next(iter(batch.values()))
-    columns, rank, world_size = first.shape[1], algorithm.rank, algorithm.world_size
-    count = min(minibatches, columns)
-    bounds = [columns * i // count for i in range(count + 1)]
-    exact = algorithm.precision == torch.float32
-
-    def in_precision(minibatch: Batch) -> tuple[Tensor, Report]:
-        if exact:
-            return loss(minibatch)
-        with torch.autocast(first.device.type, algorithm.precision):
-            return loss(minibatch)
-
-    steps = []
-    for _ in range(epochs):
-        order = permutation(algorithm.rng, columns, first.device)
-        for start, stop in pairwise(bounds):
-            mine = order[start + rank : stop : world_size]
-            minibatch = {k: x.index_select(1, mine) if x.dim() else x for k, x in batch.items()}
-            share = len(mine) / (stop - start)
-            if "mask" in batch and world_size > 1:
-                whole = batch["mask"].index_select(1, order[start:stop]).sum()
-                share = float(minibatch["mask"].sum() / whole.clamp_min(1))
-            report = algorithm.descend(in_precision, minibatch, share * world_size)
-            steps.append(torch.stack(list(report.values())))
-    return dict(zip(report, torch.stack(steps).mean(0).tolist(), strict=True))
+    envs = first.shape[1]
+    count = min(minibatches, envs)
+    order = permutation(rng, envs, first.device)
+    for start, stop in pairwise(envs * i // count for i in range(count + 1)):
+        mine = order[start + rank : stop : world_size]
+        minibatch = {k: x.index_select(1, mine) if x.dim() else x for k, x in batch.items()}
+        share = len(mine) / (stop - start)
+        if "mask" in batch and world_size > 1:
+            whole = batch["mask"].index_select(1, order[start:stop]).sum()
+            share = float(minibatch["mask"].sum() / whole.clamp_min(1))
+        yield minibatch, share * world_size
 
 
-def shown(policy: ActorCritic, rollout: Rollout) -> Batch:
-    """What the policy was shown at each step, where its memory was reset, and what counts.
+def observed(policy: ActorCritic, rollout: Rollout) -> Batch:
+    """The inputs of the policy at each step, where its memory was reset, and what counts.
 
     Without a ``mask`` all steps count.
     """
@@ -72,8 +58,8 @@ def shown(policy: ActorCritic, rollout: Rollout) -> Batch:
     return batch
 
 
-def in_columns(policy: ActorCritic, batch: Batch) -> Batch:
-    """The batch, with every step a column of its own if the policy has no memory."""
+def as_sequences(policy: ActorCritic, batch: Batch) -> Batch:
+    """The batch, with every step a sequence of its own if the policy has no memory."""
     return batch if policy.recurrent else single_steps(batch)
 
 
@@ -87,8 +73,21 @@ def single_steps(batch: Batch) -> Batch:
 
 
 def previous_in(batch: Batch) -> Previous | None:
-    """The previous steps in a batch, if the policy is shown them."""
+    """The previous steps in a batch, if the policy observes them."""
     if PREVIOUS[0] not in batch:
         return None
     action, reward, done = (batch[name] for name in PREVIOUS)
     return action, reward, done
+
+
+def memory_in(batch: Batch) -> Memory:
+    """The memory before the first step of a batch; empty where the policy has none."""
+    return tuple(x[0] for name, x in batch.items() if name.startswith("memory."))
+
+
+def pi_and_value(policy: ActorCritic, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Distribution parameters (T, B, P) and normalised values (T, B) of a batch."""
+    obs, previous, reset = batch["obs"], previous_in(batch), batch.get("reset")
+    pi, features, _ = policy(obs, previous, memory_in(batch), reset)
+    shared = policy.value_encoder is None
+    return pi, policy.value(features if shared else None, obs, previous, reset)

@@ -1,4 +1,4 @@
-"""Policy-gradient losses."""
+"""Policy-gradient losses, and the value loss that goes with them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,53 @@ def ppo_clip_loss(
     ratio = (log_prob - behaviour_log_prob).exp()
     clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
     return -counted_mean(torch.minimum(ratio * advantage, clipped * advantage), mask, dim)
+
+
+def policy_gradient_loss(
+    log_prob: Tensor, advantage: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """The policy gradient's surrogate, negated: its gradient is that of the return.
+
+        -log pi(a[t] | x[t]) A[t]
+
+    Source: Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted
+    Actor-Learner Architectures", 2018, section 4.2 (arXiv:1802.01561), where the advantage is
+    weighted by V-trace's rho.
+
+    Args:
+        log_prob: (T, B), under the policy being trained; carries the gradient.
+        advantage: (T, B), without gradient.
+        mask: (T, B) bool, steps that count; None is all.
+
+    Returns:
+        Scalar, mean over the steps that count.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
+    """
+    check_shapes(log_prob=log_prob, advantage=advantage)
+    return -counted_mean(log_prob * advantage, mask)
+
+
+def value_loss(value: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Half the squared error of the value function.
+
+    Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017, L^VF of eq. 9
+    (arXiv:1707.06347); the half is Espeholt et al. 2018, section 4.2.
+
+    Args:
+        value: (T, B), carries the gradient.
+        target: (T, B).
+        mask: (T, B) bool, steps that count; None is all.
+
+    Returns:
+        Scalar, mean over the steps that count.
+
+    Raises:
+        ValueError: the tensors do not have one shape.
+    """
+    check_shapes(value=value, target=target)
+    return 0.5 * counted_mean((value - target).square(), mask)
 
 
 def likelihood_ratio_loss(

@@ -122,3 +122,11 @@ def test_a_single_step_of_experience_can_be_learned_from(algorithm, encoder, num
     metrics = learner.update(0, 0, [trial])
     assert not metrics.get("skipped_batches")
     assert all(np.isfinite(x).all() for x in learner.weights().values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [("maml", True), ("pearl", True), ("rl2", False), ("ppo", False), ("dpt", False)],
+)
+def test_memory_adapts_without_steps_of_its_own(kind, steps):
+    assert Component(type=kind).load().has_adaptation_steps() == steps

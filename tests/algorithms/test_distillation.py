@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from first_gradient import first_loss
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.spec import JobSpec, build
@@ -59,9 +60,7 @@ def test_the_loss_is_the_likelihood_of_what_the_oracle_would_do(encoder):
     ours = program(encoder)
     ours.algorithm.prepare_training()
     (rollout,) = collect(ours)
-    tensors = rollout.map(torch.from_numpy)
-    batch = ours.algorithm._batch(tensors)
-    loss, report = ours.algorithm._loss(batch)
+    loss, report = first_loss(ours.algorithm, [rollout.map(torch.from_numpy)])
     # The head begins close to uniform over the two arms.
     assert report["imitation_loss"].item() == pytest.approx(np.log(2), abs=0.02)
     value_part = ours.algorithm.config.value_coef * report["value_loss"]

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from first_gradient import first_gradient
+from first_gradient import first_gradient, first_loss, watched
 
+from dmrl_ray.algorithms import impala
 from dmrl_ray.algorithms.ppo import PPO
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.config.schema import Component, RolloutSettings
@@ -52,7 +53,8 @@ def as_tensors(trial):
 
 
 def corrected(learner, trial):
-    return learner.algorithm._corrected(as_tensors(trial))
+    algorithm = learner.algorithm
+    return impala.corrected(algorithm.policy, as_tensors(trial), algorithm.config)[0]
 
 
 def older(trial, change):
@@ -166,13 +168,8 @@ def test_impalas_gradient_is_the_weighted_policy_gradient(encoder):
 
 def test_impala_passes_over_a_batch_once():
     learner, trial = collected(make_spec("impala", minibatches=3))
-    seen, loss = [], learner.algorithm._loss
-
-    def watching(batch):
-        seen.append(batch["advantage"].flatten())
-        return loss(batch)
-
-    learner.algorithm._loss = watching
+    seen = []
+    watched(learner.algorithm, lambda batch: seen.append(batch["advantage"].flatten()))
     learner.update(0, 0, [trial])
     assert len(seen) == 3
     assert torch.cat(seen).unique().numel() == 120
@@ -262,10 +259,10 @@ def test_old_data_balances_the_pole(kind):
 
 
 def test_impalas_entropy_bonus_fades_as_ppos_does():
-    learner, trial = collected(make_spec("impala", entropy_coef=0.1, anneal_entropy=True))
-    algorithm = learner.algorithm
-    rollout, losses = corrected(learner, trial), []
-    for algorithm.progress in (0.0, 1.0):
-        loss, report = algorithm._loss(algorithm._batch(rollout))
+    losses = []
+    for progress in (0.0, 1.0):
+        learner, trial = collected(make_spec("impala", entropy_coef=0.1, anneal_entropy=True))
+        learner.algorithm.progress = progress
+        loss, report = first_loss(learner.algorithm, [as_tensors(trial)])
         losses.append(loss.item())
     assert losses[1] - losses[0] == pytest.approx(0.1 * report["entropy"].item(), rel=1e-3)

@@ -309,7 +309,7 @@ def test_the_discriminator_moves_alone_and_the_policy_without_it(run):
     learner = Learner(spec)
     algorithm = learner.algorithm
     before = learner.weights()
-    loss, _ = algorithm._judge(trial[1], trial[0])
+    loss, _ = algorithm._discriminate(trial[1], trial[0])
     algorithm.step_optimizer(loss, ("auxiliary.discriminator.",))
     moved = {k for k, v in learner.weights().items() if (v != before[k]).any()}
     assert moved

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from first_gradient import first_gradient
+from first_gradient import first_gradient, first_loss, watched
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.learner import Learner
@@ -79,13 +79,8 @@ def test_the_first_value_loss_is_the_error_of_the_values_when_acting(case):
 
 def seen_by_update(algorithm, trial):
     """The log-probabilities, which are all different, of every minibatch."""
-    seen, loss = [], algorithm._loss
-
-    def watching(batch):
-        seen.append(batch["log_prob"].clone())
-        return loss(batch)
-
-    algorithm._loss = watching
+    seen = []
+    watched(algorithm, lambda batch: seen.append(batch["log_prob"].clone()))
     algorithm.update(as_tensors(trial))
     return seen
 
@@ -158,9 +153,8 @@ def test_an_annealed_entropy_bonus_shrinks_with_what_is_left(progress, share):
     losses = []
     for coefficient in (0.1, 0.2):
         learner, trial = collected(make_spec(entropy_coef=coefficient, anneal_entropy=True))
-        algorithm, (rollout,) = learner.algorithm, as_tensors(trial)
-        algorithm.progress = progress
-        loss, report = algorithm._loss(algorithm._batch(rollout))
+        learner.algorithm.progress = progress
+        loss, report = first_loss(learner.algorithm, as_tensors(trial))
         losses.append(loss.item())
     bonus = 0.1 * share * report["entropy"].item()
     assert losses[0] - losses[1] == pytest.approx(bonus, rel=1e-3)
@@ -179,13 +173,8 @@ def test_an_entropy_bonus_raises_the_entropy():
 def test_norms_move_after_the_gradient_steps():
     # The steps see the norms that acted; a policy version is one function.
     learner, trial = collected(make_spec(epochs=2))
-    norms, loss = [], learner.algorithm._loss
-
-    def watching(batch):
-        norms.append(learner.policy.obs_norm.mean.clone())
-        return loss(batch)
-
-    learner.algorithm._loss = watching
+    norms = []
+    watched(learner.algorithm, lambda _: norms.append(learner.policy.obs_norm.mean.clone()))
     learner.update(0, 0, [trial])
     assert all((mean == 0).all() for mean in norms)
     rows = torch.from_numpy(trial[0].obs[:-1]).flatten(0, 1)
@@ -199,8 +188,8 @@ def test_the_critic_learns_the_first_targets_in_units_of_their_own():
     learner, trial = collected(make_spec(epochs=1, minibatches=1))
     trial[0].value_target = np.full_like(trial[0].value, -500)
     trial[0].value_target[3, 2] = 100
-    seen, loss = [], learner.algorithm._loss
-    learner.algorithm._loss = lambda batch: seen.append(batch["target"]) or loss(batch)
+    seen = []
+    watched(learner.algorithm, lambda batch: seen.append(batch["target"]))
     learner.update(0, 0, [trial])
     torch.testing.assert_close(seen[0].mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
     assert seen[0].max().item() == pytest.approx(np.sqrt(179), rel=1e-3)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from first_gradient import first_loss
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.learner import Learner
@@ -94,15 +95,17 @@ def test_the_policy_is_shown_the_reward():
 
 def test_the_gradient_of_a_late_reward_reaches_an_early_step():
     # The memory is the learner: what is done with an early input must be learnable from late loss.
-    learner, trial, _ = collected(make_spec(value_coef=0.0))
+    learner, trial, _ = collected(make_spec(value_coef=0.0, minibatches=1))
     (rollout,) = [Rollout.concatenate([r]).map(torch.from_numpy) for r in trial]
-    rollout.advantage = torch.zeros(15, 6)
-    rollout.advantage[-1] = torch.randn(6)
-    batch = learner.algorithm._batch(rollout)
-    batch["advantage"] = rollout.advantage  # not standardised: zero is zero
-    batch["previous_reward"].requires_grad_()
-    learner.algorithm._loss(batch)[0].backward()
-    assert (batch["previous_reward"].grad[2] != 0).all()
+    found = {}
+
+    def late_alone(batch):
+        batch["advantage"] = torch.zeros(15, 6)
+        batch["advantage"][-1] = torch.randn(6)
+        found["reward"] = batch["previous_reward"].requires_grad_()
+
+    first_loss(learner.algorithm, [rollout], late_alone)[0].backward()
+    assert (found["reward"].grad[2] != 0).all()
 
 
 def test_evaluation_plays_the_episodes_of_a_trial_and_calls_them_shots():

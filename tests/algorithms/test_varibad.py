@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from first_gradient import first_loss
 
+from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
 from dmrl_ray.algorithms.varibad import previous_of
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.data.replay import TrialReplay
@@ -102,10 +104,9 @@ def test_beliefs_computed_once_an_update_are_those_acted_on():
 def test_the_gradient_with_beliefs_computed_once_is_that_of_the_whole_policy():
     learner = Learner(make_spec(epochs=1, minibatches=1))
     algorithm, (rollout,) = learner.algorithm, tensors(collect(learner))
-    once, _ = algorithm._loss(algorithm._batch(rollout))
-    whole, _ = super(type(algorithm), algorithm)._loss(
-        super(type(algorithm), algorithm)._batch(rollout)
-    )
+    once, _ = first_loss(algorithm, [rollout])
+    batch = ppo_batch(learner.policy, rollout, 0.0)
+    whole, _ = ppo_loss(learner.policy, batch, clip=0.2, value_coef=0.5)
     torch.testing.assert_close(once, whole)
     heads = [*algorithm.encoder.layers.parameters(), *learner.policy.policy_head.parameters()]
     torch.testing.assert_close(torch.autograd.grad(once, heads), torch.autograd.grad(whole, heads))
