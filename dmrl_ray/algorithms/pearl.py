@@ -35,7 +35,7 @@ from dmrl_ray.algorithms.sac import (
     target_entropy,
 )
 from dmrl_ray.config.components import Number, Size, Sizes
-from dmrl_ray.data.replay import TrialReplay, draw_below
+from dmrl_ray.data.replay import ReplayBuffer, integers_below
 from dmrl_ray.learn.gradients import Report
 from dmrl_ray.losses.latent import gaussian_kl, gaussian_sample, product_of_gaussians
 from dmrl_ray.losses.soft_actor_critic import temperature_loss
@@ -83,7 +83,7 @@ class PEARL(Algorithm):
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)
         self.models = soft_actor_critic(config, distribution, policy)
-        self.replay = TrialReplay(config.replay_trials)
+        self.replay = ReplayBuffer(config.replay_trials)
         if config.context_episodes > distribution.episodes_per_trial:
             raise ValueError(
                 f"algorithm.context_episodes: {config.context_episodes}, but trials of the family "
@@ -186,7 +186,7 @@ class PEARL(Algorithm):
         """
         lengths = self.replay.lengths(batch.slots, self.config.context_episodes)
         shape = (len(batch.slots), self.config.batch_steps)
-        known = draw_below(self.rng, lengths + 1, shape[1])[batch.mine]
+        known = integers_below(self.rng, lengths + 1, shape[1])[batch.mine]
         noise = self.rng.standard_normal((*shape, self.config.latent), dtype=np.float32)
         context = self.replay.take(batch.slots[batch.mine], slice(int(lengths.max())))
         factors = self.factors(context.obs, context.action, context.reward)

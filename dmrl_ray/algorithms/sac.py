@@ -21,7 +21,7 @@ from torch import Tensor
 from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.algorithms.base import Algorithm, continued
 from dmrl_ray.config.components import Number, Sizes
-from dmrl_ray.data.replay import Transitions, TrialReplay
+from dmrl_ray.data.replay import ReplayBuffer, Transitions
 from dmrl_ray.learn.descent import Descent
 from dmrl_ray.learn.gradients import Report
 from dmrl_ray.losses.soft_actor_critic import soft_q_loss, soft_q_target, temperature_loss
@@ -92,7 +92,7 @@ class SAC(Algorithm):
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)
         self.models = soft_actor_critic(config, distribution, policy)
-        self.replay = TrialReplay(config.replay_trials)
+        self.replay = ReplayBuffer(config.replay_trials)
 
     @classmethod
     def policy_options(cls, config: Any) -> dict[str, Any]:
@@ -151,10 +151,10 @@ class Batch:
     share: float  # this learner's part of the batch over that of an average learner
 
 
-def draw_batch(learner: Descent, replay: TrialReplay, config: SoftConfig) -> Batch:
+def draw_batch(learner: Descent, replay: ReplayBuffer, config: SoftConfig) -> Batch:
     """A batch, of which this learner has its part; random numbers are those of the whole."""
-    slots = replay.draw(learner.rng, config.batch_trials)
-    at = replay.draw_steps(learner.rng, slots, config.batch_steps)
+    slots = replay.sample(learner.rng, config.batch_trials)
+    at = replay.sample_steps(learner.rng, slots, config.batch_steps)
     head = learner.policy.policy_head
     noise = [head.noise(learner.rng, *at.shape) for _ in range(2)]
     mine = slice(learner.rank, None, learner.world_size)

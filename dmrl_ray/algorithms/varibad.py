@@ -24,7 +24,7 @@ from dmrl_ray.algorithms.actor_critic import updating_norms
 from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
 from dmrl_ray.algorithms.rl2 import RL2
 from dmrl_ray.config.components import LARGEST_NUMBER, Number
-from dmrl_ray.data.replay import Transitions, TrialReplay
+from dmrl_ray.data.replay import ReplayBuffer, Transitions
 from dmrl_ray.learn.gradients import Batch, Report
 from dmrl_ray.learn.minibatches import pi_and_value, single_steps
 from dmrl_ray.losses.averages import counted_mean
@@ -99,7 +99,7 @@ class VariBAD(RL2):
                 "be scaled; set network.normalize_obs to false"
             )
         self.encoder = policy.encoder
-        self.replay = TrialReplay(config.replay_trials if config.belief_updates else 1)
+        self.replay = ReplayBuffer(config.replay_trials if config.belief_updates else 1)
         if config.belief_updates:
             seen, shape = policy.seen, distribution.observation_space.shape or ()
             width = math.prod(shape) if seen is None else len(seen)
@@ -150,7 +150,7 @@ class VariBAD(RL2):
     def update_belief(self) -> Report:
         """A gradient step on the bound, over stored trials."""
         config, rng = self.config, self.rng
-        slots = self.replay.draw(rng, config.belief_trials)
+        slots = self.replay.sample(rng, config.belief_trials)
         num_steps = self.replay.num_steps
         count = min(config.beliefs_per_trial or num_steps, num_steps)
         at = np.sort(rng.choice(num_steps, count, replace=False))

@@ -10,7 +10,7 @@ from first_gradient import first_loss
 from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
 from dmrl_ray.algorithms.varibad import elbo_loss, previous_of
 from dmrl_ray.config.schema import Component, RolloutSettings
-from dmrl_ray.data.replay import TrialReplay
+from dmrl_ray.data.replay import ReplayBuffer
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
@@ -45,11 +45,11 @@ def tensors(trial):
     return [Rollout.concatenate([rollout]).map(torch.from_numpy) for rollout in trial]
 
 
-def stored(learner, columns=8):
-    """Everything of one collection, as the bound takes it."""
-    replay = TrialReplay(columns)
+def stored(learner, num_envs=8):
+    """Everything of one collection, as a batch of the bound."""
+    replay = ReplayBuffer(num_envs)
     replay.add(tensors(collect(learner)))
-    return replay.take(np.arange(columns))
+    return replay.take(np.arange(num_envs))
 
 
 def bound(learner, trials, at):
@@ -117,7 +117,7 @@ def test_the_gradient_with_beliefs_computed_once_is_that_of_the_whole_policy():
 def test_stored_trials_give_the_encoder_what_the_policy_observed():
     learner = Learner(make_spec(WALK))
     (rollout,) = tensors(collect(learner))
-    replay = TrialReplay(8)
+    replay = ReplayBuffer(8)
     replay.add([rollout])
     trials = {k: x.transpose(0, 1) for k, x in vars(replay.take(np.arange(8))).items()}
     for ours, theirs in zip(previous_of(trials), previous_inputs(rollout), strict=True):
