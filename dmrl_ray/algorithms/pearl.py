@@ -170,10 +170,11 @@ class PEARL(Algorithm):
         loss, report = critic_loss(models, batch, gamma=config.gamma, latent=latent)  # eq. 3
         norm = self.step_optimizer((loss + kl) * batch.share, CRITIC + CONTEXT)  # lines 19 and 21
         loss, of_actor = actor_loss(models, batch, latent=latent.detach())  # eq. 4
+        self.step_optimizer(loss * batch.share, ACTOR)  # line 20
         if config.temperature is None:
             log, target = models.temperature.log, target_entropy(config, models)
-            loss = loss + temperature_loss(log, of_actor["entropy"], target=target).mean()
-        self.step_optimizer(loss * batch.share, ACTOR + TEMPERATURE)  # line 20
+            loss = temperature_loss(log, of_actor["entropy"], target=target).mean()
+            self.step_optimizer(loss * batch.share, TEMPERATURE)
         models.targets.polyak_average(models.critics, config.tau)
         report |= of_actor | {"kl_cost": kl}
         return report | {"temperature": models.temperature(), "grad_norm": norm}

@@ -34,7 +34,8 @@ from dmrl_ray.types import Arrays, Task, Trial
 CRITIC = ("auxiliary.critics.",)
 ACTOR = ("encoder.", "policy_head.")
 TEMPERATURE = ("auxiliary.temperature.",)
-"""Prefixes of the parameters that each of the three losses moves."""
+"""Prefixes of the parameters that each of the three losses moves, each by an optimiser of its own:
+moments are kept for every parameter, and gradients are clipped by the norm of one loss's."""
 
 
 class SoftConfig(Algorithm.Config):
@@ -128,13 +129,14 @@ class SAC(Algorithm):
         """Algorithm 1, one gradient step: critics, policy, temperature, target critics."""
         config, models = self.config, self.models
         batch = draw_batch(self, self.replay, config)
-        loss, report = critic_loss(models, batch, gamma=config.gamma)
+        loss, report = critic_loss(models, batch, gamma=config.gamma)  # eq. 5
         norm = self.step_optimizer(loss * batch.share, CRITIC)
-        loss, of_actor = actor_loss(models, batch)
+        loss, of_actor = actor_loss(models, batch)  # eq. 9
+        self.step_optimizer(loss * batch.share, ACTOR)
         if config.temperature is None:
             log, target = models.temperature.log, target_entropy(config, models)
-            loss = loss + temperature_loss(log, of_actor["entropy"], target=target).mean()
-        self.step_optimizer(loss * batch.share, ACTOR + TEMPERATURE)
+            loss = temperature_loss(log, of_actor["entropy"], target=target).mean()  # eq. 18
+            self.step_optimizer(loss * batch.share, TEMPERATURE)
         models.targets.polyak_average(models.critics, config.tau)
         return report | of_actor | {"temperature": models.temperature(), "grad_norm": norm}
 

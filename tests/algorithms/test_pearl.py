@@ -114,9 +114,9 @@ def test_the_context_is_learned_from_the_critics_alone():
 
     algorithm.step_optimizer = watching
     algorithm.gradient_step()
-    of_critics, of_actor = calls
+    of_critics, of_actor, of_temperature = calls
     assert all(gradient.abs().sum() > 0 for gradient in of_critics)
-    assert all(gradient is None for gradient in of_actor)
+    assert all(gradient is None for gradient in (*of_actor, *of_temperature))
 
 
 def test_a_transition_has_the_posterior_of_a_beginning_of_its_own_trial():
@@ -156,7 +156,7 @@ def test_the_shares_of_several_learners_average_to_the_whole_gradient(tasks):
 
 
 @pytest.mark.parametrize("tasks", [POINTS, "cartpole"], ids=["equal", "unequal"])
-def test_shots_are_the_episodes_of_a_trial(tasks):
+def test_adaptation_steps_are_the_episodes_of_a_trial(tasks):
     spec = make_spec(tasks, context_episodes=1)
     program = build(spec)
     tasks = tuple(program.distribution.sample(np.random.default_rng(0), 3, "test"))

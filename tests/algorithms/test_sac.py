@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from dmrl_ray.algorithms.sac import ACTOR, CRITIC, TEMPERATURE
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights, build
@@ -123,6 +124,19 @@ def test_a_given_temperature_stays(temperature, moves):
     algorithm = trained(make_spec(temperature=temperature))[0].algorithm
     began = 1.0 if temperature is None else temperature
     assert (abs(algorithm.models.temperature().item() - began) > 1e-4) == moves
+
+
+def test_each_loss_has_a_gradient_clipped_by_its_own_norm():
+    # Three gradients longer than 1e-4, each shortened to it: their steps are 0.5 * 1e-4 long.
+    spec = make_spec(optimizer="sgd", lr=0.5, max_grad_norm=1e-4, gradient_steps=1)
+    learner, trial = trained(spec, updates=0)
+    before = learner.weights()
+    learner.update(0, 0, [trial])
+    after = learner.weights()
+    for part in (CRITIC, ACTOR, TEMPERATURE):
+        moved = [after[n] - x for n, x in before.items() if n.startswith(part)]
+        length = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in moved))
+        assert length == pytest.approx(0.5e-4, rel=0.01)
 
 
 def test_frozen_critics_leave_the_policy_to_learn():
