@@ -38,9 +38,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "impala": {"minibatches": 2, "num_steps": 12},
     "sac": REPLAY | {"num_steps": 12, "replay_trials": 16},
     "pearl": REPLAY | {"latent": 2, "context_hidden_sizes": [8], "replay_trials": 16},
-    "pearl_within": REPLAY
+    "stepwise_pearl": REPLAY
     | {
-        "type": "pearl",
         "belief_steps": 5,
         "latent": 2,
         "context_hidden_sizes": [8],
@@ -78,8 +77,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 GRADIENTS = {"maml", "maml_within", "anil", "promp", "cavia", "meta_sgd", "reptile"}
-BELIEFS = {"pearl", "pearl_within"}
-VARIANTS = {"pearl_within", "maml_within", "anil"}
+BELIEFS = {"pearl", "stepwise_pearl"}
+VARIANTS = {"stepwise_pearl", "maml_within", "anil"}
 MEMORIES = {"rl2", "varibad", "dagger", "dpt", "trial_cloning", "algorithm_distillation"}
 """Whose memory is what adapts to a task."""
 
@@ -135,8 +134,8 @@ def product(*algorithms: str) -> list[Cell]:
 def more_cells() -> list[Cell]:
     """A few of variants of algorithms, and of an environment of others."""
     return [
-        Cell("pearl_within", "varying", "continuous", "vector", "no_memory", "record"),
-        Cell("pearl_within", "fixed", "discrete", "dict", "no_memory", "adapt"),
+        Cell("stepwise_pearl", "varying", "continuous", "vector", "no_memory", "record"),
+        Cell("stepwise_pearl", "fixed", "discrete", "dict", "no_memory", "adapt"),
         Cell("maml_within", "varying", "discrete", "vector", "memory", "finetune"),
         Cell("maml_within", "varying", "continuous", "dict", "no_memory", "record"),
         Cell("maml_within", "fixed", "continuous", "vector", "no_memory", "evaluate"),

@@ -126,6 +126,11 @@ CORPUS = {
         ("hidden: [32]", "size: 32"),
         "run.yaml:9:5: network.encoder.size: this setting was renamed to hidden_size",
     ),
+    "a setting of another type": (
+        ("inner_lr: 1e-3", "belief_steps: 1"),
+        "run.yaml:12:3: algorithm.belief_steps: this setting belongs to another type: "
+        "stepwise_pearl",
+    ),
     "unknown key of a nested component": (
         ("hidden: [32]", "hiden: [32]"),
         "run.yaml:9:5: network.encoder.hiden: unknown setting; did you mean 'hidden'?",

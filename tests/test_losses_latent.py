@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from dmrl_ray.losses.latent import chained_kl, forecast_loss, gaussian_kl, gaussian_sample
+from dmrl_ray.losses.latent import chained_kl, gaussian_kl, gaussian_sample, reconstruction_loss
 
 
 def f(x):
@@ -43,7 +43,7 @@ def test_kl_wants_one_shape():
         gaussian_kl(f([0.0]), f([0.0]), f([0.0]), f([0.0, 0.0]))
 
 
-def test_a_belief_that_stays_pays_only_once():
+def test_a_posterior_that_stays_costs_only_once():
     # N(1, 1) from N(0, 1) is 1/2, and then nothing changes.
     mean = torch.ones(3, 1, 1)
     torch.testing.assert_close(
@@ -51,7 +51,7 @@ def test_a_belief_that_stays_pays_only_once():
     )
 
 
-def test_each_belief_is_measured_from_the_one_before():
+def test_each_posterior_is_measured_from_the_one_before():
     # Means 0, 2, 3 of variances 1, 1, 4: 0, then 4/2, then 1/2 (4 - 1 - ln 4 + 1) = 2 - ln 2.
     kl = chained_kl(f([[[0.0]], [[2.0]], [[3.0]]]), f([[[0.0]], [[0.0]], [[math.log(4)]]]))
     torch.testing.assert_close(kl, f([[0.0], [2.0], [2 - math.log(2)]]))
@@ -71,17 +71,17 @@ def test_gradients_pass_through_a_sample():
     assert (mean.grad.item(), log_var.grad.item()) == (1.0, pytest.approx(3.0))
 
 
-def test_forecasts_by_hand():
+def test_reconstruction_by_hand():
     # Two steps of one trial; errors 1 and 2 of the first sample, 0 and 1 of the second:
     # (1 + 4 + 0 + 1) / 2 samples = 3.
-    foretold = f([1.0, 3.0, 0.0, 2.0]).reshape(2, 2, 1, 1)
+    predicted = f([1.0, 3.0, 0.0, 2.0]).reshape(2, 2, 1, 1)
     target = f([0.0, 1.0]).reshape(2, 1, 1)
-    torch.testing.assert_close(forecast_loss(foretold, target, binary=False), f(3.0))
+    torch.testing.assert_close(reconstruction_loss(predicted, target, binary=False), f(3.0))
 
 
-def test_binary_forecasts_by_hand():
-    # Logit ln 3 is a chance of 3/4. The reward 1 came, the reward -0.1 is none: -ln(3/4 * 1/4).
-    foretold = torch.full((1, 2, 1, 1), math.log(3)).double()
+def test_binary_reconstruction_by_hand():
+    # Logit ln 3 is a probability of 3/4. Reward 1 is positive, -0.1 is not: -ln(3/4 * 1/4).
+    predicted = torch.full((1, 2, 1, 1), math.log(3)).double()
     target = f([1.0, -0.1]).reshape(2, 1, 1)
     expected = f(-math.log(3 / 16))
-    torch.testing.assert_close(forecast_loss(foretold, target, binary=True), expected)
+    torch.testing.assert_close(reconstruction_loss(predicted, target, binary=True), expected)

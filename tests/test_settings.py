@@ -113,7 +113,7 @@ def algorithm_config(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 RUNS = {
     name: algorithm_config(name, settings)
     for name, settings in ALGORITHMS.items()
-    if name not in {"anil", "maml_within", "pearl_within"}
+    if name not in {"anil", "maml_within"}
 }
 RUNS["dpt_reading"] = algorithm_config("dpt", {"type": "dpt", "minibatches": 2, "data": READS})
 
@@ -121,7 +121,7 @@ VALUES: dict[str, list[Any]] = {
     "trainable": [["policy_head"]],
     "steps_per_adaptation": [5],
     "replay_trials": [4, 2],
-    "belief_steps": [5],
+    "belief_steps": [3],
     "experts": [{"runs": ["DATA/run"], "stage": "other"}],
 }
 """Of algorithms."""
@@ -132,6 +132,7 @@ ALIKE = {
     "appo": "ppo",
     "promp": "maml",
     "cavia": "maml",
+    "stepwise_pearl": "pearl",
     "meta_sgd": "maml",
     "trial_cloning": "behavior_cloning",
     "algorithm_distillation": "behavior_cloning",

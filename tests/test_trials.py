@@ -154,7 +154,7 @@ def test_advantages_do_not_depend_on_where_a_rollout_was_cut():
 @pytest.mark.parametrize(
     "algorithm",
     [
-        {"type": "pearl", "belief_steps": 3, "gradient_steps": 1},
+        {"type": "stepwise_pearl", "belief_steps": 3, "gradient_steps": 1},
         {"type": "maml", "episodes_per_task": 1, "steps_per_adaptation": 3},
     ],
     ids=lambda algorithm: algorithm["type"],
@@ -170,7 +170,7 @@ def test_adaptation_steps_of_a_task_are_those_that_its_own_steps_led_to(algorith
     )
     lengths = steps.groupby(["environment", "episode"]).size().unstack()
     assert lengths.sum(axis=1).nunique() > 1
-    pieces = np.ceil(lengths / 3) if algorithm["type"] == "pearl" else lengths / 3
+    pieces = np.ceil(lengths / 3) if algorithm["type"] == "stepwise_pearl" else lengths / 3
     before = pieces.cumsum(axis=1) - pieces
     begun = [before.loc[key] for key in zip(steps["environment"], steps["episode"], strict=True)]
     np.testing.assert_array_equal(steps["adaptation_step"], np.floor(begun + steps["t"] / 3 + 1e-9))

@@ -176,6 +176,19 @@ CASES: dict[str, Config] = {
     "pearl": config(
         SPARSE, MLP, {"type": "pearl", "latent": 2, "context_hidden_sizes": [8], **REPLAY}, 64
     ),
+    "stepwise_pearl": config(
+        SPARSE,
+        MLP,
+        {
+            "type": "stepwise_pearl",
+            "belief_steps": 2,
+            "kept_noise": 0.6,
+            "latent": 2,
+            "context_hidden_sizes": [8],
+            **REPLAY,
+        },
+        64,
+    ),
     "sac": config(POINT, MLP, {"type": "sac", "num_steps": 6, **REPLAY}, 48, SGD),
     "sac_discrete": config(BANDIT, MLP, {"type": "sac", "num_steps": 6, **REPLAY}, 48, ADAMW),
     "impala": with_stage(

@@ -112,8 +112,14 @@ def _older(value: Any) -> Any:
     return older
 
 
+def _stepwise_pearl(config: Settings) -> None:
+    for algorithm in _algorithms(config):
+        if algorithm["type"] == "stepwise_pearl":
+            algorithm["type"] = "pearl"
+
+
 OLD_SETTINGS: list[Callable[[Settings], None]] = [
-    *(_field_names, _steps_per_shot, _by, _change, _evaluation_seed)
+    *(_stepwise_pearl, _field_names, _steps_per_shot, _by, _change, _evaluation_seed)
 ]
 """Functions that change a config to older names in place, for checkouts that refuse the newer."""
 

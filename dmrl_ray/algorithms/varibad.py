@@ -1,10 +1,10 @@
 """VariBAD: a policy that acts on a learned belief about the task.
 
 Source: Zintgraf et al., "VariBAD: A Very Good Method for Bayes-Adaptive Deep RL via
-Meta-Learning", 2020 (arXiv:1910.08348), section 3. PPO on whole trials moves the policy, which
-sees the observation and the belief's mean and log-variance; a variational bound on what the whole
-trial shows, its past and its future, moves the belief. Left out: Huber and clipped value losses,
-and running statistics of the belief.
+Meta-Learning", 2020 (arXiv:1910.08348), section 3. PPO on whole trials trains the policy, which
+observes the posterior's mean and log-variance beside the observation; a variational bound on the
+whole trial, its past and its future, trains encoder and decoder. Left out: Huber and clipped value
+losses, and running statistics of the posterior.
 
 Without updates of the belief and with an encoder that does not detach it, this is RL^2.
 """
@@ -24,11 +24,11 @@ from dmrl_ray.algorithms.actor_critic import updating_norms
 from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
 from dmrl_ray.algorithms.rl2 import RL2
 from dmrl_ray.config.components import LARGEST_NUMBER, Number
-from dmrl_ray.data.replay import Transitions, TrialReplay
-from dmrl_ray.learn.gradients import Batch
+from dmrl_ray.data.replay import ReplayBuffer, Transitions
+from dmrl_ray.learn.gradients import Batch, Report
 from dmrl_ray.learn.minibatches import pi_and_value, single_steps
 from dmrl_ray.losses.averages import counted_mean
-from dmrl_ray.losses.latent import chained_kl, gaussian_sample
+from dmrl_ray.losses.latent import chained_kl, gaussian_sample, negative_elbo
 from dmrl_ray.networks.actor_critic import ActorCritic, Previous, mask_previous, previous_inputs
 from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import TrialDecoder
@@ -37,11 +37,11 @@ from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays, Rollout, Trial
 
 BELIEF = ("encoder.history.", "encoder.gaussian.", "auxiliary.")
-"""What the bound moves; the rest of the policy learns from returns."""
+"""Prefixes of the parameters that the bound trains: encoder (phi) and decoder (theta)."""
 
 
 class VariBAD(RL2):
-    """RL^2 whose memory is trained to foretell rewards."""
+    """RL^2 on the posterior of a variational autoencoder of trials."""
 
     class Config(RL2.Config):
         read_with = dict.fromkeys(
@@ -69,17 +69,17 @@ class VariBAD(RL2):
         """Stored trials in each of those steps."""
 
         replay_trials: Number = 10_000
-        """Trials kept, the last ones, each with all its steps; they are part of checkpoints."""
+        """Trials stored, the last ones, each with all its steps; they are part of checkpoints."""
 
         beliefs_per_trial: Number | None = None
-        """Beliefs of a stored trial, drawn anew at each step, whose forecasts count; null takes
-        that of every step, and each forecasts all steps."""
+        """Steps of a stored trial, drawn at each gradient step, from whose posteriors the whole
+        trial is predicted; null takes all of them."""
 
         kl_weight: float = Field(default=0.1, ge=0)
-        """Weight of the divergence of each belief from the one before."""
+        """Weight of the divergence of each posterior from the one before."""
 
         decoder: TrialDecoder.Config = TrialDecoder.Config()
-        """What the beliefs are asked to foretell."""
+        """The decoder, and which parts of a trial it predicts."""
 
     config: Config
     on_device = False
@@ -99,7 +99,7 @@ class VariBAD(RL2):
                 "be scaled; set network.normalize_obs to false"
             )
         self.encoder = policy.encoder
-        self.replay = TrialReplay(config.replay_trials if config.belief_updates else 1)
+        self.replay = ReplayBuffer(config.replay_trials if config.belief_updates else 1)
         if config.belief_updates:
             seen, shape = policy.seen, distribution.observation_space.shape or ()
             width = math.prod(shape) if seen is None else len(seen)
@@ -121,95 +121,117 @@ class VariBAD(RL2):
             self.replay.set_state(state, next(self.policy.parameters()).device)
 
     def update(self, trial: Trial) -> dict[str, float]:
+        """Section 3.2: the return moves the policy (psi), the bound encoder and decoder."""
         (rollout,), config = trial, self.config
-        forward = self._forward if self.encoder.detach else pi_and_value
-        loss = partial(ppo_loss, self.policy, clip=config.clip, value_coef=config.value_coef)
-        loss = partial(loss, forward=forward)
-        with updating_norms(self, rollout):
-            batch = self._batch(rollout)
-            metrics = self.optimize(
-                loss, batch, epochs=config.epochs, minibatches=config.minibatches
-            )
+        metrics = self.update_policy(rollout)
         if not config.belief_updates or not any(n.startswith(BELIEF) for n in self.names):
             return metrics
         self.replay.add(trial)
-        steps = [self._update_belief() for _ in range(config.belief_updates)]
+        steps = [self.update_belief() for _ in range(config.belief_updates)]
         means = torch.stack([torch.stack(list(step.values())) for step in steps]).mean(0)
         return metrics | dict(zip(steps[0], means.tolist(), strict=True))
 
-    def _batch(self, rollout: Rollout) -> Batch:
-        """With the beliefs, which the loss of the policy leaves as they are, in place of memory."""
-        batch = ppo_batch(self.policy, rollout, self.config.entropy_weight(self.progress))
-        if not self.encoder.detach:
-            return batch
-        with torch.no_grad():
-            mean, log_var = self._beliefs(batch["obs"], previous_inputs(rollout))
-        kept = {k: x for k, x in batch.items() if not k.startswith(("previous_", "memory."))}
-        kept |= {"mean": mean, "log_var": log_var}
-        return single_steps(kept)
+    def update_policy(self, rollout: Rollout) -> dict[str, float]:
+        """PPO on the return, at fixed beliefs where the encoder detaches them."""
+        config, detach = self.config, self.encoder.detach
+        loss = partial(
+            ppo_loss,
+            self.policy,
+            clip=config.clip,
+            value_coef=config.value_coef,
+            forward=pi_and_value_of_belief if detach else pi_and_value,
+        )
+        with updating_norms(self, rollout):
+            batch = ppo_batch(self.policy, rollout, config.entropy_weight(self.progress))
+            if detach:
+                batch = with_beliefs(self.policy, rollout, batch)
+            return self.optimize(loss, batch, epochs=config.epochs, minibatches=config.minibatches)
 
-    def _forward(self, policy: ActorCritic, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Distribution parameters and values of a batch that has beliefs in place of memory."""
-        obs = batch["obs"]
-        features = self.encoder.features(policy.actor_input(obs), batch["mean"], batch["log_var"])
-        value = policy.value(features, obs)
-        return exactly(policy.policy_head, features), value
-
-    def _beliefs(self, obs: Tensor, previous: Previous) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (T, B, L) of the beliefs of whole trials."""
-        policy = self.policy
-        memory = tuple(leaf.to(obs.device) for leaf in policy.initial_memory(obs.shape[1]))
-        extra = policy.extra(previous, obs)
-        mean, log_var, _ = self.encoder.posterior(policy.actor_input(obs), extra, memory, None)
-        return mean, log_var
-
-    def _update_belief(self) -> dict[str, Tensor]:
-        """One gradient step on stored trials."""
+    def update_belief(self) -> Report:
+        """A gradient step on the bound, over stored trials."""
         config, rng = self.config, self.rng
-        slots = self.replay.draw(rng, config.belief_trials)
-        steps = self.replay.num_steps
-        count = min(config.beliefs_per_trial or steps, steps)
-        at = np.sort(rng.choice(steps, count, replace=False))
+        slots = self.replay.sample(rng, config.belief_trials)
+        num_steps = self.replay.num_steps
+        count = min(config.beliefs_per_trial or num_steps, num_steps)
+        at = np.sort(rng.choice(num_steps, count, replace=False))
         noise = rng.standard_normal((count, len(slots), self.encoder.latent), dtype=np.float32)
         mine = slice(self.rank, None, self.world_size)
-        loss, parts = self._bound(self.replay.take(slots[mine]), at, noise[:, mine])
+        trials = self.replay.take(slots[mine])
+        loss, report = elbo_loss(
+            self.policy, trials, at, noise[:, mine], kl_weight=config.kl_weight
+        )
         share = len(slots[mine]) / len(slots)
         norm = self.step_optimizer(loss * share * self.world_size, BELIEF)
-        return parts | {"belief_grad_norm": norm.detach()}
-
-    def _bound(
-        self, trials: Transitions, at: np.ndarray, noise: np.ndarray
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is minimised: minus the evidence lower bound, and its parts.
-
-        Args:
-            trials: N whole ones.
-            at: (S,) steps whose beliefs are asked to foretell all T steps.
-            noise: (S, N, L), standard normal.
-        """
-        named = {f.name: getattr(trials, f.name).transpose(0, 1) for f in fields(trials)}
-        mean, log_var = self._beliefs(named["obs"], previous_of(named))
-        mask = None if named["mask"].all() else named["mask"]
-        kl = counted_mean(chained_kl(mean, log_var), mask)
-        device = mean.device
-        steps = torch.from_numpy(at).to(device)
-        latent = gaussian_sample(mean[steps], log_var[steps], torch.from_numpy(noise).to(device))
-        action = self.policy.policy_head.encode(named["action"])
-        obs, next_obs = (self.policy.actor_input(named[n]).flatten(2) for n in ("obs", "next_obs"))
-        decoder = self.policy.auxiliary["decoder"]
-        weight = None if mask is None else forecasts_that_count(mask, steps)
-        parts = decoder(latent, obs, action, next_obs, named["reward"], weight)
-        loss = torch.stack(list(parts.values())).sum() + self.config.kl_weight * kl
-        return loss, {name: x.detach() for name, x in parts.items()} | {"belief_kl": kl.detach()}
+        return report | {"belief_grad_norm": norm.detach()}
 
 
-def forecasts_that_count(mask: Tensor, at: Tensor) -> Tensor:
-    """(S, T, N) forecasts of steps that there are, from beliefs (S,) at steps that there are."""
+def posterior(policy: ActorCritic, obs: Tensor, previous: Previous) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance (T, B, L) of q(m | tau_:t) at every step t of whole trials."""
+    encoder = policy.encoder
+    assert isinstance(encoder, Belief)
+    memory = tuple(leaf.to(obs.device) for leaf in policy.initial_memory(obs.shape[1]))
+    extra = policy.extra(previous, obs)
+    mean, log_var, _ = encoder.posterior(policy.actor_input(obs), extra, memory, None)
+    return mean, log_var
+
+
+def with_beliefs(policy: ActorCritic, rollout: Rollout, batch: Batch) -> Batch:
+    """The batch with posteriors, which the loss of the policy leaves fixed, in place of memory."""
+    with torch.no_grad():
+        mean, log_var = posterior(policy, batch["obs"], previous_inputs(rollout))
+    kept = {k: x for k, x in batch.items() if not k.startswith(("previous_", "memory."))}
+    return single_steps(kept | {"mean": mean, "log_var": log_var})
+
+
+def pi_and_value_of_belief(policy: ActorCritic, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Distribution parameters and normalised values of a batch from `with_beliefs`."""
+    encoder, obs = policy.encoder, batch["obs"]
+    assert isinstance(encoder, Belief)
+    features = encoder.features(policy.actor_input(obs), batch["mean"], batch["log_var"])
+    value = policy.value(features, obs)
+    return exactly(policy.policy_head, features), value
+
+
+def elbo_loss(
+    policy: ActorCritic,
+    trials: Transitions,
+    at: np.ndarray,
+    noise: np.ndarray,
+    *,
+    kl_weight: float,
+) -> tuple[Tensor, Report]:
+    """Minus the evidence lower bounds ELBO_t of stored trials (eq. 7), and their terms.
+
+    Args:
+        policy: with the decoder in ``auxiliary``.
+        trials: N whole ones.
+        at: (S,) steps t from whose posterior all T steps are predicted.
+        noise: (S, N, L), standard normal.
+        kl_weight: of the KL term, 1 in the bound.
+    """
+    named = {f.name: getattr(trials, f.name).transpose(0, 1) for f in fields(trials)}
+    mean, log_var = posterior(policy, named["obs"], previous_of(named))  # q(m | tau_:t)
+    mask = None if named["mask"].all() else named["mask"]
+    kl = counted_mean(chained_kl(mean, log_var), mask)  # KL(q(m | tau_:t) || q(m | tau_:t-1))
+    steps = torch.from_numpy(at).to(mean.device)
+    noises = torch.from_numpy(noise).to(mean.device)
+    latent = gaussian_sample(mean[steps], log_var[steps], noises)  # m ~ q(m | tau_:t)
+    action = policy.policy_head.encode(named["action"])
+    obs, next_obs = (policy.actor_input(named[n]).flatten(2) for n in ("obs", "next_obs"))
+    counted = None if mask is None else counted_predictions(mask, steps)
+    decoder = policy.auxiliary["decoder"]
+    losses = decoder(latent, obs, action, next_obs, named["reward"], counted)  # eq. 8
+    loss = negative_elbo(list(losses.values()), kl, kl_weight=kl_weight)
+    return loss, {name: x.detach() for name, x in losses.items()} | {"belief_kl": kl.detach()}
+
+
+def counted_predictions(mask: Tensor, at: Tensor) -> Tensor:
+    """(S, T, N) predictions of steps that count, from posteriors (S,) at steps that count."""
     return mask[at].unsqueeze(1) & mask
 
 
 def previous_of(trials: dict[str, Tensor]) -> Previous:
-    """What the policy saw of the step before each step of whole trials: tensors (T, N, ...)."""
+    """The step before each step of whole trials, as the policy observed it: tensors (T, N, ...)."""
     done = trials["terminated"] | trials["truncated"]
     first = torch.zeros_like(done)
     first[0] = True

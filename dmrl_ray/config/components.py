@@ -57,6 +57,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "rl2": "dmrl_ray.algorithms.rl2:RL2",
         "sac": "dmrl_ray.algorithms.sac:SAC",
         "pearl": "dmrl_ray.algorithms.pearl:PEARL",
+        "stepwise_pearl": "dmrl_ray.algorithms.stepwise_pearl:StepwisePEARL",
         "maml": "dmrl_ray.algorithms.maml:MAML",
         "promp": "dmrl_ray.algorithms.promp:ProMP",
         "reptile": "dmrl_ray.algorithms.reptile:Reptile",
@@ -103,6 +104,9 @@ OLD_NAMES: dict[str, str] = {
     "episodes_per_update": "by",
 }
 """Former names of settings, with the current names, for error messages."""
+
+MOVED = {"belief_steps": "stepwise_pearl", "kept_noise": "stepwise_pearl"}
+"""Settings that belong to another class than they did, and its short name."""
 
 OLD_TYPES = {"distillation": "dagger", "cloning": "behavior_cloning"}
 """Former short names of classes, with the current ones, for error messages."""

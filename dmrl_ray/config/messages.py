@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dmrl_ray.config.components import OLD_NAMES, did_you_mean
+from dmrl_ray.config.components import MOVED, OLD_NAMES, did_you_mean
 
 NAME_PATTERN = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
 
@@ -25,6 +25,8 @@ def message_of(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> 
     if kind == "extra_forbidden":
         if (name := OLD_NAMES.get(key)) in fields:
             return f"this setting was renamed to {BY if name == 'by' else name}"
+        if key in MOVED:
+            return f"this setting belongs to another type: {MOVED[key]}"
         hint = did_you_mean(key, fields)
         return f"unknown setting{hint or '; allowed here: ' + (', '.join(fields) or 'none')}"
     if kind == "missing":

@@ -1,6 +1,6 @@
-"""Replay: a ring of the last trials, each column of a trial in a slot of its own.
+"""Replay buffer: a ring of the last trials, each environment's in a slot of its own.
 
-A slot holds what one task has shown, in the order in which it was lived through, so that tasks
+A slot holds the transitions of one task in the order in which they were collected, so that tasks
 never mix. Batches are (N, K, ...): N slots with K steps each.
 """
 
@@ -17,7 +17,7 @@ from dmrl_ray.types import Arrays, Rollout, Trial
 
 @dataclass(frozen=True)
 class Transitions:
-    """Steps of N trials; what a step led to is the true successor, also where an episode ended."""
+    """Steps of N trials; next observations are true successors, also where an episode ended."""
 
     obs: Tensor  # (N, K, *obs_shape)
     action: Tensor  # (N, K, *action_shape)
@@ -25,16 +25,16 @@ class Transitions:
     next_obs: Tensor  # (N, K, *obs_shape)
     terminated: Tensor  # (N, K) bool
     truncated: Tensor  # (N, K) bool
-    mask: Tensor  # (N, K) bool, steps that there are; shorter trials than the longest are filled up
+    mask: Tensor  # (N, K) bool, steps that count; trials shorter than the longest are padded
 
 
-class TrialReplay:
-    """The last `capacity` columns of trials; memory is taken at the first `add`.
+class ReplayBuffer:
+    """The last `capacity` trials of an environment each; memory is allocated at the first `add`.
 
     Only steps that count are kept. A slot has room for the longest trial so far.
 
     Args:
-        capacity: slots; the bound of memory, a slot takes its T steps with two observations each.
+        capacity: slots, of T steps with two observations each; bounds the memory.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -59,9 +59,9 @@ class TrialReplay:
         return lengths
 
     def add(self, trial: Trial) -> None:
-        """Put every column of a trial of tensors into a slot, over the oldest where all are full.
+        """Store every environment of a trial of tensors in a slot, over the oldest if all are full.
 
-        The rollouts follow each other in time. Of more columns than slots the last ones stay.
+        The rollouts follow each other in time. Of more environments than slots the last ones stay.
         """
         new = {}
         for name in _NAMES:
@@ -69,7 +69,7 @@ class TrialReplay:
             new[name] = torch.cat(parts).transpose(0, 1)[-self.capacity :]
         if not all(rollout.all_count for rollout in trial):
             new = _counted_first(new)
-        columns, length = new["reward"].shape
+        num_envs, length = new["reward"].shape
         if not self._arrays:
             self._arrays = {
                 name: x.new_zeros(self.capacity, *x.shape[1:]) for name, x in new.items()
@@ -79,24 +79,24 @@ class TrialReplay:
                 name: torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1)
                 for name, x in self._arrays.items()
             }
-        slots = (self._next + torch.arange(columns)) % self.capacity
+        slots = (self._next + torch.arange(num_envs)) % self.capacity
         for name, x in new.items():
             if length < self.num_steps:
                 self._arrays[name][slots] = 0
             self._arrays[name][slots, :length] = x
-        self._next = (self._next + columns) % self.capacity
-        self.size = min(self.capacity, self.size + columns)
+        self._next = (self._next + num_envs) % self.capacity
+        self.size = min(self.capacity, self.size + num_envs)
 
-    def draw(self, rng: np.random.Generator, num_trials: int) -> np.ndarray:
-        """(N,) different slots, or as many as there are."""
+    def sample(self, rng: np.random.Generator, num_trials: int) -> np.ndarray:
+        """(N,) different slots at random, or as many as there are."""
         return rng.choice(self.size, min(num_trials, self.size), replace=False)
 
-    def draw_steps(self, rng: np.random.Generator, slots: np.ndarray, count: int) -> np.ndarray:
-        """(N, count) steps of slots (N,), each uniform over its trial's."""
-        return draw_below(rng, self.lengths(slots), count)
+    def sample_steps(self, rng: np.random.Generator, slots: np.ndarray, count: int) -> np.ndarray:
+        """(N, count) steps of slots (N,), each uniform over those of its trial."""
+        return integers_below(rng, self.lengths(slots), count)
 
     def take(self, slots: np.ndarray, steps: np.ndarray | slice = slice(None)) -> Transitions:
-        """Steps of slots (N,): those given as (N, K), each slot its own, or one slice for all."""
+        """Transitions of slots (N,): at steps (N, K), or at one slice of all of them."""
         rows = torch.from_numpy(slots)
         if isinstance(steps, slice):
             return Transitions(**{k: x[rows, steps] for k, x in self._arrays.items()})
@@ -104,7 +104,7 @@ class TrialReplay:
         return Transitions(**{k: x[rows, at] for k, x in self._arrays.items()})
 
     def get_state(self) -> Arrays:
-        """Everything, copied; for a checkpoint."""
+        """A copy of all arrays, for a checkpoint."""
         state = {k: x[: self.size].cpu().numpy().copy() for k, x in self._arrays.items()}
         return state | {"next": np.array(self._next)}
 
@@ -112,7 +112,7 @@ class TrialReplay:
         """Continue from `get_state`'s answer.
 
         Raises:
-            ValueError: it holds more trials than this ring has slots, or another number at a wrap.
+            ValueError: it has more trials than this buffer has slots, or wrapped at another number.
         """
         arrays = {k: torch.tensor(v, device=device) for k, v in state.items() if k != "next"}
         self._next = int(state["next"])
@@ -128,8 +128,8 @@ class TrialReplay:
 _NAMES = tuple(field.name for field in fields(Transitions))
 
 
-def draw_below(rng: np.random.Generator, bounds: np.ndarray, count: int) -> np.ndarray:
-    """(N, count) numbers, those of a row uniform below its bound."""
+def integers_below(rng: np.random.Generator, bounds: np.ndarray, count: int) -> np.ndarray:
+    """(N, count) integers, those of a row uniform below its bound."""
     shape = (len(bounds), count)
     if (bounds == bounds[0]).all():
         return rng.integers(bounds[0], size=shape)
@@ -146,7 +146,7 @@ def _steps(rollout: Rollout, name: str) -> Tensor:
 
 
 def _counted_first(new: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Arrays (B, T, ...) with the steps that count first, and as few others as there can be."""
+    """Arrays (B, T, ...) with the steps that count first, and as little padding as possible."""
     order = (~new["mask"]).to(torch.uint8).argsort(dim=1, stable=True)
     order = order[:, : int(new["mask"].sum(1).max())]
     row = torch.arange(len(order), device=order.device).unsqueeze(1)

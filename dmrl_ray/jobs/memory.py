@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from dmrl_ray.algorithms.gradient_adaptation import InnerLoop
 from dmrl_ray.config.schema import Adapt, Component, Finetune, Pretrain, Stage
-from dmrl_ray.data.replay import TrialReplay
+from dmrl_ray.data.replay import ReplayBuffer
 from dmrl_ray.jobs.spec import JobSpec, Program
 from dmrl_ray.learn.per_task import ACTOR
 from dmrl_ray.learn.trainable import select
@@ -195,7 +195,7 @@ def _memory(program: Program, spec: JobSpec, shards: int) -> Part:
 def _replay(program: Program) -> Part:
     """All slots: they are taken when the first trials come."""
     replay = getattr(program.algorithm, "replay", None)
-    slots = replay.capacity if isinstance(replay, TrialReplay) else 0
+    slots = replay.capacity if isinstance(replay, ReplayBuffer) else 0
     steps = program.algorithm.collected_steps
     obs, action = _step_bytes(program)
     step = 2 * obs + action + 4 + 3  # reward, three flags

@@ -5,6 +5,8 @@ A Gaussian is its mean and the logarithm of its variance, both (..., L) with L l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -53,14 +55,16 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor, prior_log_var
 
 
 def chained_kl(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL of each belief from the one a step before; the first from the standard normal.
+    """KL of each posterior from the one a step before; of the first from the standard normal.
 
-    A belief that learns nothing from a step pays nothing for it.
+        KL(q(m | tau_:t) || q(m | tau_:t-1)),  q(m | tau_:-1) = N(0, 1)
 
-    Source: Zintgraf et al., "VariBAD", 2020, section 3.2 (arXiv:1910.08348).
+    The previous posterior is the prior, so that a step without information costs nothing.
+
+    Source: Zintgraf et al., "VariBAD", 2020, section 3.1 (arXiv:1910.08348).
 
     Args:
-        mean: (T, B, L), of the beliefs after 0, 1, ... steps.
+        mean: (T, B, L), of the posteriors after 0, 1, ... steps.
         log_var: (T, B, L).
 
     Returns:
@@ -72,19 +76,21 @@ def chained_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return gaussian_kl(mean, log_var, prior_mean, prior_log_var)
 
 
-def forecast_loss(
-    foretold: Tensor, target: Tensor, *, binary: bool, mask: Tensor | None = None
+def reconstruction_loss(
+    predicted: Tensor, target: Tensor, *, binary: bool, mask: Tensor | None = None
 ) -> Tensor:
-    """How badly samples of beliefs foretell whole trials.
+    """Minus the log-likelihood of whole trials given samples of posteriors, up to a constant.
+
+        -log p(tau | m) = sum_t error(predicted[t], target[t])
 
     Source: Zintgraf et al., "VariBAD", 2020, eq. 8 (arXiv:1910.08348).
 
     Args:
-        foretold: (S, T, B, D), by S samples about all T steps of B trials.
-        target: (T, B, D), what came.
-        binary: False takes squared errors; True reads `foretold` as logits of the chance that
-            `target` is positive, and takes minus the log-likelihood.
-        mask: (S, T, B) bool, forecasts that count; None is all.
+        predicted: (S, T, B, D), from S samples each, of all T steps of B trials.
+        target: (T, B, D), what happened.
+        binary: False takes squared errors, of Gaussians; True takes `predicted` for logits of the
+            probability that `target` is positive, and the cross entropy.
+        mask: (S, T, B) bool, predictions that count; None is all.
 
     Returns:
         Scalar, sum over T and D, mean over the S and B of which any counts.
@@ -92,16 +98,34 @@ def forecast_loss(
     Raises:
         ValueError: the tensors do not fit together.
     """
-    check_shapes(target=target, **{"foretold[0]": foretold[0]})
-    target = target.expand_as(foretold)
+    check_shapes(target=target, **{"predicted[0]": predicted[0]})
+    target = target.expand_as(predicted)
     if binary:
-        positive = (target > 0).to(foretold.dtype)
-        error = functional.binary_cross_entropy_with_logits(foretold, positive, reduction="none")
+        positive = (target > 0).to(predicted.dtype)
+        error = functional.binary_cross_entropy_with_logits(predicted, positive, reduction="none")
     else:
-        error = (foretold - target).square()
+        error = (predicted - target).square()
     if mask is None:
         return error.sum((1, 3)).mean()
     return (error.sum(3) * mask).sum() / mask.any(1).sum().clamp_min(1)
+
+
+def negative_elbo(reconstruction: Sequence[Tensor], kl: Tensor, *, kl_weight: float) -> Tensor:
+    """Minus the evidence lower bound, averaged over the steps t that a posterior is taken at.
+
+        -ELBO_t = E_{m ~ q(m | tau_:t)}[-log p(tau | m)] + kl_weight * KL_t
+
+    Source: Zintgraf et al., "VariBAD", 2020, eq. 7 (arXiv:1910.08348).
+
+    Args:
+        reconstruction: scalars, from `reconstruction_loss`, of rewards and of observations.
+        kl: scalar, the mean of `chained_kl`.
+        kl_weight: 1 in the bound.
+
+    Returns:
+        Scalar.
+    """
+    return torch.stack(list(reconstruction)).sum() + kl_weight * kl
 
 
 def product_of_gaussians(precision: Tensor, weighted_mean: Tensor) -> tuple[Tensor, Tensor]:

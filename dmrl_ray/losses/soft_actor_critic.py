@@ -1,8 +1,8 @@
-"""Soft actor-critic: values that count the policy's entropy, for both kinds of actions.
+"""Losses of soft actor-critic, for continuous and for discrete actions.
 
-The policy maximises the soft value of the states it meets, so that value and policy loss are the
-same quantity up to its sign and where gradients pass. K critics give K estimates of Q; the smallest
-counts (Fujimoto et al. 2018, arXiv:1802.09477).
+The actor maximises the soft value, so that its loss is minus the value by which critics bootstrap,
+with gradients to the policy. Of K critics the smallest Q counts (Fujimoto et al. 2018,
+arXiv:1802.09477).
 
 Source: Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018 (arXiv:1812.05905).
 """
@@ -16,14 +16,14 @@ from dmrl_ray.losses.shapes import check_shapes
 
 
 def soft_value(q: Tensor, log_prob: Tensor, temperature: Tensor) -> Tensor:
-    """Value of states by one action sampled in each, eq. 3.
+    """Soft value, estimated by one action sampled in each state, eq. 3; minus it is eq. 9.
 
         V = min_k Q_k(s, a) - temperature * log pi(a | s)
 
     Args:
         q: (K, ...), of the sampled actions.
         log_prob: (...), of the sampled actions.
-        temperature: scalar, what a nat of entropy is worth.
+        temperature: scalar, alpha in the paper.
 
     Returns:
         (...).
@@ -32,7 +32,7 @@ def soft_value(q: Tensor, log_prob: Tensor, temperature: Tensor) -> Tensor:
 
 
 def categorical_soft_value(q: Tensor, logits: Tensor, temperature: Tensor) -> Tensor:
-    """Value of states, exactly, over all discrete actions.
+    """Soft value, as the expectation over all discrete actions.
 
         V = sum_a pi(a | s) (min_k Q_k(s, a) - temperature * log pi(a | s))
 
@@ -54,7 +54,7 @@ def categorical_soft_value(q: Tensor, logits: Tensor, temperature: Tensor) -> Te
 def soft_q_target(
     reward: Tensor, next_value: Tensor, terminated: Tensor, *, gamma: float
 ) -> Tensor:
-    """What Q shall be, eq. 2: ``reward + gamma * next_value`` without gradient.
+    """The target of Q, eq. 2: ``reward + gamma * next_value`` without gradient.
 
     A terminated step has no successor; one that a time limit cut off has.
 
@@ -76,7 +76,7 @@ def soft_q_target(
 
 
 def soft_q_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Half the squared error of every critic, summed over them, eq. 5.
+    """Half the squared error of each critic, summed over critics, eq. 5.
 
     Args:
         q: (K, ...), carries the gradient.
@@ -89,9 +89,11 @@ def soft_q_loss(q: Tensor, target: Tensor) -> Tensor:
 
 
 def temperature_loss(log_temperature: Tensor, entropy: Tensor, *, target: float) -> Tensor:
-    """Raises the temperature where the policy's entropy is below its target, eq. 18.
+    """Loss that raises the temperature where the entropy is below its target, eq. 18.
 
-    The logarithm stands in place of the temperature, which must stay positive.
+        J(alpha) = E[-alpha * log pi(a | s) - alpha * target]
+
+    It is taken of log alpha in place of alpha, which must stay positive.
 
     Args:
         log_temperature: scalar, carries the gradient.

@@ -1,4 +1,4 @@
-"""A belief about the task, made of all that happened.
+"""A belief about the task: the posterior over its latent given the trial so far.
 
 Source: Zintgraf et al., "VariBAD: A Very Good Method for Bayes-Adaptive Deep RL via
 Meta-Learning", 2020, section 3 (arXiv:1910.08348).
@@ -27,16 +27,16 @@ class Belief(Encoder):
         """Dimensions of the latent task."""
 
         history: Component = Component.model_validate({"type": "gru", "hidden_size": 64})
-        """Encoder whose memory of all that happened the belief is made of."""
+        """Encoder with memory, of whose features the belief is a linear function."""
 
         hidden_sizes: Sizes = (64,)
-        """Width of each layer between observation with belief and the heads."""
+        """Width of each layer between belief with observation and the heads."""
 
         activation: Activation = "relu"
         """Between those layers."""
 
         detach: bool = True
-        """Keep the loss of the policy from moving the belief; false lets it, as in RL^2."""
+        """Stop gradients of the policy's loss at the belief; false lets them pass, as in RL^2."""
 
     def __init__(self, config: Config, obs_space: Box, extra: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Belief(Encoder):
         return mean, log_var, memory
 
     def features(self, obs: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-        """(T, B, out_dim), what the policy makes of the observation and of a belief."""
+        """(T, B, out_dim), the features of an observation and a belief."""
         x: Tensor = self.layers(torch.cat([obs.flatten(2), mean, log_var], -1))
         return x
 

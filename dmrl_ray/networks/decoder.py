@@ -1,4 +1,4 @@
-"""Decoders: predictions of the steps of a trial from a belief about the task.
+"""Decoders: the steps of a trial, predicted from samples of the posterior over the task.
 
 Source: Zintgraf et al., "VariBAD: A Very Good Method for Bayes-Adaptive Deep RL via
 Meta-Learning", 2020, section 3.1 (arXiv:1910.08348).
@@ -14,33 +14,33 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dmrl_ray.config.schema import Settings, Sizes
-from dmrl_ray.losses.latent import forecast_loss
+from dmrl_ray.losses.latent import reconstruction_loss
 from dmrl_ray.networks.base import linear, stack
 
 
 class TrialDecoder(nn.Module):
-    """Predicts the rewards of a whole trial, and optionally its observations, from each belief.
+    """Predicts the rewards of a whole trial, and its observations if set, from each sample.
 
     Args:
-        config: the predictions and their networks.
+        config: which parts are predicted, and how.
         latent: L, dimensions of the latent task.
         width: D, of an observation.
         actions: A, of an encoded action.
     """
 
     class Config(Settings):
-        """The predictions and their networks."""
+        """Which parts of a trial are predicted, and how."""
 
         rewards: Literal["squared", "binary"] = "squared"
-        """The reward, by its squared error, or the probability of a positive one, by its
+        """Predict the reward, by its squared error, or the probability of a positive one, by its
         log-likelihood."""
 
         heads: Literal["action", "next_obs"] | None = None
-        """Foretell rewards with one head for each entry of this one-hot vector, from the belief
-        alone; null takes layers that see belief, observation, action and next observation."""
+        """Predict rewards by one head for each entry of this one-hot vector, from the latent alone;
+        null predicts them from latent, observation, action and next observation."""
 
         decode_obs: bool = False
-        """Foretell the next observation too, for tasks that differ in their dynamics."""
+        """Predict the next observation, too, for tasks that differ in their dynamics."""
 
         hidden_sizes: Sizes = Field(default=(32, 32), min_length=1)
         """Width of each layer."""
@@ -67,7 +67,7 @@ class TrialDecoder(nn.Module):
         reward: Tensor,
         mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of each kind of forecast, by samples of beliefs about the same B trials.
+        """The terms of eq. 8: losses of rewards and observations, given samples for B trials.
 
         Args:
             latent: (S, B, L).
@@ -75,7 +75,7 @@ class TrialDecoder(nn.Module):
             action: (T, B, A), encoded.
             next_obs: (T, B, D), true successors.
             reward: (T, B).
-            mask: (S, T, B) bool, forecasts that count; None is all.
+            mask: (S, T, B) bool, predictions that count; None is all.
         """
         config = self.config
         if config.heads is None:
@@ -84,17 +84,17 @@ class TrialDecoder(nn.Module):
             step = action if config.heads == "action" else next_obs
         target, binary = reward.unsqueeze(-1), config.rewards == "binary"
         predicted = self.reward(latent, step)
-        losses = {"reward_loss": forecast_loss(predicted, target, binary=binary, mask=mask)}
+        losses = {"reward_loss": reconstruction_loss(predicted, target, binary=binary, mask=mask)}
         if self.obs is not None:
-            predicted_obs = self.obs(latent, torch.cat([obs, action], -1))
-            losses["obs_loss"] = forecast_loss(predicted_obs, next_obs, binary=False, mask=mask)
+            predicted = self.obs(latent, torch.cat([obs, action], -1))
+            losses["obs_loss"] = reconstruction_loss(predicted, next_obs, binary=False, mask=mask)
         return losses
 
 
 class StepDecoder(nn.Module):
-    """Predicts a quantity of every step from every belief, by layers that read both.
+    """Predicts a part of every step from every sample, by layers whose input is both.
 
-    The first layer's halves for belief and step are computed once each and added in pairs.
+    The first layer's halves for sample and step are computed once each and added in pairs.
     """
 
     def __init__(self, latent: int, width: int, out: int, sizes: tuple[int, ...]) -> None:
@@ -116,7 +116,7 @@ class StepDecoder(nn.Module):
 class HeadDecoder(nn.Module):
     """Predicts one number of every step by a head for each entry of a one-hot vector.
 
-    Heads depend on the belief alone: much cheaper than `StepDecoder`, where it applies.
+    Heads depend on the sample alone: much cheaper than `StepDecoder`, where it applies.
     """
 
     def __init__(self, latent: int, width: int, sizes: tuple[int, ...]) -> None:

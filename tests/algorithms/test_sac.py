@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from dmrl_ray.algorithms.sac import ACTOR, CRITIC, TEMPERATURE
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights, build
@@ -50,7 +51,7 @@ def gradients(algorithm):
 
     algorithm.step_optimizer, algorithm.rng = step, np.random.default_rng(0)
     kept = {n: x.clone() for n, x in algorithm.policy.state_dict().items()}
-    algorithm._improve()
+    algorithm.gradient_step()
     algorithm.policy.load_state_dict(kept)  # the targets moved
     del algorithm.step_optimizer
     return {name: g for part in found.values() for name, g in part.items()}
@@ -100,13 +101,13 @@ def test_an_ensemble_is_its_critics_one_by_one():
         torch.testing.assert_close(q, nn.Sequential(*layers[:-1])(x))
 
 
-def test_targets_follow_by_their_share_and_are_moved_by_nothing_else():
+def test_targets_average_the_critics_by_tau_and_are_moved_by_nothing_else():
     learner, trial = trained(make_spec(gradient_steps=1, tau=0.25))
     algorithm = learner.algorithm
-    before = algorithm.targets.weight0.clone()
+    before = algorithm.models.targets.weight0.clone()
     learner.update(2, 0, [trial])
-    expected = 0.75 * before + 0.25 * algorithm.critics.weight0
-    torch.testing.assert_close(algorithm.targets.weight0, expected)
+    expected = 0.75 * before + 0.25 * algorithm.models.critics.weight0
+    torch.testing.assert_close(algorithm.models.targets.weight0, expected)
     assert not any("targets" in name for name in algorithm.names)
 
 
@@ -122,7 +123,20 @@ def test_the_policys_loss_is_minus_the_soft_value_at_fixed_critics():
 def test_a_given_temperature_stays(temperature, moves):
     algorithm = trained(make_spec(temperature=temperature))[0].algorithm
     began = 1.0 if temperature is None else temperature
-    assert (abs(algorithm.temperature().item() - began) > 1e-4) == moves
+    assert (abs(algorithm.models.temperature().item() - began) > 1e-4) == moves
+
+
+def test_each_loss_has_a_gradient_clipped_by_its_own_norm():
+    # Three gradients longer than 1e-4, each shortened to it: their steps are 0.5 * 1e-4 long.
+    spec = make_spec(optimizer="sgd", lr=0.5, max_grad_norm=1e-4, gradient_steps=1)
+    learner, trial = trained(spec, updates=0)
+    before = learner.weights()
+    learner.update(0, 0, [trial])
+    after = learner.weights()
+    for part in (CRITIC, ACTOR, TEMPERATURE):
+        moved = [after[n] - x for n, x in before.items() if n.startswith(part)]
+        length = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in moved))
+        assert length == pytest.approx(0.5e-4, rel=0.01)
 
 
 def test_frozen_critics_leave_the_policy_to_learn():

@@ -8,9 +8,9 @@ import torch
 from first_gradient import first_loss
 
 from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
-from dmrl_ray.algorithms.varibad import previous_of
+from dmrl_ray.algorithms.varibad import elbo_loss, previous_of
 from dmrl_ray.config.schema import Component, RolloutSettings
-from dmrl_ray.data.replay import TrialReplay
+from dmrl_ray.data.replay import ReplayBuffer
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
@@ -45,16 +45,18 @@ def tensors(trial):
     return [Rollout.concatenate([rollout]).map(torch.from_numpy) for rollout in trial]
 
 
-def stored(learner, columns=8):
-    """Everything of one collection, as the bound takes it."""
-    replay = TrialReplay(columns)
+def stored(learner, num_envs=8):
+    """Everything of one collection, as a batch of the bound."""
+    replay = ReplayBuffer(num_envs)
     replay.add(tensors(collect(learner)))
-    return replay.take(np.arange(columns))
+    return replay.take(np.arange(num_envs))
 
 
 def bound(learner, trials, at):
     noise = np.random.default_rng(0).standard_normal((len(at), len(trials.reward), 5))
-    return learner.algorithm._bound(trials, np.array(at), noise.astype(np.float32))
+    weight = learner.algorithm.config.kl_weight
+    noise = noise.astype(np.float32)
+    return elbo_loss(learner.policy, trials, np.array(at), noise, kl_weight=weight)
 
 
 def moved(learner, before):
@@ -85,7 +87,7 @@ def test_returns_leave_the_belief_alone_and_the_bound_moves_it_alone(belief_upda
     before, trial = learner.weights(), collect(learner)
     if belief_updates:
         learner.algorithm.replay.add(tensors(trial))
-        learner.algorithm._update_belief()
+        learner.algorithm.update_belief()
         belief = {name for name in parameters(learner) if name.startswith(OF_BELIEF)}
         assert moved(learner, before) == belief
     else:
@@ -112,10 +114,10 @@ def test_the_gradient_with_beliefs_computed_once_is_that_of_the_whole_policy():
     torch.testing.assert_close(torch.autograd.grad(once, heads), torch.autograd.grad(whole, heads))
 
 
-def test_stored_trials_show_the_encoder_what_the_policy_saw():
+def test_stored_trials_give_the_encoder_what_the_policy_observed():
     learner = Learner(make_spec(WALK))
     (rollout,) = tensors(collect(learner))
-    replay = TrialReplay(8)
+    replay = ReplayBuffer(8)
     replay.add([rollout])
     trials = {k: x.transpose(0, 1) for k, x in vars(replay.take(np.arange(8))).items()}
     for ours, theirs in zip(previous_of(trials), previous_inputs(rollout), strict=True):
@@ -123,8 +125,8 @@ def test_stored_trials_show_the_encoder_what_the_policy_saw():
 
 
 def test_the_bound_by_hand():
-    # A belief that is N(1, 1) whatever happens pays 1/2 for each of 5 dimensions at the first of
-    # 30 steps; a decoder that says 0 loses ln 2 on each of 30 rewards.
+    # A belief that is N(1, 1) whatever happens costs 1/2 for each of 5 dimensions at the first of
+    # 30 steps; a decoder that predicts 0 loses ln 2 on each of 30 rewards.
     learner = Learner(make_spec(decoder=HEADS, kl_weight=0.3))
     encoder, decoder = learner.algorithm.encoder, learner.policy.auxiliary["decoder"]
     with torch.no_grad():
@@ -137,7 +139,7 @@ def test_the_bound_by_hand():
     assert loss.item() == pytest.approx(30 * np.log(2) + 0.3 * 2.5 / 30)
 
 
-def test_an_early_belief_is_asked_for_late_rewards_and_a_late_one_for_early_rewards():
+def test_an_early_belief_predicts_late_rewards_and_a_late_one_early_rewards():
     learner = Learner(make_spec())
     trials = stored(learner)
     for asked, step in ((0, 29), (29, 0)):
@@ -148,7 +150,7 @@ def test_an_early_belief_is_asked_for_late_rewards_and_a_late_one_for_early_rewa
         assert abs((after - before).item()) > 0.1
 
 
-def test_a_forecast_is_made_by_the_belief_of_its_step():
+def test_a_prediction_is_made_from_the_belief_of_its_step():
     # What is seen at the last step is known to no earlier belief.
     learner = Learner(make_spec(decoder=HEADS, kl_weight=0.0))
     trials = stored(learner)
@@ -158,7 +160,7 @@ def test_a_forecast_is_made_by_the_belief_of_its_step():
     assert not torch.equal(bound(learner, trials, [29])[0], before[29])
 
 
-def test_each_reward_is_asked_of_the_cell_that_it_was_paid_on():
+def test_each_reward_is_predicted_by_the_head_of_the_cell_that_gave_it():
     # Heads that say "one half" are pushed by 1/2 for every visit, and by -1 for every find; the
     # last step of an episode ends on its true successor, not where the next episode begins.
     learner = Learner(make_spec(decoder=HEADS))
@@ -189,7 +191,7 @@ def test_the_bound_improves_on_the_trials_it_is_taken_on(tasks, decoder):
     before, _ = bound(learner, trials, steps)
     learner.algorithm.replay.add(tensors(collect(learner)))
     for _ in range(30):
-        learner.algorithm._update_belief()
+        learner.algorithm.update_belief()
     after, _ = bound(learner, trials, steps)
     assert after.item() < 0.8 * before.item()
 
@@ -232,7 +234,7 @@ def test_the_shares_of_two_learners_add_up_to_the_whole():
             algorithm.replay.add(tensors(collect(learner)))
             algorithm.rank, algorithm.world_size = rank, world_size
             algorithm.average_gradients = lambda mine, parts=parts: parts.append(mine) or mine
-            algorithm._update_belief()
+            algorithm.update_belief()
         gradients.append(torch.stack(parts).mean(0))
     torch.testing.assert_close(*gradients)
 

@@ -1,4 +1,4 @@
-"""A belief is the same step by step, and keeps the policy's gradient out; decoders forecast it."""
+"""A belief is the same step by step and stops the policy's gradient; decoders predict from it."""
 
 import pytest
 import torch
@@ -60,12 +60,12 @@ def latents(num):
     return torch.randn(num, COLUMNS, 2, generator=torch.Generator().manual_seed(2))
 
 
-def test_every_belief_forecasts_every_step_of_its_own_trial():
+def test_every_belief_predicts_every_step_of_its_own_trial():
     decoder, latent, step = StepDecoder(2, 3, 1, (8, 4)), latents(5), sequence()
-    forecasts = decoder(latent, step)
-    assert forecasts.shape == (5, STEPS, COLUMNS, 1)
+    predictions = decoder(latent, step)
+    assert predictions.shape == (5, STEPS, COLUMNS, 1)
     alone = decoder(latent[3:4, 2:3], step[6:7, 2:3])
-    torch.testing.assert_close(forecasts[3, 6, 2], alone[0, 0, 0])
+    torch.testing.assert_close(predictions[3, 6, 2], alone[0, 0, 0])
 
 
 def test_the_halves_of_the_first_layer_are_one_layer_of_both():
@@ -77,16 +77,16 @@ def test_the_halves_of_the_first_layer_are_one_layer_of_both():
     torch.testing.assert_close(decoder(latent, step)[0], decoder.layers(hidden))
 
 
-def test_a_head_speaks_of_its_own_entry():
-    # Steps on entry 0, 1, 2, 0, 1, 2, 0: forecasts repeat, and are the heads' outputs.
+def test_a_head_predicts_for_its_own_entry():
+    # Steps on entry 0, 1, 2, 0, 1, 2, 0: predictions repeat, and are the heads' outputs.
     decoder, latent = HeadDecoder(2, 3, (8,)), latents(4)
     step = torch.eye(3)[torch.arange(STEPS) % 3].unsqueeze(1).expand(-1, COLUMNS, -1)
-    forecasts, heads = decoder(latent, step).squeeze(-1), decoder.layers(latent)
+    predictions, heads = decoder(latent, step).squeeze(-1), decoder.layers(latent)
     for t in range(STEPS):
-        torch.testing.assert_close(forecasts[:, t], heads[..., t % 3])
+        torch.testing.assert_close(predictions[:, t], heads[..., t % 3])
 
 
-def test_a_trial_decoder_says_what_is_lost_of_each_forecast():
+def test_a_trial_decoder_has_a_loss_of_each_kind_of_prediction():
     config = TrialDecoder.Config(decode_obs=True)
     decoder = TrialDecoder(config, 2, 3, 2)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_a_trial_decoder_says_what_is_lost_of_each_forecast():
     obs, action = torch.zeros(STEPS, COLUMNS, 3), torch.zeros(STEPS, COLUMNS, 2)
     next_obs, reward = torch.ones(STEPS, COLUMNS, 3), torch.full((STEPS, COLUMNS), 2.0)
     losses = decoder(latents(5), obs, action, next_obs, reward)
-    # It says 0 to everything: 7 steps of 2 squared, and of 3 ones.
+    # It predicts 0 everywhere: 7 steps of 2 squared, and of 3 ones.
     assert losses["reward_loss"].item() == pytest.approx(28)
     assert losses["obs_loss"].item() == pytest.approx(21)
 
