@@ -39,7 +39,6 @@ from typing import Literal, Protocol, cast
 
 import numpy as np
 
-from dmrl_ray.algorithms.adaptation import Adaptation
 from dmrl_ray.config.schema import By, Pretrain, resolve_auto
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.jobs.external import ExternalAlgorithm, external_of
@@ -317,14 +316,9 @@ class Validation:
         alone: it tells what was made of a task, and not what finding it out costs.
         """
         values = rows[self.measure]
-        if self.program is not None and takes_steps(self.program):
+        if self.program is not None and self.program.algorithm.has_adaptation_steps():
             values = values[rows["episode"] == rows["episode"].max()]
         return float(values.mean())
-
-
-def takes_steps(program: Program) -> bool:
-    """Whether the algorithm takes steps of `adapt` within a trial."""
-    return type(program.algorithm).adapt is not Adaptation.adapt
 
 
 def _validation(run: Run, spec: JobSpec, stage: Pretrain) -> Validation:
