@@ -1,4 +1,4 @@
-"""The paths of a row and of a gradient, as docs/architecture.md lists them, are those of the code."""
+"""The paths of a row and of a gradient are as docs/architecture.md lists them."""
 
 import re
 import sys
