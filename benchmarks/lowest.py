@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    """What pyproject.toml says that the project needs, and these extras of it."""
+    """Returns the requirements in pyproject.toml, and those of these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"]]
     for extra in extras:

@@ -27,7 +27,7 @@ State: TypeAlias = Any
 the memory, which the sampler keeps, where that is all."""
 
 PIECE_STEPS = 1_000
-"""Longest rollout of a policy whose steps nobody but its own memory needs; bounds the memory."""
+"""Longest rollout of a policy that adapts by its own memory alone; bounds the storage."""
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Algorithm(Descent, Adaptation):
     """
 
     continues_episodes: bool = False
-    """Episodes continue from one collection to the next; else every collection begins afresh."""
+    """Episodes continue from one collection to the next; else each begins with a reset."""
 
     corrects_for_lag: bool = False
     """Updates correct for actions of an older policy, so that `max_policy_lag` may be above 0."""

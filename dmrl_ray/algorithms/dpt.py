@@ -8,9 +8,9 @@ but must not have known the task: else the model learns to imitate it.
 
 A sequence alternates between queries and transitions. A query is s alone; a transition is two
 inputs, s alone and then s' with a and r. So any encoder with memory will do. The paper has one
-query state throughout a sequence, here each query has its own: all are labelled, and whoever acts
-has another one at each step. The state after an episode's end is not observed in acting, so that s
-stands in its place. Left out: a context that is kept as it is within an episode.
+query state throughout a sequence, here each query has its own: all are labelled, and the acting
+policy has another one at each step. The state after an episode's end is not observed in acting, so
+that s replaces it. Left out: a context that is kept as it is within an episode.
 """
 
 from __future__ import annotations

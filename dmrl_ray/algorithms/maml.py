@@ -48,7 +48,7 @@ from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Rollout, Task, Trial
 
 MetaLoss: TypeAlias = Callable[..., tuple[Tensor, list[Parameters]]]
-"""Of a trial and tensors (T, B, ...): the outer loss, and the adapted parameters that it is of."""
+"""A function of a trial and tensors (T, B, ...): the outer loss and the adapted parameters."""
 
 
 class MAML(Algorithm):
@@ -193,7 +193,7 @@ class MAML(Algorithm):
         return metrics | {"return/before": before, "return/after": after}
 
     def _trust_region(self, loss: MetaLoss, trial: Trial, *tensors: Tensor) -> dict[str, float]:
-        """Of all tasks, whatever the rank: a line search is no average over learners."""
+        """A step on all tasks on every learner: a line search is no average over learners."""
         query = trial[self.query]
         old_pi = trial_pi(self.policy, self.adapted_params(trial)[self.query], query).detach()
 

@@ -159,7 +159,7 @@ def _join(address: str, *, inside_job: bool) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError where nobody listens; `ray.init` would try for minutes."""
+    """Raise OSError where no server listens; `ray.init` would try for minutes."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", address)
     host, _, port = address.rpartition(":")

@@ -32,7 +32,7 @@ WORTH_S = 30.0
 def place(config: RunConfig, address: str | None) -> tuple[RunConfig, str]:
     """The config with `workers.num` and `learners.threads` resolved, and why so; "" if they were.
 
-    On a cluster every shard gets a worker. On one machine a second of rolling out tells whether
+    On a cluster every shard gets a worker. On one machine a second of rollouts decides whether
     workers are worth their start. Results do not depend on the workers, and on the threads only in
     their last bits.
 

@@ -204,7 +204,7 @@ class RayWorkers:
         return answers, events
 
     def forget(self, ids: Sequence[CallId]) -> None:
-        """Calls whose answers nobody waits for; those that have not begun are not made."""
+        """Drop calls whose answers are no longer needed; those that have not begun are not made."""
         for number in ids:
             request = self._requests.pop(number, None)
             if request is not None and request in self._waiting:

@@ -22,7 +22,7 @@ from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.store.commits import as_overrides
 
 SPEED_ALONE = (
-    "workers.*",  # A shard is the same whoever plays it.
+    "workers.*",  # A shard is the same on any worker.
     "commit.*",  # A run continues exactly from any commit.
     "algorithm.*.memory_mb",  # What of recordings is kept in memory; the rest is read again.
     "stages.*.algorithm.*.memory_mb",
@@ -154,9 +154,9 @@ def _is_begun(run: Run, stage: str) -> bool:
 
 def _what_follows(run: Run, before: RunConfig, name: str, again: list[str]) -> str:
     old, new = (config.stages[name].env_steps for config in (before, run.config))  # type: ignore[union-attr]
-    told = f"stage {name!r} trains for {new:,} environment steps instead of {old:,}"
+    message = f"stage {name!r} trains for {new:,} environment steps instead of {old:,}"
     follow = [stage for stage in depending(run.config, {name}) if stage in again]
-    return told + (f"; played again: {', '.join(follow)}" if follow else "")
+    return message + (f"; played again: {', '.join(follow)}" if follow else "")
 
 
 def _deviations(run: Run, name: str) -> list[str]:

@@ -207,8 +207,8 @@ def _execute(run: Run) -> None:
         _note_end(run, "interrupted", reason=str(error))
         raise
     except Exception as error:  # Recorded, and reported by the caller.
-        told = {"error": type(error).__name__, "reason": str(error)}
-        _note_end(run, "run_failed", **told, traceback="".join(format_exception(error)))
+        failure = {"error": type(error).__name__, "reason": str(error)}
+        _note_end(run, "run_failed", **failure, traceback="".join(format_exception(error)))
         raise
     finally:
         run.close()

@@ -313,7 +313,7 @@ class Validation:
         """The mean over the episodes of trials.
 
         Where an algorithm takes steps of `adapt`, the last episode of every environment counts
-        alone: it tells what was made of a task, and not what finding it out costs.
+        alone: it measures the adapted policy, and not the cost of adaptation.
         """
         values = rows[self.measure]
         if self.program is not None and self.program.algorithm.has_adaptation_steps():

@@ -3,7 +3,7 @@
     Workers    `worker.LocalWorkers`, `cluster.pool.RayWorkers`
     Learners   `learner.LocalLearners`, `cluster.learners.RayLearners`
 
-Trials, shard states and weights are `Stored`: whoever holds them passes them on and does not read
+Trials, shard states and weights are `Stored`: the driver passes them on and does not read
 them.
 """
 
@@ -57,7 +57,7 @@ class Workers(Protocol):
         """
 
     def forget(self, ids: Sequence[CallId]) -> None:
-        """Calls whose answers nobody waits for; those that have not begun are not made."""
+        """Drop calls whose answers are no longer needed; those that have not begun are not made."""
 
     def states(self) -> list[WorkerState]:
         """The call that each worker makes, and since when."""
@@ -137,7 +137,7 @@ def answers(
         workers: that the calls were submitted to.
         ids: of the calls.
         check: called between two waits; what it raises ends the wait.
-        on_event: is told of workers that were lost.
+        on_event: called with every worker that was lost.
     """
     left = list(ids)
     try:

@@ -102,7 +102,7 @@ def _attach(capacity: int) -> SharedMean | None:
     file, paths = -1, [""]
     if rank == 0:
         file, paths[0] = tempfile.mkstemp(prefix="dmrl_ray-", dir=folder)
-        os.posix_fallocate(file, 0, size)  # A full disk is told here, not by a crash later.
+        os.posix_fallocate(file, 0, size)  # A full disk raises here, instead of a crash later.
     distributed.broadcast_object_list(paths)
     path = Path(paths[0])
     if rank and path.is_file():

@@ -39,10 +39,10 @@ ACTOR = ("encoder.", "policy_head.", "context")
 """Prefixes of the parameters that act; the rest belongs to critics and training."""
 
 READ = ("obs", "action", "log_prob", "advantage")
-"""What losses read of a rollout under policies without memory, beside which steps count."""
+"""Fields of a rollout that losses read under policies without memory, beside the mask."""
 
 TrialLoss: TypeAlias = Callable[..., Tensor]
-"""Of a trial and further tensors (T, B, ...): a scalar, the mean over the trial's tasks."""
+"""A function of a trial and further tensors (T, B, ...): a scalar, the mean over its tasks."""
 
 
 def per_task(policy: ActorCritic, num_tasks: int) -> Parameters:

@@ -152,9 +152,9 @@ def trial_advantage(
 ) -> Tensor:
     """Generalised advantages of whole trials: returns run across the episode ends inside.
 
-    What an agent learns in one episode pays in the next, so an episode's end cuts nothing; only
-    the trial's end does, and nothing is bootstrapped there. This is the one place that decides
-    what cuts the returns of memory-based methods.
+    Learning in one episode is rewarded in the next, so an episode's end cuts nothing; only the
+    trial's end does, and nothing is bootstrapped there. This is the one place that decides what
+    cuts the returns of memory-based methods.
 
     Source: Duan et al., "RL^2: Fast Reinforcement Learning via Slow Reinforcement Learning",
     2016, section 2.2 (arXiv:1611.02779).
@@ -219,8 +219,8 @@ def linear_baseline(
     """
     check_shapes(reward=reward, done=done, **{"obs[..., 0]": obs[..., 0]})
     with torch.no_grad():
-        steps, tasks, columns = reward.shape
-        flat = (steps, tasks * columns)
+        steps, tasks, envs = reward.shape
+        flat = (steps, tasks * envs)
         running = (~done).to(reward.dtype).reshape(flat)
         returns = reverse_scan(reward.reshape(flat), gamma * running).reshape(reward.shape)
         index = torch.zeros_like(reward)
@@ -230,14 +230,14 @@ def linear_baseline(
         scaled = obs.to(reward.dtype).clamp(-10.0, 10.0)
         ones = torch.ones_like(clock)
         x = torch.cat([scaled, scaled**2, clock, clock**2, clock**3, ones], -1)  # (T, N, E, F)
-        x = x.transpose(0, 1).reshape(tasks, steps * columns, -1).double()
-        y = returns.transpose(0, 1).reshape(tasks, steps * columns, 1).double()
+        x = x.transpose(0, 1).reshape(tasks, steps * envs, -1).double()
+        y = returns.transpose(0, 1).reshape(tasks, steps * envs, 1).double()
         fitted = x
         if mask is not None:
-            fitted = x * mask.transpose(0, 1).reshape(tasks, steps * columns, 1)
+            fitted = x * mask.transpose(0, 1).reshape(tasks, steps * envs, 1)
         gram = fitted.mT @ x + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         weights = torch.linalg.solve(gram, fitted.mT @ y)
-        value = (x @ weights).reshape(tasks, steps, columns).transpose(0, 1)
+        value = (x @ weights).reshape(tasks, steps, envs).transpose(0, 1)
         return value.to(reward.dtype)
 
 

@@ -39,9 +39,9 @@ class CellConfig(Settings):
     """Features of each action (F)."""
 
     ordered: bool = True
-    """Give each action the memory of the one before it, so that equal ones can be told apart: of 50
-    arms never pulled each deserves a fiftieth of what their sort does, and a worse one that was
-    pulled would be the mode. Now the first of them can have it all."""
+    """Give each action the memory of the one before it, which distinguishes equal ones: 50 arms that
+    were never pulled would share their probability evenly, and a worse arm that was pulled would be
+    the mode. With it the first of them can have all of it."""
 
     activation: Activation = "relu"
     """Activation of the features."""

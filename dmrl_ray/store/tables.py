@@ -276,7 +276,7 @@ class TableBuffer:
 
 
 def _cells(value: Cells, kind: pa.DataType) -> object:
-    """An array that nobody else changes, or one plain value."""
+    """An array of this buffer's own, or one plain value."""
     if value is None:
         return None
     if isinstance(value, pa.Array):
