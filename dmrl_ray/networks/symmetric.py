@@ -39,7 +39,7 @@ class CellConfig(Settings):
     """Features of each action (F)."""
 
     ordered: bool = True
-    """Give each action the memory of the one before it, which distinguishes equal ones: 50 arms that
+    """Give each action the memory of the one before it, to distinguish equal ones: 50 arms that
     were never pulled would share their probability evenly, and a worse arm that was pulled would be
     the mode. With it the first of them can have all of it."""
 
