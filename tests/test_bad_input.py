@@ -229,7 +229,7 @@ ADAPTED = "stages.met={{type: adapt, init_from: train, by: {{type: continued, {}
     [
         (
             ["algorithm={type: maml, episodes_per_task: 3}"],
-            ["run.yaml:4:22: rollout.num_envs: 8 columns", "use a multiple of 3"],
+            ["run.yaml:4:22: rollout.num_envs: 8 environments", "use a multiple of 3"],
         ),
         (
             ["algorithm={type: cavia, episodes_per_task: 4}"],
