@@ -17,7 +17,7 @@ from dmrl_ray.jobs.memory import (
     machine_bytes,
     refusal,
     summary,
-    told,
+    size_text,
 )
 from dmrl_ray.jobs.spec import job_spec, outline
 
@@ -149,8 +149,8 @@ def test_the_largest_factor_of_the_largest_part_is_to_be_lowered():
 
 def test_a_summary_has_the_largest_part_first():
     assert summary(PARTS) == "about 14.0 GiB (rollouts 10.0, weights 4.0)"
-    assert told(1023) == "1,023.0 B"
-    assert told(1 << 20) == "1.0 MiB"
+    assert size_text(1023) == "1,023.0 B"
+    assert size_text(1 << 20) == "1.0 MiB"
 
 
 @pytest.mark.parametrize(
