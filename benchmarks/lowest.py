@@ -3,7 +3,7 @@
     python -m benchmarks.lowest                          # some ten minutes on two cores
     python -m benchmarks.lowest --python python3.13      # by another interpreter
     python -m benchmarks.lowest --upper                  # the versions of constraints.txt instead
-    python -m benchmarks.lowest tests/test_losses.py     # other tests than the fast ones
+    python -m benchmarks.lowest tests/losses/test_losses.py     # other tests than the fast ones
 
 Installs the project with its `dev` extra into a new virtual environment, every requirement of both
 at the lower end of its range and what those require at the newest version that fits, and runs all

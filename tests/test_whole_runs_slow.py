@@ -79,7 +79,7 @@ def test_a_run_uses_three_nodes_and_survives_the_loss_of_one(tmp_path):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "run_on_three_nodes.py"), folder],
+            [sys.executable, str(ROOT / "tests" / "cluster" / "run_on_three_nodes.py"), folder],
             env={**os.environ, "PYTHONPATH": paths},
             cwd=ROOT,
             check=True,

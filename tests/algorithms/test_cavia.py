@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from adaptation_cases import make_algorithm, one_trial, outer_gradient
 
 from dmrl_ray.learn.per_task import task_log_prob
+from tests.algorithms.adaptation_cases import make_algorithm, one_trial, outer_gradient
 
 
 def make_cavia(kind="cavia", **settings):

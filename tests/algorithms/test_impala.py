@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from first_gradient import first_gradient, first_loss, watched
 
 from dmrl_ray.algorithms import impala
 from dmrl_ray.algorithms.ppo import PPO
@@ -21,6 +20,7 @@ from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
 from dmrl_ray.types import Rollout
+from tests.learn.first_gradient import first_gradient, first_loss, watched
 
 MLP = {"type": "mlp", "hidden_sizes": [8]}
 LSTM = {"type": "lstm", "hidden_size": 8}

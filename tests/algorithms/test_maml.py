@@ -6,18 +6,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from adaptation_cases import (
-    COLUMNS,
-    HORIZON,
-    in_double,
-    make_algorithm,
-    numbers_of,
-    one_trial,
-    outer_gradient,
-    outer_loss,
-    pis,
-    slope,
-)
 
 from dmrl_ray.algorithms.maml import MAML
 from dmrl_ray.config.schema import Component, RolloutSettings
@@ -37,6 +25,18 @@ from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.base import Encoder
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.types import Rollout
+from tests.algorithms.adaptation_cases import (
+    COLUMNS,
+    HORIZON,
+    in_double,
+    make_algorithm,
+    numbers_of,
+    one_trial,
+    outer_gradient,
+    outer_loss,
+    pis,
+    slope,
+)
 
 MLP = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 LSTM, GRU = ({"type": kind, "hidden_size": 2} for kind in ("lstm", "gru"))

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from adaptation_cases import (
+
+from dmrl_ray.config.schema import Component, RolloutSettings
+from dmrl_ray.jobs.spec import JobSpec, build, get_weights, set_weights
+from dmrl_ray.learn.per_task import task_log_prob
+from tests.algorithms.adaptation_cases import (
     in_double,
     make_algorithm,
     numbers_of,
@@ -11,10 +15,6 @@ from adaptation_cases import (
     outer_loss,
     slope,
 )
-
-from dmrl_ray.config.schema import Component, RolloutSettings
-from dmrl_ray.jobs.spec import JobSpec, build, get_weights, set_weights
-from dmrl_ray.learn.per_task import task_log_prob
 
 SMALL = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 

@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from first_gradient import first_gradient, first_loss, watched
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.learner import Learner
@@ -13,6 +12,7 @@ from dmrl_ray.jobs.spec import JobSpec, Weights, build
 from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.losses.policy_gradient import ppo_clip_loss
 from dmrl_ray.types import Rollout
+from tests.learn.first_gradient import first_gradient, first_loss, watched
 
 MLP = {"type": "mlp", "hidden_sizes": [8]}
 LSTM = {"type": "lstm", "hidden_size": 8}

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adaptation_cases import (
+
+from dmrl_ray.learn.per_task import task_log_prob
+from tests.algorithms.adaptation_cases import (
     in_double,
     make_algorithm,
     numbers_of,
@@ -13,8 +15,6 @@ from adaptation_cases import (
     pis,
     slope,
 )
-
-from dmrl_ray.learn.per_task import task_log_prob
 
 SMALL = {"type": "mlp", "hidden_sizes": [3], "activation": "tanh"}
 

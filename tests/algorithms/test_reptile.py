@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from adaptation_cases import make_algorithm, one_trial
 
 from dmrl_ray.learn.per_task import task_log_prob
 from dmrl_ray.losses.policy_gradient import likelihood_ratio_loss
+from tests.algorithms.adaptation_cases import make_algorithm, one_trial
 
 FREE = {"optimizer": "sgd", "max_grad_norm": 1e6}
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from first_gradient import first_loss
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.learner import Learner
@@ -11,6 +10,7 @@ from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.losses.returns import trial_advantage
 from dmrl_ray.types import Rollout
+from tests.learn.first_gradient import first_loss
 
 LSTM = {"type": "lstm", "hidden_size": 16}
 WALK = {"type": "point_goal", "horizon": 5, "episodes": 3}

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from first_gradient import first_loss
 
 from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
 from dmrl_ray.algorithms.varibad import elbo_loss, previous_of
@@ -16,6 +15,7 @@ from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, EvaluateCall, RolloutWorker
 from dmrl_ray.networks.actor_critic import previous_inputs
 from dmrl_ray.types import Rollout
+from tests.learn.first_gradient import first_loss
 
 GRID = {"type": "grid_nav", "episodes": 2}
 WALK = {"type": "point_goal", "horizon": 5, "episodes": 2}

@@ -8,12 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-from small_run import add, create, make_run, step
 
 from dmrl_ray.errors import ConfigError, CorruptRun, FolderInUse
 from dmrl_ray.results.reading import load
 from dmrl_ray.store.commits import Commit, seal, verify
 from dmrl_ray.store.writer import RunWriter
+from tests.store.small_run import add, create, make_run, step
 
 
 def continue_run(folder, steps):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from adaptation_cases import make_algorithm
 
 from dmrl_ray.learn.per_task import TaskActor, per_task, task_forward
+from tests.algorithms.adaptation_cases import make_algorithm
 
 TASKS, COLUMNS = 3, 12
 

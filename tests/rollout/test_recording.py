@@ -16,8 +16,8 @@ from dmrl_ray.results.reading import load
 from dmrl_ray.rollout.rows import transition_rows
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import random_stream
+from tests.jobs.test_worker import RECURRENT, SPECS, make_spec, weights
 from tests.matrix_family import LIMIT, Walk
-from tests.test_worker import RECURRENT, SPECS, make_spec, weights
 
 CONFIG = """
 name: recorded
@@ -252,7 +252,7 @@ class Told(Walk):
 @pytest.mark.parametrize("algorithm", ["ppo", "impala", "sac"])
 def test_a_row_names_its_task_where_episodes_end_with_the_collection(algorithm):
     settings = {"type": algorithm, "num_steps": LIMIT}
-    spec = make_spec({"type": "tests.test_recording:Told"}, settings, record=True)
+    spec = make_spec({"type": "tests.rollout.test_recording:Told"}, settings, record=True)
     worker, state, goals = RolloutWorker(), {}, {}
     for i in range(4):
         report, _, state = worker.collect(CollectCall(spec, 0, i, 0), weights(spec, i), state)

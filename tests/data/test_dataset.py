@@ -15,8 +15,8 @@ from dmrl_ray.data.files import Recorded
 from dmrl_ray.data.sources import DataSettings, External, Minari, source_of
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.store.writer import RunWriter
-from tests.test_recording import make_record, recorded
-from tests.test_worker import RECURRENT, make_spec
+from tests.jobs.test_worker import RECURRENT, make_spec
+from tests.rollout.test_recording import make_record, recorded
 
 CART = (Box(-np.inf, np.inf, (4,), np.float32), Discrete(2))
 LINE = (Box(-np.inf, np.inf, (1,), np.float32), Discrete(3))

@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from adaptation_cases import make_algorithm, one_trial, own_loss
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.errors import ConfigError, NumericalError
@@ -13,6 +12,7 @@ from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.jobs.worker import CollectCall, RolloutWorker
 from dmrl_ray.learn.gradients import Compiled, by_autograd
+from tests.algorithms.adaptation_cases import make_algorithm, one_trial, own_loss
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="takes a C++ compiler")
 

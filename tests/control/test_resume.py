@@ -18,7 +18,7 @@ import pytest
 
 from dmrl_ray.results.reading import load
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 CONFIG = """
 name: killed

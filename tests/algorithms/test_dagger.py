@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from first_gradient import first_loss
 
 from dmrl_ray.config.schema import Component, RolloutSettings
 from dmrl_ray.jobs.spec import JobSpec, build
 from dmrl_ray.types import Rollout, random_stream
+from tests.learn.first_gradient import first_loss
 
 COLUMNS = 64
 

@@ -6,12 +6,12 @@ import re
 
 import numpy as np
 import pytest
-from small_run import add, create, make_run
 
 from dmrl_ray.errors import StorageError
 from dmrl_ray.results.reading import load
 from dmrl_ray.store.commits import verify
 from dmrl_ray.store.writer import RunWriter
+from tests.store.small_run import add, create, make_run
 
 
 def values(folder):

@@ -27,7 +27,7 @@ from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import EnvironmentFault, storable
 
 ray = pytest.importorskip("ray")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = LearnerSettings(threads=1, device="cpu")
 PATIENT = WorkerSettings(timeout_s=60)
 

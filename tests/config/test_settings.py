@@ -46,8 +46,7 @@ from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.networks.decoder import TrialDecoder
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
-from tests.matrix_cells import ALGORITHMS, BELIEFS, MEMORIES, READERS
-from tests.settings_walk import (
+from tests.config.settings_walk import (
     Section,
     base_of,
     counts,
@@ -56,6 +55,7 @@ from tests.settings_walk import (
     other_values,
     put,
 )
+from tests.matrix_cells import ALGORITHMS, BELIEFS, MEMORIES, READERS
 
 MLP: dict[str, Any] = {"type": "mlp", "hidden_sizes": [8]}
 GRU: dict[str, Any] = {"type": "gru", "hidden_size": 8}
@@ -549,7 +549,7 @@ def test_learners_of_their_own_need_workers():
 
 
 def test_the_page_on_settings_lists_settings_without_effect_on_results():
-    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
     for name in UNSEEN:
         shown = name.replace("run.", "").replace("data.", "")
         assert f"`{shown}`" in page, name

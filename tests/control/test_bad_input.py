@@ -16,7 +16,7 @@ import dmrl_ray
 from dmrl_ray import __main__ as cli
 from dmrl_ray.store.commits import seal
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 FAMILY = """
 import gymnasium as gym

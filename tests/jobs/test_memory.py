@@ -16,8 +16,8 @@ from dmrl_ray.jobs.memory import (
     group_limits,
     machine_bytes,
     refusal,
-    summary,
     size_text,
+    summary,
 )
 from dmrl_ray.jobs.spec import job_spec, outline
 

@@ -21,7 +21,7 @@ from dmrl_ray.results.report import text_report
 from dmrl_ray.rollout.rows import task_rows
 from dmrl_ray.tasks.distribution import make_tasks
 from dmrl_ray.types import Task
-from tests.small_run import create
+from tests.store.small_run import create
 
 CONFIG = """
 name: tasks
@@ -59,7 +59,7 @@ def play(folder, *settings):
     return folder
 
 
-@pytest.mark.parametrize("family", ["grid_nav", "tests.test_tasks:Titled"])
+@pytest.mark.parametrize("family", ["grid_nav", "tests.tasks.test_tasks:Titled"])
 def test_a_task_is_fine_tuned_to_whatever_its_id(family, tmp_path):
     tuning = "stages.tuned={type: finetune, init_from: train, tasks: 2, updates: 1}"
     folder = play(tmp_path / "run", f"tasks.type={family}", tuning)
@@ -286,7 +286,7 @@ def test_starts_of_fine_tuning_are_those_of_finished_jobs(tmp_path, monkeypatch)
     assert "(tuned: 2 starts)" in text_report(tmp_path / "run")
 
 
-PAGE = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 
 
 def block(language):

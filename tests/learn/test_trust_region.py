@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from adaptation_cases import make_algorithm, one_trial, outer_loss
 from torch import nn
 
 from dmrl_ray.learn.per_task import task_pi
 from dmrl_ray.learn.trust_region import conjugate_gradient, trust_region_step
+from tests.algorithms.adaptation_cases import make_algorithm, one_trial, outer_loss
 
 
 def positive_matrix(size):

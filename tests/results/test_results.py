@@ -16,7 +16,7 @@ from dmrl_ray.results.statistics import policy_interval, t_interval
 from dmrl_ray.store.tables import SCHEMAS
 from dmrl_ray.store.writer import RunWriter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ((ROOT / name).read_text() for name in ("docs/results.md", "README.md"))
 
 EPISODE = {

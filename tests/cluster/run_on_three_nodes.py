@@ -24,7 +24,7 @@ from dmrl_ray.config.loading import load_config
 from dmrl_ray.control import controller
 from dmrl_ray.results.display import Display
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REMOVE_AT = 24_000
 
 

@@ -246,11 +246,11 @@ def campaigns(tmp_path_factory):
     def start(kind):
         folder = tmp_path_factory.mktemp(kind)
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.test_crash_points", folder, kind],
+            [sys.executable, "-m", "tests.store.test_crash_points", folder, kind],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )
 
     processes = {kind: start(kind) for kind in KINDS}

@@ -11,7 +11,7 @@ from dmrl_ray import __main__ as cli
 from dmrl_ray.config.loading import load_config, parse_config, resolved
 from dmrl_ray.control import controller
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ class Level(GridNav):
 
 
 def test_models_are_chosen_by_returns_unless_every_task_has_a_score(tmp_path):
-    config = TWO_STAGES.replace("bandit}", '"tests.test_run:Level", episodes: 1}').replace(
+    config = TWO_STAGES.replace("bandit}", '"tests.control.test_run:Level", episodes: 1}').replace(
         "4}", "30}"
     )
     config = config.replace("num_steps: 10", "num_steps: 15")
