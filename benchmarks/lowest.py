@@ -31,13 +31,13 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THRE
 
 LEFT_OUT = (
     "rllib/test_lazy.py",
-    "test_cluster.py",
-    "test_continuation.py",
-    "test_crash_points.py",
+    "cluster/test_cluster.py",
+    "control/test_continuation.py",
+    "store/test_crash_points.py",
     "test_determinism.py",
     "test_matrix.py",
     "test_readme.py",
-    "test_resume.py",
+    "control/test_resume.py",
 )
 """Half of the time of all tests: the matrix, whole runs, and processes that are killed."""
 
