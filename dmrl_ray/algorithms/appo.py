@@ -11,14 +11,14 @@ from __future__ import annotations
 from functools import partial
 
 from dmrl_ray.algorithms.actor_critic import updating_norms
-from dmrl_ray.algorithms.impala import IMPALA, VTraceConfig, corrected
+from dmrl_ray.algorithms.impala import IMPALA, VTraceConfig, with_vtrace
 from dmrl_ray.algorithms.ppo import ClipConfig, ppo_batch, ppo_loss
 from dmrl_ray.config.components import Number
 from dmrl_ray.types import Trial
 
 
 class APPO(IMPALA):
-    """Collects as IMPALA does, and updates as PPO around the policy that V-trace corrected for."""
+    """Collects as IMPALA does, and updates as PPO around the policy of the V-trace targets."""
 
     class Config(VTraceConfig, ClipConfig):
         """V-trace and the clipped update."""
@@ -31,7 +31,7 @@ class APPO(IMPALA):
     def update(self, trial: Trial) -> dict[str, float]:
         """K epochs of the clipped surrogate around the target network."""
         config = self.config
-        rollout, behaviour_kl = corrected(self.policy, trial[0], config)
+        rollout, behaviour_kl = with_vtrace(self.policy, trial[0], config)
         loss = partial(ppo_loss, self.policy, clip=config.clip, value_coef=config.value_coef)
         with updating_norms(self, rollout):
             batch = ppo_batch(self.policy, rollout, config.entropy_weight(self.progress))

@@ -56,7 +56,7 @@ class InnerLoop:
         inner_steps: Number = 1
         """Gradient steps taken on each task before the post-adaptation rollout."""
 
-        inner_lr: float = Field(default=0.1, gt=0)  # Finn et al. 2017, section 5.3
+        inner_lr: float = Field(default=0.1, gt=0)  # Finn et al. 2017, appendix A.2
         """Step size of those steps (alpha in the paper)."""
 
         evaluation_steps: Number = 3

@@ -1,9 +1,9 @@
-"""IMPALA: an actor-critic that corrects for the age of its data.
+"""IMPALA: an actor-critic with off-policy correction for policy lag.
 
 Source: Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted
 Actor-Learner Architectures", 2018 (arXiv:1802.01561), section 4. V-trace takes values and
-probabilities of the policy as it is when the update begins; the value behind a time limit alone is
-the acting policy's. Advantages are standardised. Left out: a replay buffer.
+probabilities of the policy as it is when the update begins; the bootstrap value at a time limit
+alone is the behaviour policy's. Advantages are standardised. Left out: a replay buffer.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class VTraceConfig(ActorCriticConfig):
     """Shortens the traces of V-trace; 1 is the paper's."""
 
     rho_bar: float = Field(default=1.0, gt=0)
-    """Bound of the ratio that weighs a step's own error; decides whose values are learned."""
+    """Truncation of the importance weight of a step's own error; it sets the fixed point."""
 
     c_bar: float = Field(default=1.0, gt=0)
-    """Bound of the ratio that carries later errors back; decides only how fast."""
+    """Truncation of the weights of the trace; it sets the speed of convergence."""
 
 
 class IMPALA(Algorithm):
@@ -89,7 +89,7 @@ class IMPALA(Algorithm):
     def update(self, trial: Trial) -> dict[str, float]:
         """Section 4.2: V-trace targets once, then a pass over minibatches of the batch."""
         config = self.config
-        rollout, behaviour_kl = corrected(self.policy, trial[0], config)
+        rollout, behaviour_kl = with_vtrace(self.policy, trial[0], config)
         loss = partial(impala_loss, self.policy, value_coef=config.value_coef)
         with updating_norms(self, rollout):
             batch = impala_batch(self.policy, rollout, config.entropy_weight(self.progress))
@@ -98,8 +98,10 @@ class IMPALA(Algorithm):
 
 
 @torch.no_grad()
-def corrected(policy: ActorCritic, rollout: Rollout, config: VTraceConfig) -> tuple[Rollout, float]:
-    """The rollout as if the policy of this moment had acted, and its divergence from who did.
+def with_vtrace(
+    policy: ActorCritic, rollout: Rollout, config: VTraceConfig
+) -> tuple[Rollout, float]:
+    """The rollout with V-trace targets, and the divergence of the policy from the behaviour policy.
 
     Returns:
         The rollout with the log-probabilities of the policy, V-trace's value targets (eq. 1) and

@@ -8,7 +8,8 @@ stands in by default. The inner loss is weighted by importance (Rothfuss et al. 
 arXiv:1810.06784, eq. 9), so that its gradient stays right in later outer steps on a batch.
 
 A trial is a list of rollouts: supports, each followed by a gradient step, and the query. With
-``steps_per_adaptation`` one trial continues over the gradient steps, and all of it is query, too.
+``steps_per_adaptation`` one trial continues over the gradient steps, and every
+rollout enters the outer loss.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ class MAML(Algorithm):
         """Outer gradient steps on each batch where they are clipped, else one; each adapts again
         from the parameters that the last one led to."""
 
-        clip: float = Field(default=0.3, gt=0)  # Rothfuss et al. 2019, table of hyper-parameters
-        """Half-width of the outer trust interval around ratio 1."""
+        clip: float = Field(default=0.3, gt=0)  # Rothfuss et al. 2019, appendix D
+        """Clipping parameter epsilon of the outer step."""
 
-        max_kl: float = Field(default=0.01, gt=0)  # Finn et al. 2017, section 5.3
+        max_kl: float = Field(default=0.01, gt=0)  # as in the authors' code
         """Nats by which a trust-region step may move the adapted policies; it has no lr."""
 
         outer_gamma: float = Field(default=0.99, ge=0, le=1)
@@ -122,7 +123,7 @@ class MAML(Algorithm):
         return list(self.play(sampler, agent, self.inner_loop.episodes))
 
     def update(self, trial: Trial) -> dict[str, float]:
-        """theta <- theta - beta * gradient of the sum over tasks of L_i(theta'_i) (line 10)."""
+        """theta <- theta - beta * gradient of the mean of L_i(theta'_i) (line 10, with a sum)."""
         return self.outer_step(self.meta_loss, trial, self.outer_advantage(trial))
 
     def meta_loss(self, trial: Trial, advantage: Tensor) -> tuple[Tensor, list[Parameters]]:
@@ -193,7 +194,7 @@ class MAML(Algorithm):
         return metrics | {"return/before": before, "return/after": after}
 
     def _trust_region(self, loss: MetaLoss, trial: Trial, *tensors: Tensor) -> dict[str, float]:
-        """A step on all tasks on every learner: a line search is no average over learners."""
+        """Computed on all tasks by every learner: line searches cannot be averaged."""
         query = trial[self.query]
         old_pi = trial_pi(self.policy, self.adapted_params(trial)[self.query], query).detach()
 

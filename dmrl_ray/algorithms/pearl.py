@@ -4,7 +4,7 @@ Source: Rakelly et al., "Efficient Off-Policy Meta-Reinforcement Learning via Pr
 Variables", 2019 (arXiv:1903.08254), algorithms 1 and 2.
 
 Unlike the paper's, the posterior has the standard normal prior as a factor, factors do not read the
-next observation, and contexts are the beginnings of stored trials, as the policy meets them.
+next observation, and contexts are prefixes of stored trials instead of random transitions.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class PEARL(Algorithm):
         """Width of each layer between a transition and its factor."""
 
         context_episodes: Number = 1
-        """Episodes at the start of a trial that contexts in training are taken from."""
+        """Episodes at the start of a trial from which training contexts are sampled."""
 
-        kl_weight: float = Field(default=0.1, ge=0)  # Rakelly et al. 2019; 1 for sparse rewards
+        kl_weight: float = Field(default=0.1, ge=0)  # as in the authors' code; 1 for sparse rewards
         """Weight of the divergence of the posterior from the prior, beta in the paper."""
 
     config: Config

@@ -41,8 +41,8 @@ class ClipConfig(ActorCriticConfig):
     epochs: Number = 4
     """Passes over each batch."""
 
-    clip: float = Field(default=0.2, gt=0)  # Schulman et al. 2017, table 3
-    """Half-width of the trust interval around ratio 1."""
+    clip: float = Field(default=0.2, gt=0)  # Schulman et al. 2017, section 6.1
+    """Clipping parameter epsilon: half-width of the interval around ratio 1."""
 
 
 class PPO(Algorithm):

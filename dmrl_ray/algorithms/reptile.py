@@ -1,8 +1,8 @@
-"""Reptile: move towards the parameters that a few gradient steps lead to, task by task.
+"""Reptile: move the initialisation towards the parameters adapted to each task.
 
 Source: Nichol et al., "On First-Order Meta-Learning Algorithms", 2018 (arXiv:1803.02999),
-algorithm 2, with the mean over tasks of (theta - phi_i) / inner_lr as a gradient for the outer
-optimiser (section 2 there). With one inner step this is joint training on all tasks; with more,
+algorithm 2, with the mean over tasks of (theta - theta'_i) / inner_lr as a gradient for the outer
+optimiser (section 5.1 there). With one inner step this is joint training on all tasks; with more,
 tasks whose gradients agree from step to step count more. There is no rollout after the last
 inner step: the step itself is what is learned from.
 """
@@ -30,7 +30,7 @@ from dmrl_ray.types import Rollout, Task, Trial
 
 
 class Reptile(Algorithm):
-    """Adapt by gradient steps; follow them."""
+    """Adapt by gradient steps; move the initialisation towards the adapted parameters."""
 
     class Config(InnerLoop.Config):
         inner_steps: Number = 3
@@ -59,16 +59,16 @@ class Reptile(Algorithm):
         return list(self.play(sampler, agent, self.inner_loop.episodes))
 
     def update(self, trial: Trial) -> dict[str, float]:
-        """theta <- theta + beta * mean over tasks of (phi_i - theta) / inner_lr."""
+        """theta <- theta + beta * mean over tasks of (theta'_i - theta) / inner_lr."""
         skipped = self.skipped_batches
-        norm = descend_over_tasks(self, self.distance, trial)["grad_norm"]
+        norm = descend_over_tasks(self, self.surrogate, trial)["grad_norm"]
         if self.skipped_batches == skipped:
             self.policy.update_obs_norm(torch.cat([r.counted(r.obs[:-1]) for r in trial]))
         first, last = (r.mean_return() for r in (trial[0], trial[-1]))
         return {"grad_norm": norm, "return/before": first, "return/last": last}
 
-    def distance(self, trial: Trial) -> Tensor:
-        """A loss whose gradient is the mean over tasks of (theta - phi_i) / inner_lr."""
+    def surrogate(self, trial: Trial) -> Tensor:
+        """A loss whose gradient is the mean over tasks of (theta - theta'_i) / inner_lr."""
         start, *_, end = self.adapted_params(trial)
         with torch.no_grad():
             scale = 1 / self.config.inner_lr
@@ -77,7 +77,7 @@ class Reptile(Algorithm):
         return torch.stack([(theta[n] * g).sum() for n, g in gradient.items()]).sum()
 
     def adapted_params(self, trial: Trial) -> list[Parameters]:
-        """theta of every task, and the parameters after each of the k steps; the last is phi_i."""
+        """theta of every task, and the parameters after each of k steps; the last is theta'_i."""
         params = [per_task(self.policy, trial[0].num_tasks)]
         for rollout in trial:
             params.append(self.adapt(params[-1], rollout))

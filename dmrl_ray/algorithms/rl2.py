@@ -30,7 +30,9 @@ class RL2(Algorithm):
         lr: float = Field(default=2e-3, gt=0)
         """Step size."""
 
-        gae_lambda: float = Field(default=0.3, ge=0, le=1)  # 0.95 does not learn 100-pull bandits
+        gae_lambda: float = Field(
+            default=0.3, ge=0, le=1
+        )  # Duan et al. 2016; 0.95 does not learn 100-pull bandits
         """0 trusts the value function, 1 the returns."""
 
     config: Config
@@ -44,7 +46,7 @@ class RL2(Algorithm):
         return self.distribution.trial_steps
 
     def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
-        """A trial of each task; the memory is reset where it begins alone (section 2.2)."""
+        """A trial of each task; the memory is reset only at its start (section 2.2)."""
         config = self.config
         sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
         rollout = sampler.rollout(self.policy)

@@ -47,8 +47,7 @@ class SoftConfig(Algorithm.Config):
     """Gradients longer than this are shortened to it."""
 
     replay_trials: Number = 2_000
-    """Trials in the replay, the last ones: what one environment played in a collection is one. This
-    bounds its memory."""
+    """Capacity of the replay in trials, of which each environment adds one per collection."""
 
     gradient_steps: Number = 50
     """Gradient steps of critics, policy and temperature each, per update."""
@@ -63,7 +62,7 @@ class SoftConfig(Algorithm.Config):
     """Discount per environment step."""
 
     tau: float = Field(default=0.005, gt=0, le=1)  # Haarnoja et al. 2018, table 1
-    """Weight of the critics in the moving average that the target critics are."""
+    """Target smoothing coefficient: weight of the critics in the targets' moving average."""
 
     reward_scale: float = Field(default=1.0, gt=0)
     """Rewards are multiplied by it."""
@@ -72,15 +71,15 @@ class SoftConfig(Algorithm.Config):
     """Weight of the entropy beside scaled rewards; null tunes it to `target_entropy`."""
 
     target_entropy: float | None = None
-    """In nats; null is minus the number of continuous actions (Haarnoja et al. 2018, table 1), or
-    half the entropy of uniform discrete ones."""
+    """In nats; null is minus the number of continuous actions (Haarnoja et al. 2018, table 1), or,
+    as our choice, half the entropy of uniform discrete ones."""
 
     critic_hidden_sizes: Sizes = (64, 64)
     """Width of each layer of the critics."""
 
 
 class SAC(Algorithm):
-    """One policy for all tasks, which observes no more of them than the environment shows."""
+    """One policy for all tasks, without conditioning on the task."""
 
     class Config(SoftConfig):
         num_steps: Number = 32
@@ -170,7 +169,7 @@ def draw_batch(learner: Descent, replay: ReplayBuffer, config: SoftConfig) -> Ba
 def critic_loss(
     models: SoftActorCritic, batch: Batch, *, gamma: float, latent: Tensor | None = None
 ) -> tuple[Tensor, Report]:
-    """Eq. 5, with the target of eq. 2 and 3; gradients reach the latent, too."""
+    """Eq. 5, with the target of eq. 2 and 3; the latent of PEARL is not detached."""
     steps = batch.steps
     with torch.no_grad():
         next_value, _ = models.value(models.targets, steps.next_obs, batch.next_noise, latent)

@@ -25,7 +25,7 @@ PATIENCE_S = 600.0
 """A learner that waits longer for another gives up; the driver does so sooner."""
 
 SPINS = 2_000
-"""Looks at the others' counters before a learner that waits lets go of its core."""
+"""Polls of the other learners' counters before a waiting learner yields its core."""
 
 
 def gradient_average(capacity: int, device: torch.device) -> Average:

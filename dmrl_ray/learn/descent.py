@@ -30,7 +30,7 @@ EPS = 1e-5  # as in OpenAI Baselines; PyTorch has 1e-8
 
 
 class Descent:
-    """Gradient steps on the policy, in which every algorithm's update ends.
+    """The gradient steps of an optimiser, shared by all algorithms.
 
     Attributes:
         progress: share of the job's budget that was spent before this iteration, in a collection
@@ -116,8 +116,8 @@ class Descent:
     ) -> dict[str, float]:
         """Pass over a batch in random minibatches of environments, a gradient step on each.
 
-        Mixed precision, compiled code and the other learners, each of which takes its share of
-        every minibatch, are seen to here.
+        Handles mixed precision, compiled code and data parallelism: each learner has its share of
+        every minibatch.
 
         Returns:
             Means over all steps of the loss's metrics, and of ``grad_norm``.

@@ -55,7 +55,7 @@ class Compiled:
         seconds: spent on compiling so far.
 
     Raises:
-        ConfigError: the policy is another one.
+        ConfigError: the policy does not meet these conditions.
     """
 
     def __init__(self, policy: ActorCritic) -> None:

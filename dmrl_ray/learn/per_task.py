@@ -163,7 +163,7 @@ def task_gradients(
 def inner_advantage(
     rollouts: Sequence[Rollout], num_tasks: int, *, gamma: float, gae_lambda: float
 ) -> Array:
-    """(T, B) `fitted_advantage` of the last rollout, in the light of those that it continues.
+    """(T, B) `fitted_advantage` of the last rollout, given the earlier rollouts of the trial.
 
     Images are no features of the baseline, which sees the time alone where there are any.
     """
@@ -219,7 +219,7 @@ class TaskActor:
     """Acts in every environment with the parameters of its task.
 
     Of a policy without memory the operations are recorded once for each shape and replayed from
-    then on: the way to them through `vmap` and `functional_call` takes longer than they do.
+    then on: dispatch through `vmap` and `functional_call` costs more than the operations.
 
     Args:
         policy: in evaluation mode when it acts.
@@ -353,7 +353,7 @@ class TaskOptimizer:
     def step(self, state: TaskTrainState, gradients: Parameters) -> TaskTrainState:
         """One step of the parameters that have gradients."""
         if self.max_grad_norm is not None:
-            gradients = shortened(gradients, self.max_grad_norm)
+            gradients = clip_by_norm(gradients, self.max_grad_norm)
         params, first, second = dict(state.params), dict(state.first), dict(state.second)
         steps = state.steps + 1
         for name, gradient in gradients.items():
@@ -371,8 +371,8 @@ class TaskOptimizer:
         return TaskTrainState(params, first, second, steps)
 
 
-def shortened(gradients: Parameters, longest: float) -> Parameters:
-    """Each task's gradient, no longer than this over all its parameters."""
+def clip_by_norm(gradients: Parameters, longest: float) -> Parameters:
+    """Each task's gradient, clipped to this norm over all its parameters."""
     square = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
     share: Tensor = (longest / (square.sqrt() + 1e-6)).clamp(max=1.0)  # (N,)
     return {name: g * share.reshape(-1, *[1] * (g.dim() - 1)) for name, g in gradients.items()}

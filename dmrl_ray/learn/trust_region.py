@@ -1,7 +1,7 @@
 """A step as long as a trust region allows, along the natural gradient.
 
 Source: Schulman et al., "Trust Region Policy Optimization", 2015, appendix C (arXiv:1502.05477);
-its numbers as in Finn et al. 2017 (arXiv:1703.03400, section 5.3): ten steps of conjugate
+its numbers are the defaults of rllab (Duan et al. 2016, arXiv:1604.06778): ten steps of conjugate
 gradients, then at most fifteen shorter tries, each 0.8 of the last.
 """
 

@@ -258,7 +258,7 @@ def fitted_advantage(
     end at the cut.
 
     Source: the baseline and the standardised advantages of the inner loop in Finn et al.,
-    "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017, section 5.3
+    "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017, appendix A.2
     (arXiv:1703.03400); the bootstrap at a cut is ours.
 
     Args:

@@ -11,7 +11,7 @@ from dmrl_ray.algorithms.base import continued
 from dmrl_ray.config.schema import Component, ContinuedTraining, RolloutSettings
 from dmrl_ray.envs.point_goal import PointGoal
 from dmrl_ray.jobs.spec import JobSpec, build
-from dmrl_ray.learn.per_task import per_task, shortened, surrogate_loss, task_gradients
+from dmrl_ray.learn.per_task import clip_by_norm, per_task, surrogate_loss, task_gradients
 from dmrl_ray.rollout.sampler import Sampler
 
 HORIZON = 5
@@ -190,7 +190,7 @@ def test_only_the_context_of_cavia_adapts_in_a_stream():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_training_that_goes_on_by_its_own_optimiser_takes_the_steps_of_training(optimizer):
-    # Gradients that are shortened and one that is not; some so small that Adam's eps is felt.
+    # Gradients that are clipped and one that is not; some so small that Adam's eps is felt.
     settings = {"optimizer": optimizer, "lr": 0.3, "weight_decay": 0.01}
     algorithm = make_algorithm({"type": "ppo", **settings})
     algorithm.prepare_training()
@@ -208,9 +208,9 @@ def test_training_that_goes_on_by_its_own_optimiser_takes_the_steps_of_training(
             torch.testing.assert_close(state.params[name][0], parameter.detach(), msg=name)
 
 
-def test_the_gradient_of_each_task_is_shortened_by_itself():
+def test_the_gradient_of_each_task_is_clipped_by_itself():
     gradients = {"a": torch.tensor([[3.0], [0.3]]), "b": torch.tensor([[4.0], [0.4]])}
-    found = shortened(gradients, 1.0)
+    found = clip_by_norm(gradients, 1.0)
     torch.testing.assert_close(found["a"], torch.tensor([[0.6], [0.3]]))
     torch.testing.assert_close(found["b"], torch.tensor([[0.8], [0.4]]))
 

@@ -54,7 +54,7 @@ def as_tensors(trial):
 
 def corrected(learner, trial):
     algorithm = learner.algorithm
-    return impala.corrected(algorithm.policy, as_tensors(trial), algorithm.config)[0]
+    return impala.with_vtrace(algorithm.policy, as_tensors(trial), algorithm.config)[0]
 
 
 def older(trial, change):
