@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dmrl_ray.algorithms.base import Algorithm
+from dmrl_ray.config.components import SHORT_NAMES, import_class
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS = [
@@ -157,3 +160,10 @@ def test_where_ray_cannot_be_imported_a_run_in_one_process_goes_through_all_stag
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     assert "Adaptation on held-out tasks" in answer.stdout
+
+
+def test_an_algorithm_is_at_most_two_classes_below_the_contract():
+    for name in SHORT_NAMES["algorithm"]:
+        if not name.startswith("rllib:"):
+            lineage = import_class(name, "algorithm").__mro__
+            assert lineage.index(Algorithm) <= 2, [kind.__name__ for kind in lineage]
