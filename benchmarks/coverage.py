@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from dmrl_ray.results.statistics import (
+from dmrl_ray.results.intervals import (
     DIFFERENCE_OF_PROPORTIONS,
     PROPORTION,
     Interval,

@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 
 from dmrl_ray.config.schema import Number, Settings, Size
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
-from dmrl_ray.types import Array, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import Array, Split, Task
 
 from .bandit_oracle import bayes_optimal_return
 from .bandit_priors import Prior, dependent_return, posterior_mean, sample_reward_probs

@@ -15,7 +15,8 @@ from pydantic import field_validator
 
 from dmrl_ray.config.schema import Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv, make_tasks, split_stream
-from dmrl_ray.types import Array, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import Array, Split, Task
 
 STANDARD = {"gravity": 9.8, "length": 0.5, "masspole": 0.1, "force_mag": 10.0}
 """The physics of CartPole-v1; `length` is half the pole's."""

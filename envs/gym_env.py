@@ -25,7 +25,8 @@ from dmrl_ray.tasks.distribution import (
     split_stream,
     task_id,
 )
-from dmrl_ray.types import Array, Arrays, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import Array, Arrays, Split, Task
 
 from .external_env import Apply, ExternalEnv, Values, close, obs_digest, success_of
 from .gym_check import check_steps, check_vary, find_max_episode_steps, first_make

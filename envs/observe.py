@@ -16,8 +16,9 @@ from pydantic import Field
 
 from dmrl_ray.config.schema import Component, Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
+from dmrl_ray.tasks.score import Reference
 from dmrl_ray.tasks.spaces import Packed
-from dmrl_ray.types import Array, Arrays, Reference, Split, Task
+from dmrl_ray.types import Array, Arrays, Split, Task
 
 
 class ObserveVectorEnv(TaskVectorEnv):

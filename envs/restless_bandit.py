@@ -16,7 +16,8 @@ from pydantic import Field
 
 from dmrl_ray.config.schema import Number, Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
-from dmrl_ray.types import Array, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import Array, Split, Task
 
 from .belief import BeliefVectorEnv
 from .restless_oracle import CELLS, DriftFilter, drift, filter_return

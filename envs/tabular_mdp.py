@@ -13,7 +13,8 @@ from gymnasium.spaces import Box, Discrete
 
 from dmrl_ray.config.schema import Number, Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
-from dmrl_ray.types import Array, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import Array, Split, Task
 
 from .belief import BeliefVectorEnv
 from .tabular_oracle import ACTIONS, HORIZON, STATES, optimistic_action, plan, random_return

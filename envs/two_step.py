@@ -18,7 +18,8 @@ from pydantic import Field
 
 from dmrl_ray.config.schema import Number, Settings
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
-from dmrl_ray.types import SPLITS, Array, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import SPLITS, Array, Split, Task
 
 from .belief import BeliefVectorEnv
 

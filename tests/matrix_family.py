@@ -12,8 +12,9 @@ from gymnasium.spaces import Box, Discrete
 from dmrl_ray.config.schema import Settings
 from dmrl_ray.envs.belief import BeliefVectorEnv
 from dmrl_ray.tasks.distribution import TaskDistribution, make_tasks, split_stream
+from dmrl_ray.tasks.score import Reference
 from dmrl_ray.tasks.spaces import Packed
-from dmrl_ray.types import Array, Reference, Split, Task
+from dmrl_ray.types import Array, Split, Task
 
 LIMIT, SHORT = 10, 3
 """Steps of the longest episodes, and of the shortest."""

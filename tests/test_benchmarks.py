@@ -10,8 +10,8 @@ import pytest
 from benchmarks.learning.figures import cost, returns, sources, write_episodes
 from benchmarks.learning.table import COLUMNS, RESULTS, interval, number, table
 from dmrl_ray.config.loading import parse_config
+from dmrl_ray.results.intervals import t_interval
 from dmrl_ray.results.reading import adaptation
-from dmrl_ray.results.statistics import t_interval
 from dmrl_ray.store.writer import RunWriter
 
 

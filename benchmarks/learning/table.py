@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dmrl_ray.results.statistics import t_interval
+from dmrl_ray.results.intervals import t_interval
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "results"

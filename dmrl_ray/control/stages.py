@@ -30,7 +30,7 @@ from dmrl_ray.jobs.messages import AdaptCall, Call, EvaluateCall, Stored
 from dmrl_ray.jobs.spec import JobSpec, Program, Weights, build, job_spec
 from dmrl_ray.jobs.transfer import rllib_start
 from dmrl_ray.jobs.worker import RolloutWorker, SinceChange
-from dmrl_ray.results.statistics import t_interval
+from dmrl_ray.results.intervals import t_interval
 from dmrl_ray.rollout.rows import mean_of_known
 from dmrl_ray.types import Columns, Task
 

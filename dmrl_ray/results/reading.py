@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dmrl_ray.data.lineage import Lineage
 from dmrl_ray.data.lineage import run_config as run_config
-from dmrl_ray.results.statistics import (
+from dmrl_ray.results.intervals import (
     DIFFERENCE_OF_PROPORTIONS,
     PROPORTION,
     Interval,

@@ -21,8 +21,8 @@ from rich.table import Table
 from dmrl_ray.config.components import SHORT_NAMES, import_class
 from dmrl_ray.results import reading as results
 from dmrl_ray.results.display import short
+from dmrl_ray.results.intervals import policy_interval
 from dmrl_ray.results.report_tables import UNKNOWN, adaptation, table
-from dmrl_ray.results.statistics import policy_interval
 from dmrl_ray.store.commits import settings_changed
 
 ADAPTATION = "Adaptation on {} tasks, by episodes and steps of the task before"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dmrl_ray.results import reading as results
 from dmrl_ray.results.display import short
-from dmrl_ray.results.statistics import FEW_SEEDS
+from dmrl_ray.results.intervals import FEW_SEEDS
 
 MAX_POINTS = 6
 UNKNOWN = "[?]"

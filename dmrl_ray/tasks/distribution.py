@@ -17,7 +17,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from dmrl_ray.config.schema import Settings
-from dmrl_ray.types import SPLITS, Array, Arrays, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import SPLITS, Array, Arrays, Split, Task
 
 
 class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):

@@ -16,7 +16,8 @@ import gymnasium as gym
 import numpy as np
 
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
-from dmrl_ray.types import Array, EnvironmentFault, Reference, Split, Task
+from dmrl_ray.tasks.score import Reference
+from dmrl_ray.types import Array, EnvironmentFault, Split, Task
 
 Family: TypeAlias = TaskDistribution | type[TaskDistribution]
 

@@ -15,7 +15,7 @@ from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
 from dmrl_ray.store.writer import RunWriter
-from dmrl_ray.types import Reference
+from dmrl_ray.tasks.score import Reference
 
 CONFIG = "{tasks: bandit, workers: {num: 0}, stages: {meta: {type: pretrain, env_steps: 1}}}"
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import dmrl_ray
+from dmrl_ray.results.intervals import policy_interval, t_interval
 from dmrl_ray.results.reading import SUMMARY, adaptation, load, over_experience, paired, starts
-from dmrl_ray.results.statistics import policy_interval, t_interval
 from dmrl_ray.store.tables import SCHEMAS
 from dmrl_ray.store.writer import RunWriter
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from dmrl_ray.results.statistics import (
+from dmrl_ray.results.intervals import (
     DIFFERENCE_OF_PROPORTIONS,
     PROPORTION,
     exact_interval,
