@@ -324,8 +324,10 @@ def _resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        command = f"python -m dmrl_ray resume {_shown(folder)}"
-        typer.echo(f"interrupted; resume with: {command}", err=True)
+        how = "interrupted before the run began"
+        if (folder / "run.json").exists():
+            how = f"interrupted; resume with: python -m dmrl_ray resume {_shown(folder)}"
+        typer.echo(how, err=True)
         raise typer.Exit(error.exit_code) from error
 
 
