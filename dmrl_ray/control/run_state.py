@@ -15,7 +15,7 @@ from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.data.dataset import LeftOut
-from dmrl_ray.errors import Interrupted
+from dmrl_ray.errors import Abandoned, Interrupted
 from dmrl_ray.jobs.learner import LocalLearners
 from dmrl_ray.jobs.messages import Answer, Call, CallId, Result, WorkerEvent
 from dmrl_ray.jobs.protocols import Learners, Workers, answers, map_calls
@@ -81,7 +81,7 @@ class Run:
         """Connect to Ray, which algorithms of other libraries may need without workers, too."""
         from dmrl_ray.cluster.connection import connect
 
-        connect(self._address, self.config)
+        connect(self._address, self.config, self.check)
 
     def learners(self, spec: JobSpec) -> Learners:
         """Learners for a job."""
@@ -91,7 +91,7 @@ class Run:
 
         # Workers begin first, as there are places that only learners may take.
         start = partial(self._starting_workers().start, self.check)
-        return RayLearners(spec, self.config.learners, self.config.workers, start)
+        return RayLearners(spec, self.config.learners, self.config.workers, start, self.check)
 
     def _starting_workers(self) -> RayWorkers:
         """The workers on Ray, which may not be up yet."""
@@ -218,6 +218,8 @@ class Run:
         """Commit what `snapshot` puts together if the wait inside is interrupted."""
         try:
             yield
+        except Abandoned:
+            raise
         except Interrupted:
             snapshot()
             self.commit()
