@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -324,8 +324,10 @@ def _resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        command = f"python -m dmrl_ray resume {_shown(folder)}"
-        typer.echo(f"interrupted; resume with: {command}", err=True)
+        how = "interrupted before the run began"
+        if (folder / "run.json").exists():
+            how = f"interrupted; resume with: python -m dmrl_ray resume {_shown(folder)}"
+        typer.echo(how, err=True)
         raise typer.Exit(error.exit_code) from error
 
 
@@ -375,5 +377,22 @@ def _show_end(folder: Path) -> None:
     typer.echo(f"\n{next_steps(_shown(folder))}")
 
 
+def command_line(program: str | None = None) -> None:
+    """Runs a command in a process of its own."""
+    from dmrl_ray.errors import ClusterError
+
+    try:
+        app(prog_name=program)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+        if code != ClusterError.exit_code and code <= 128:
+            raise
+        # Ray's orderly end takes seconds, and a minute without a cluster; a local Ray ends with us.
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    app(prog_name="python -m dmrl_ray")
+    command_line("python -m dmrl_ray")

@@ -73,7 +73,12 @@ class Interrupted(DmrlError):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by signal {signal_number}")
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+class Abandoned(Interrupted):
+    """The same, where what was done after the newest commit cannot be committed."""
 
 
 def exit_code(error: BaseException) -> int:

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,13 +69,10 @@ def call(arguments):
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """A run takes signals over, and the command line makes the working directory importable."""
+    """The command line makes the working directory importable."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     modules = set(sys.modules)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     for name in {Path(module).stem for module in MODULES} - modules:
         sys.modules.pop(name, None)
 

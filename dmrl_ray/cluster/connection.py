@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
@@ -9,8 +10,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeAlias
 
 import ray
@@ -18,7 +20,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
 from dmrl_ray.config.schema import RunConfig, resolve_auto
-from dmrl_ray.errors import ClusterError, JobLost
+from dmrl_ray.errors import ClusterError, Interrupted, JobLost
+from dmrl_ray.jobs.protocols import POLL_S
 
 RayObject: TypeAlias = Any
 """An actor, a reference, or what a call of an actor returns: Ray gives none of them a type."""
@@ -43,13 +46,16 @@ NOT_SHIPPED = [
 """Parts of the working directory that no node of a cluster needs, or that none must see."""
 
 
-def connect(address: str | None, config: RunConfig) -> dict[str, object]:
+def connect(
+    address: str | None, config: RunConfig, check: Callable[[], None] = lambda: None
+) -> dict[str, object]:
     """Connect this process to Ray, unless it is connected already.
 
     Args:
         address: of a running cluster; None takes ``RAY_ADDRESS``, or the cluster that this process
             is a job of, or else starts Ray on this machine; "local" always does the latter.
         config: says how many processes there will be.
+        check: called while Ray starts; what it raises ends the wait.
 
     Returns:
         The facts of the cluster: version, address, nodes, cpus, gpus.
@@ -61,11 +67,10 @@ def connect(address: str | None, config: RunConfig) -> dict[str, object]:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if not ray.is_initialized():
         cluster = find_cluster(address)
-        with _own_sigterm():
-            if cluster is None:
-                _start_here(config)
-            else:
-                _join(cluster, inside_job=JOB_VARIABLE in os.environ)
+        begin = partial(_start_here, config)
+        if cluster is not None:
+            begin = partial(_join, cluster, inside_job=JOB_VARIABLE in os.environ)
+        _in_own_thread(begin, check)
     resources = ray.cluster_resources()
     return {
         "ray": ray.__version__,
@@ -189,14 +194,48 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the process's own way with SIGTERM, which `ray.init` replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
+_STARTS = threading.Lock()
+"""Held by the thread that connects to Ray: one that a stop left behind goes on first."""
+
+
+def _in_own_thread(begin: Callable[[], None], check: Callable[[], None]) -> None:
+    """Connect to Ray in a thread, as C++ code in it heeds no signal for seconds.
+
+    The thread lives on with the connection, because Ray's daemons end with the thread that started
+    them. If `check` raises meanwhile, the process does not wait for Ray when it ends.
+    """
+    connected, errors = threading.Event(), list[BaseException]()
+
+    def target() -> None:
+        with _STARTS:
+            try:
+                if not ray.is_initialized():
+                    begin()
+            except BaseException as error:  # Raised where it is waited for.
+                errors.append(error)
+            connected.set()
+        if not errors:
+            threading.Event().wait()
+
+    threading.Thread(target=target, name="ray", daemon=True).start()
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        while not connected.is_set():
+            connected.wait(POLL_S)
+            if threading.current_thread() is threading.main_thread():
+                # Ray puts a handler of C++ before Python's, which ends a process 3 s later.
+                signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+            check()
+    except Interrupted as stopped:
+        atexit.register(_leave, connected, stopped.exit_code)
+        raise
+    if errors:
+        raise errors[0]
+
+
+def _leave(connected: threading.Event, code: int) -> None:
+    """End the process if Ray is still being started, which ends what there is of Ray."""
+    if not connected.is_set():
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)

@@ -22,9 +22,10 @@ from dmrl_ray.cluster.connection import (
     where,
 )
 from dmrl_ray.config.schema import LearnerSettings, WorkerSettings, resolve_auto
-from dmrl_ray.errors import ClusterError, JobLost
+from dmrl_ray.errors import Abandoned, ClusterError, Interrupted, JobLost
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.messages import Stored
+from dmrl_ray.jobs.protocols import POLL_S
 from dmrl_ray.jobs.spec import JobSpec, Weights
 from dmrl_ray.types import Arrays, Trial
 
@@ -90,6 +91,7 @@ class RayLearners:
         settings: how many learners, and on what.
         workers: says when a learner counts as lost, too.
         meanwhile: is called while the learners start.
+        check: called in waits before the first update has ended; what it raises ends the learners.
 
     Raises:
         ClusterError: the cluster has no room for the learners.
@@ -102,7 +104,9 @@ class RayLearners:
         settings: LearnerSettings,
         workers: WorkerSettings,
         meanwhile: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check = check
         self.version = 0
         self._timeout_s = workers.timeout_s
         self._seconds: deque[float] = deque(maxlen=100)
@@ -140,7 +144,11 @@ class RayLearners:
         refs = [actor.update.remote(*arguments) for actor in others]
         metrics, weights = first.update_and_publish.options(num_returns=2).remote(*arguments)
         start = time.monotonic()
-        answers = self._wait([metrics, *refs])
+        try:
+            # The first one may have to compile; whoever stops it loses nothing but a collection.
+            answers = self._wait([metrics, *refs], stoppable=not self._seconds)
+        except Interrupted as stopped:
+            raise Abandoned(stopped.signal_number) from stopped
         self._seconds.append(time.monotonic() - start)
         self._published = weights
         self.version += 1
@@ -197,11 +205,13 @@ class RayLearners:
     def _start(self, settings: LearnerSettings, gpus: int) -> list[tuple[int, str, int]]:
         """Where the learners are, once they are up."""
         refs = [actor.where.remote() for actor in self._actors]
+        end = time.monotonic() + START_TIMEOUT_S
         while True:
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=START_TIMEOUT_S)
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
             if len(ready) == len(refs):
                 return self._wait(refs)
-            if not nodes_are_coming():
+            self._check()
+            if time.monotonic() > end and not nodes_are_coming():
                 count, threads = settings.num, resolve_auto(settings.threads)
                 what = f"learners.num: {count} learners of {threads} threads"
                 raise no_room(what, count * threads, count * gpus)
@@ -210,13 +220,15 @@ class RayLearners:
         """The learners meet, and average their gradients from now on."""
         size = len(self._actors)
         refs = [a.join.remote(init_method, rank, size) for rank, a in enumerate(self._actors)]
-        self._wait(refs, least_s=START_TIMEOUT_S)
+        self._wait(refs, least_s=START_TIMEOUT_S, stoppable=True)
 
     def _on_all(self, method: str, *arguments: object, least_s: float = 0.0) -> list[RayObject]:
         refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        return self._wait(refs, least_s)
+        return self._wait(refs, least_s, stoppable=least_s > 0)
 
-    def _wait(self, refs: list[RayObject], least_s: float = 0.0) -> list[RayObject]:
+    def _wait(
+        self, refs: list[RayObject], least_s: float = 0.0, *, stoppable: bool = False
+    ) -> list[RayObject]:
         """Answers of the learners, all within the timeout, or `least_s` where that is later."""
         usual = 5 * median(self._seconds) if self._seconds else 0.0
         limit = max(self._timeout_s, usual, least_s)
@@ -224,7 +236,11 @@ class RayLearners:
         answers: dict[RayObject, RayObject] = {}
         waiting = refs
         while waiting:
-            ready, waiting = ray.wait(waiting, timeout=max(0.0, end - time.monotonic()))
+            ready, waiting = ray.wait(waiting, timeout=POLL_S)
+            if stoppable:
+                self._check()
+            if not ready and time.monotonic() < end:
+                continue
             if not ready:
                 raise JobLost(f"{len(waiting)} learners hung: no answer for {limit:.1f} s")
             try:

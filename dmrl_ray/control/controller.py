@@ -24,6 +24,7 @@ from dmrl_ray.control.checks import check
 from dmrl_ray.control.continuation import change, changes
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
+from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
@@ -53,19 +54,22 @@ def run(
 
     Raises:
         ConfigError: the folder exists, or the parts of the config do not fit together.
-        Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
+        Interrupted: by Ctrl+C, SIGTERM or SIGHUP, after a clean commit.
     """
-    check(config)
-    config, placement = place(config, address)
-    with RunWriter.create(
-        folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
-    ) as writer:
-        current = Run(config, writer, display, address)
-        if placement:
-            current.event("placed", message=placement)
-            display.message(placement)
-        _execute(current)
-        return writer.folder
+    stop = StopRequest(display)
+    with stop.caught():
+        with stop.abandoning():
+            check(config)
+            config, placement = place(config, address)
+        with RunWriter.create(
+            folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
+        ) as writer:
+            current = Run(config, writer, display, address, stop)
+            if placement:
+                current.event("placed", message=placement)
+                display.message(placement)
+            _execute(current)
+            return writer.folder
 
 
 def resume(
@@ -89,15 +93,17 @@ def resume(
         ConfigError: the folder is no run, or a newer version's.
         IncompatibleSettings: the config differs from the run's where a run may not change.
         CorruptRun: none of its commits is complete.
-        Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
+        Interrupted: by Ctrl+C, SIGTERM or SIGHUP, after a clean commit.
     """
-    with RunWriter.open(folder) as writer:
+    stop = StopRequest(display)
+    with stop.caught(), RunWriter.open(folder) as writer:
         before = load_run_config(writer.folder)
-        current = Run(before, writer, display, address)
+        current = Run(before, writer, display, address, stop)
         changed = changes(before, config or load_run_config(folder, overrides), current.state)
         if changed:
             current.config = load_run_config(folder, as_overrides(changed))
-            check(current.config)
+            with stop.abandoning():
+                check(current.config)
         writer.keep = current.config.commit.keep
         for message in writer.recovery:
             current.event("recovered", message=message)
@@ -188,7 +194,6 @@ def facts(config: RunConfig) -> dict[str, object]:
 
 def _execute(run: Run) -> None:
     """Run all stages that are not done yet; a lost job returns to the newest commit."""
-    run.catch_signals()
     rollbacks = 0
     try:
         while True:

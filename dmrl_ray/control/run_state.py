@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.control.held_out import evaluation_tasks
+from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.data.dataset import LeftOut
-from dmrl_ray.errors import Interrupted
+from dmrl_ray.errors import Abandoned, Interrupted
 from dmrl_ray.jobs.learner import LocalLearners
 from dmrl_ray.jobs.messages import Answer, Call, CallId, Result, WorkerEvent
 from dmrl_ray.jobs.protocols import Learners, Workers, answers, map_calls
@@ -42,14 +41,22 @@ class Run:
         state: plain JSON values, part of every commit: the stages done, how far the jobs of
             stages have come, how many updates made a policy, and settings changed since the start.
         files: checkpoint files in use, by name; part of every commit.
+        stop: whether the run was asked to stop.
     """
 
     state: dict[str, Any]
     files: dict[str, FileRecord]
 
     def __init__(
-        self, config: RunConfig, writer: RunWriter, display: Display, address: str | None
+        self,
+        config: RunConfig,
+        writer: RunWriter,
+        display: Display,
+        address: str | None,
+        stop: StopRequest | None = None,
     ) -> None:
+        self.stop = StopRequest(display) if stop is None else stop
+        self.stop.waits_for = "" if config.workers.num else "the environment step in hand"
         self.config = config
         self.writer = writer
         self.display = display
@@ -59,14 +66,12 @@ class Run:
         self._workers: Workers | None = None
         self._committed_at = time.monotonic()
         self._updates_since_commit = 0
-        self._signal: int | None = None
-        self._held = False
 
     @property
     def workers(self) -> Workers:
         """The rollout workers, started on first use."""
         if self._workers is None and self.config.workers.num == 0:
-            self._workers = LocalWorkers()
+            self._workers = LocalWorkers(self.check)
         elif self._workers is None:
             self._starting_workers().start(self.check)
         assert self._workers is not None
@@ -76,17 +81,17 @@ class Run:
         """Connect to Ray, which algorithms of other libraries may need without workers, too."""
         from dmrl_ray.cluster.connection import connect
 
-        connect(self._address, self.config)
+        connect(self._address, self.config, self.check)
 
     def learners(self, spec: JobSpec) -> Learners:
         """Learners for a job."""
         if self.config.workers.num == 0:
-            return LocalLearners(spec)
+            return LocalLearners(spec, self.stop.abandoning)
         from dmrl_ray.cluster.learners import RayLearners
 
         # Workers begin first, as there are places that only learners may take.
         start = partial(self._starting_workers().start, self.check)
-        return RayLearners(spec, self.config.learners, self.config.workers, start)
+        return RayLearners(spec, self.config.learners, self.config.workers, start, self.check)
 
     def _starting_workers(self) -> RayWorkers:
         """The workers on Ray, which may not be up yet."""
@@ -175,7 +180,8 @@ class Run:
 
     def commit(self) -> None:
         """Make everything up to here durable."""
-        self.writer.commit(self.state, self.files)
+        with self.stop.waiting_for("the commit"):
+            self.writer.commit(self.state, self.files)
         self._committed_at = time.monotonic()
         self._updates_since_commit = 0
 
@@ -202,7 +208,7 @@ class Run:
             due = self._updates_since_commit >= commit.every_updates
         else:
             due = time.monotonic() - self._committed_at >= commit.every_s
-        if due or self._signal is not None:
+        if due or self.stop.number is not None:
             snapshot()
             self.commit()
         self.check()
@@ -212,35 +218,16 @@ class Run:
         """Commit what `snapshot` puts together if the wait inside is interrupted."""
         try:
             yield
+        except Abandoned:
+            raise
         except Interrupted:
             snapshot()
             self.commit()
             raise
 
-    @contextmanager
-    def uninterrupted(self) -> Iterator[None]:
-        """Finish what is inside, which is short and cannot be committed halfway, before a stop."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-
     def check(self) -> None:
         """Raise Interrupted if the run was asked to stop."""
-        if self._signal is not None and not self._held:
-            raise Interrupted(self._signal)
-
-    def catch_signals(self) -> None:
-        """Ctrl+C and SIGTERM ask the run to stop after a commit; a second one stops it at once."""
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._signal = number
+        self.stop.check()
 
     def _on_worker_event(self, event: WorkerEvent) -> None:
         self.event(event.event, "", "", **event.detail)

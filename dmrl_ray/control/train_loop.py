@@ -80,6 +80,7 @@ class Progress:
     best_score: float | None = None
     best_version: int = 0
     seconds: float = 0.0  # of training, over all processes that worked on it in turn
+    validation_due: bool = False  # after the newest update
 
 
 class Iterations(Protocol):
@@ -95,13 +96,15 @@ class Iterations(Protocol):
 class External:
     """Iterations of an algorithm of another library, which samples and learns in one."""
 
-    def __init__(self, algorithm: ExternalAlgorithm) -> None:
+    def __init__(self, run: Run, algorithm: ExternalAlgorithm) -> None:
         self.states: list[Stored] = []
+        self._run = run
         self._algorithm = algorithm
 
     def iterate(self, progress: Progress) -> tuple[list[CollectReport], dict[str, float]]:
         """Sample and learn."""
-        report, metrics = self._algorithm.iterate(progress.env_steps)
+        with self._run.stop.waiting_for("the iteration in hand"):
+            report, metrics = self._algorithm.iterate(progress.env_steps)
         return [report], metrics
 
 
@@ -123,13 +126,14 @@ class CollectAndUpdate:
         collected = self._run.collected(started)
         waited = time.monotonic() - began
         reports = [cast(CollectReport, answer.value) for answer in collected]
-        self.states = [answer.state for answer in collected]
         self._size = sum(report.env_steps for report in reports)
         _place(reports, progress.env_steps, self._size)
         trials = [answer.trial for answer in collected]
         start = time.monotonic()
-        metrics = self._learners.update(progress.env_steps, trials)
+        with self._run.stop.waiting_for("the update in hand"):
+            metrics = self._learners.update(progress.env_steps, trials)
         self._updated_at = time.monotonic()
+        self.states = [answer.state for answer in collected]
         metrics["policy_lag"] = float(progress.updates - version)
         metrics["time/learner_wait_s"] = waited
         metrics["time/learner_call_s"] = self._updated_at - start
@@ -156,7 +160,7 @@ def run_job(run: Run, spec: JobSpec, stage: Pretrain, initial: Arrays | None) ->
     external = external_of(spec, resolve_auto(run.config.workers.num))
     if external is not None:
         run.connect()
-        return _train(run, spec, stage, initial, external, External(external))
+        return _train(run, spec, stage, initial, external, External(run, external))
     learners = run.learners(spec)
     iterations = CollectAndUpdate(run, spec, stage, learners)
     return _train(run, spec, stage, initial, learners, iterations)
@@ -179,21 +183,24 @@ def _train(
         def snapshot() -> None:
             _snapshot(run, spec, trained, progress, iterations.states)
 
-        while progress.env_steps < stage.env_steps:
-            with run.committing(snapshot):
-                reports, metrics = iterations.iterate(progress)
-            progress.env_steps += sum(report.env_steps for report in reports)
-            progress.updates += 1
-            metrics |= spent
-            spent = {}
-            elapsed, clock = time.monotonic() - clock, time.monotonic()
-            progress.seconds += elapsed
-            with _timed(spent, "time/write_s"):
-                _record(run, spec, progress, reports, metrics, elapsed)
-            done = progress.env_steps >= stage.env_steps
-            if done or progress.updates % stage.validate_every == 0:
-                with run.uninterrupted(), _timed(spent, "time/validate_s"):
+        while progress.validation_due or progress.env_steps < stage.env_steps:
+            if not progress.validation_due:  # Else a stop came before it was played.
+                with run.committing(snapshot):
+                    reports, metrics = iterations.iterate(progress)
+                progress.env_steps += sum(report.env_steps for report in reports)
+                progress.updates += 1
+                metrics |= spent
+                spent = {}
+                elapsed, clock = time.monotonic() - clock, time.monotonic()
+                progress.seconds += elapsed
+                with _timed(spent, "time/write_s"):
+                    _record(run, spec, progress, reports, metrics, elapsed)
+                done = progress.env_steps >= stage.env_steps
+                progress.validation_due = done or progress.updates % stage.validate_every == 0
+            if progress.validation_due:
+                with run.committing(snapshot), _timed(spent, "time/validate_s"):
                     _validate(run, spec, trained, progress, validation)
+                progress.validation_due = False
             with _timed(spent, "time/write_s"):
                 run.tick(snapshot)
         _save_policy(run, spec, "last", trained)

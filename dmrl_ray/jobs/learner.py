@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dmrl_ray.algorithms.base import Algorithm
-from dmrl_ray.errors import ConfigError, NumericalError
+from dmrl_ray.errors import ConfigError, Interrupted, NumericalError
 from dmrl_ray.jobs.messages import Stored
 from dmrl_ray.jobs.spec import JobSpec, Weights, build
 from dmrl_ray.learn.all_reduce import gradient_average
@@ -18,6 +22,10 @@ from dmrl_ray.types import Array, Arrays, Trial, join_shards, random_stream
 
 MAX_NON_FINITE_UPDATES = 3
 """Updates in a row with a loss or gradient that is not finite, after which a job stops."""
+
+
+SLOW_S = 1.0
+"""Seconds of an update from which on the next one is not waited for by a run that is to stop."""
 
 
 class Learner:
@@ -150,15 +158,39 @@ def _under(prefix: str, state: Arrays) -> Arrays:
 
 
 class LocalLearners:
-    """The learner of a run without Ray, in this process."""
+    """The learner of a run without Ray, in this process.
 
-    def __init__(self, spec: JobSpec) -> None:
+    Args:
+        spec: of the job.
+        abandoning: the inside of which ends with `Interrupted` at any point, if it is to.
+    """
+
+    def __init__(
+        self, spec: JobSpec, abandoning: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._learner = Learner(spec)
         self.version = 0
+        self._abandoning = abandoning
+        self._seconds = math.inf  # that the newest update took; the first may have to compile
 
     def update(self, env_steps: int, trials: list[Stored]) -> dict[str, float]:
-        """One update; `weights` are new afterwards."""
-        metrics = self._learner.update(self.version, env_steps, cast("list[Trial]", trials))
+        """One update; `weights` are new afterwards.
+
+        Raises:
+            Interrupted: in an update that takes long, which is undone.
+        """
+        given = self.version, env_steps, cast("list[Trial]", trials)
+        if self._seconds < SLOW_S:
+            metrics = self._learner.update(*given)
+        else:
+            before = {name: np.array(x) for name, x in self.get_state().items()}
+            try:
+                with self._abandoning():
+                    metrics = self._learner.update(*given)
+            except Interrupted:
+                self._learner.set_state(before)
+                raise
+        self._seconds = metrics["time/update_s"]
         self.version += 1
         return metrics
 

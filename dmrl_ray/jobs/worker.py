@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
@@ -57,9 +57,14 @@ SinceChange: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 class RolloutWorker:
-    """Plays shards with one torch thread."""
+    """Plays shards with one torch thread.
 
-    def __init__(self) -> None:
+    Args:
+        check: called between steps; what it raises ends a call, which leaves nothing behind.
+    """
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self._programs: dict[Key, Program] = {}
         self._samplers: dict[Key, tuple[int, Sampler]] = {}
         self._loaded: dict[Key, int] = {}
@@ -160,7 +165,7 @@ class RolloutWorker:
         spec = call.spec
         program = self._program(spec, weights)
         adaptation = program.adaptation(call.by)
-        sampler = program.sampler(len(call.tasks) * adaptation.envs_per_task)
+        sampler = self._made(program, len(call.tasks) * adaptation.envs_per_task)
         # The same in every stage and run: agents that are compared meet the same random numbers.
         stream = random_stream(spec.evaluation_seed, "evaluate", call.trial, call.chunk)
         sampler.start(stream, call.policy_version, greedy=call.greedy)
@@ -179,7 +184,7 @@ class RolloutWorker:
         program = self._program(spec, weights)
         family, adaptation = program.distribution, program.adaptation(settings.by)
         copies, per_task = adaptation.envs_per_task, settings.episodes_per_task
-        sampler = program.sampler(len(call.streams) * copies)
+        sampler = self._made(program, len(call.streams) * copies)
         stream = random_stream(spec.evaluation_seed, "streams", call.chunk)
         sampler.start(stream, weights.version, greedy=settings.greedy)
         since = [
@@ -216,6 +221,7 @@ class RolloutWorker:
         state: Arrays = {}
         env_steps = 0
         for iteration in range(updates + 1):
+            self._check()
             call = CollectCall(spec, 0, iteration, env_steps)
             report, trial, state = self.collect(call, Weights(iteration, learner.weights()), state)
             report.episodes["env_steps"] += env_steps
@@ -249,9 +255,15 @@ class RolloutWorker:
         """The shard's sampler as it stood before this iteration."""
         at, sampler = self._samplers.pop((*spec.key, shard), (-1, None))
         if sampler is None:
-            sampler = program.sampler(spec.rollout.num_envs)
+            sampler = self._made(program, spec.rollout.num_envs)
         if at != iteration and program.algorithm.continues_episodes:
             sampler.set_state(self._read(state))
+        return sampler
+
+    def _made(self, program: Program, num_envs: int) -> Sampler:
+        """A new sampler, which can be ended between steps."""
+        sampler = program.sampler(num_envs)
+        sampler.check = self._check
         return sampler
 
     def _read(self, state: Stored) -> Arrays:
@@ -287,12 +299,16 @@ def collect_calls(
 
 
 class LocalWorkers:
-    """The workers of a run without Ray: one, in this process, that works while it is waited for."""
+    """The workers of a run without Ray: one, in this process, that works while it is waited for.
+
+    Args:
+        check: called between the steps of environments; what it raises ends the call in hand.
+    """
 
     total = alive = 1
 
-    def __init__(self) -> None:
-        self._worker = RolloutWorker()
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._worker = RolloutWorker(check)
         self._number = 0
         self._waiting: dict[CallId, Call[Any]] = {}
         self._answers: dict[CallId, Answer[object]] = {}

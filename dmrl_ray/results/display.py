@@ -7,9 +7,11 @@ output (``| head``) silences the display without an effect on the run.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -139,6 +141,12 @@ class Display:
             self._live.console.print(text, markup=False, highlight=False)
         else:
             self._write(text)
+
+    def urgent(self, text: str) -> None:
+        """Shows a sentence at once, from a signal handler: past the buffers, on standard error."""
+        if not self._quiet:
+            with suppress(OSError):
+                os.write(2, f"{text}\n".encode())
 
     def _line(self, stage: str, row: _Row) -> None:
         row.shown = self._clock()

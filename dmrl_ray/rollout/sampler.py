@@ -153,6 +153,7 @@ class Sampler:
     Attributes:
         policy_version: updates of the policy that acts.
         fresh: all environments were reset, and took no step since.
+        check: called before every step; what it raises ends the rollout.
         env_s: seconds spent in the environments since `start`.
         inference_s: seconds spent in the policy since then.
     """
@@ -172,6 +173,7 @@ class Sampler:
         self._envs: Array = np.arange(num_envs)
         self._next: tuple[Array, ...] = ()  # INPUTS of the next step, once there was a reset
         self.fresh = False
+        self.check: Callable[[], None] = lambda: None
 
     def start(
         self,
@@ -366,6 +368,7 @@ class Sampler:
         bootstraps = with_value and policy.recurrent and not self.memory_spans_trial
         noise: Sequence[Tensor] = ()
         for t in range(storage.num_steps):
+            self.check()
             if t == storage.room:
                 storage.resize(min(2 * storage.room, storage.num_steps))
             if t % block == 0 and not storage.greedy:
@@ -421,8 +424,7 @@ class Sampler:
                 raise ValueError(f"observations {obs.shape} instead of {storage.obs[t].shape}")
             storage.obs[t + 1] = obs
             storage.reward[t] = reward
-            storage.terminated[t] = terminated
-            storage.truncated[t] = truncated
+            storage.terminated[t], storage.truncated[t] = terminated, truncated
             self.episodes.add_reward(reward)
             if "success" in info:
                 self.episodes.add_success(info["success"])

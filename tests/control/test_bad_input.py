@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,15 +140,12 @@ stages:
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """A working directory with a config and the modules it names."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     Path("family.py").write_text(FAMILY)
     Path("lines.py").write_text(GYM)
     Path("run.yaml").write_text(CONFIG)
     yield tmp_path
-    for number, handler in handlers.items():  # A run takes them over.
-        signal.signal(number, handler)
     for name in ("family", "lines"):
         sys.modules.pop(name, None)
 

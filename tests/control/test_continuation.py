@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pandas as pd
@@ -44,15 +43,6 @@ stages:
     validation_tasks: 2
 """
 LONGER = "stages.train.env_steps=1024"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def signals():
-    """A run takes them over."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def play(folder: Path, *overrides: str, display: Display | None = None) -> Path:

@@ -64,14 +64,6 @@ def baseline(algorithm=PPO, tasks=GOALS):
     return made
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():  # A run takes them over.
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of three stages, and what it logged or warned of."""

@@ -1,7 +1,5 @@
 """RLlib where Ray has other processes: its own samplers, our workers, Tune's trials."""
 
-import signal
-
 import pytest
 
 import dmrl_ray
@@ -31,12 +29,9 @@ stages:
 
 
 def test_a_run_with_workers_samples_fine_tunes_and_plays_in_them(tmp_path):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     folder = controller.run(
         parse_config(TEXT, "test.yaml"), tmp_path / "run", display=Display(quiet=True)
     )
-    for number, handler in handlers.items():  # A run takes them over.
-        signal.signal(number, handler)
     episodes = dmrl_ray.load(folder)
     training = episodes[(episodes["stage"] == "multi") & (episodes["split"] == "train")]
     assert len(training) * 5 >= 400

@@ -277,7 +277,7 @@ def test_starts_of_fine_tuning_are_those_of_finished_jobs(tmp_path, monkeypatch)
     def interrupt(run, name, *rest):
         save(run, name, *rest)
         if name == "tuned.0001":
-            run._signal = signal.SIGTERM
+            run.stop.number = signal.SIGTERM
 
     monkeypatch.setattr(Run, "save_policy", interrupt)
     tuning = "stages.tuned={type: finetune, init_from: train, tasks: 9, updates: 1}"
