@@ -452,7 +452,7 @@ class Sampler:
     def _check(self, storage: Storage, pi: Tensor) -> None:
         """Check that all numbers of the rollout are finite."""
         check_finite(self.distribution, storage, self.episodes, self._steps_done)
-        if torch.isnan(pi.sum()):  # Discrete actions do not show it.
+        if not torch.isfinite(pi.sum()):  # Discrete and squashed actions do not show it.
             raise diverged(self.policy_version, storage.adaptation_step)
 
     def _values(self, storage: Storage, policy: ActorCritic) -> tuple[Tensor, Tensor]:

@@ -420,9 +420,17 @@ def test_other_breaches_of_the_contract_are_told(fault, parts):
     refused(run(f"tasks.fault={fault}"), 5, "task family 'broken': ", *parts)
 
 
-def test_a_step_size_that_makes_the_policy_diverge_is_not_blamed_on_the_family():
-    answer = run("algorithm.lr=1e300")
-    refused(answer, 7, "the policy diverged after update 1: ", "lower algorithm.lr")
+@pytest.mark.parametrize(
+    ("change", "after"),
+    [
+        ("algorithm.lr=1e300", "update 1"),
+        (FINE_TUNED.format("algorithm: {type: ppo, lr: 1e300, num_steps: 20}"), "update 1"),
+        (ADAPTED.format("lr: 1e300"), "update 4 and adaptation step 1"),
+    ],
+    ids=["pretrain", "finetune", "adapt"],
+)
+def test_a_step_size_that_makes_the_policy_diverge_is_not_blamed_on_the_family(change, after):
+    refused(run(change), 7, f"the policy diverged after {after}: ", "lower algorithm.lr")
 
 
 def test_a_run_whose_family_was_repaired_goes_on():
