@@ -26,7 +26,15 @@ from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.device_sampler import DeviceSampler
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
-from dmrl_ray.tasks.faults import answer_of, check_spaces, fault, name_of, sample
+from dmrl_ray.tasks.faults import (
+    RAISED,
+    answer_of,
+    check_spaces,
+    contain_exit,
+    fault,
+    name_of,
+    sample,
+)
 from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream, storable
 
 
@@ -242,6 +250,7 @@ def load_family(component: Component) -> TaskDistribution:
         EnvironmentFault: it raised something else.
     """
     kind, settings = _load("tasks", component, TaskDistribution), component.settings
+    contain_exit()
     try:
         family: TaskDistribution = kind(settings)
     except (ValueError, EnvironmentFault):
@@ -251,7 +260,7 @@ def load_family(component: Component) -> TaskDistribution:
             f"tasks: {name_of(kind)} cannot be made in the memory of this machine; lower its "
             f"settings: {error}"
         ) from error
-    except Exception as error:  # A family may raise anything.
+    except RAISED as error:
         raise fault(kind, "__init__", error) from error
     check_spaces(family)
     return family

@@ -6,11 +6,14 @@ that code, without the stack frames of this package.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import CodeType, FrameType
+from typing import Any, NoReturn, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -20,12 +23,22 @@ from dmrl_ray.types import Array, EnvironmentFault, Reference, Split, Task
 
 Family: TypeAlias = TaskDistribution | type[TaskDistribution]
 
+RAISED = (Exception, SystemExit, KeyboardInterrupt)
+"""What a family may raise, and `fault` and `pass_signals` tell from what a signal raised."""
+
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sys.prefix, sys.base_prefix})
+_CALLERS = {__file__, *(str(Path(_PACKAGE, f)) for f in ("rollout/sampler.py", "jobs/spec.py"))}
+_leave, _pid = os._exit, 0
 
 
-def fault(family: Family, method: str, error: Exception) -> EnvironmentFault:
-    """Returns the `EnvironmentFault` that describes an error of a family's method."""
+def fault(family: Family, method: str, error: BaseException) -> EnvironmentFault:
+    """Returns the `EnvironmentFault` that describes an error of a family's method.
+
+    Raises:
+        BaseException: the error itself, if a signal raised it and not the family.
+    """
+    pass_signals(error)
     found = f"{type(error).__name__}: {error}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
     if not frames:  # This package failed to use the return value.
@@ -49,8 +62,53 @@ def answer_of(family: TaskDistribution, method: Callable[..., Any], *arguments: 
         return method(*arguments)
     except EnvironmentFault:
         raise
-    except Exception as error:  # A family may raise anything.
+    except RAISED as error:
         raise fault(family, method.__name__, error) from error
+
+
+def pass_signals(error: BaseException) -> None:
+    """Raises the error again if a signal's handler raised it in the middle of a family's code."""
+    raised = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    interrupted = (
+        isinstance(error, KeyboardInterrupt)
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    )
+    if interrupted or not _handlers().isdisjoint(raised):
+        raise error
+
+
+def _handlers() -> set[CodeType]:
+    """The code of this process's handlers of signals."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = [getattr(handler, "__code__", None) for handler in handlers]
+    return {code for code in codes if code is not None}
+
+
+def contain_exit() -> None:
+    """Has `os._exit` raise SystemExit where an environment calls it in this process.
+
+    A run would end without a word, and with the exit code of the environment's choice. All other
+    callers, and processes that an environment forks, end as before.
+    """
+    global _pid
+    _pid, os._exit = os.getpid(), _exit
+
+
+def _exit(status: int) -> NoReturn:
+    if os.getpid() == _pid and _in_family(sys._getframe(1)):
+        raise SystemExit(f"os._exit({status})")
+    _leave(status)
+
+
+def _in_family(caller: FrameType) -> bool:
+    """Whether a frame is of code that this package called as a family's, and of no handler."""
+    frame, handlers = caller, _handlers()
+    while not _is_ours(frame.f_code.co_filename):
+        if frame.f_code in handlers or frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return frame is not caller and frame.f_code.co_filename in _CALLERS
 
 
 def name_of(family: Family) -> str:
