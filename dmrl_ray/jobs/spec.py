@@ -22,6 +22,7 @@ from dmrl_ray.config.schema import (
     RunConfig,
     resolve_auto,
 )
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.device_sampler import DeviceSampler
 from dmrl_ray.rollout.sampler import Sampler
@@ -246,17 +247,19 @@ def load_family(component: Component) -> TaskDistribution:
     """Make a task family.
 
     Raises:
-        ValueError: it refuses its settings, or is not one that policies can be built for.
+        ConfigError: it refuses its settings, or is not one that policies can be built for.
         EnvironmentFault: it raised something else.
     """
     kind, settings = _load("tasks", component, TaskDistribution), component.settings
     contain_exit()
     try:
         family: TaskDistribution = kind(settings)
-    except (ValueError, EnvironmentFault):
+    except EnvironmentFault:
         raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     except MemoryError as error:
-        raise ValueError(
+        raise ConfigError(
             f"tasks: {name_of(kind)} cannot be made in the memory of this machine; lower its "
             f"settings: {error}"
         ) from error

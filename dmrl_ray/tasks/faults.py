@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeAlias
 import gymnasium as gym
 import numpy as np
 
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.types import Array, EnvironmentFault, Reference, Split, Task
 
@@ -147,14 +148,14 @@ def check_spaces(family: TaskDistribution) -> None:
     """Checks that policies support the family's spaces.
 
     Raises:
-        ValueError: an attribute is missing, or a space is not supported.
+        ConfigError: an attribute is missing, or a space is not supported.
     """
     for name in ("family", "observation_space", "action_space", "max_episode_steps"):
         if not hasattr(family, name):
-            raise ValueError(f"tasks: {type(family).__name__} lacks the attribute {name!r}")
+            raise ConfigError(f"tasks: {type(family).__name__} lacks the attribute {name!r}")
     obs_space, action_space = family.observation_space, family.action_space
     if not isinstance(obs_space, gym.spaces.Box) or obs_space.dtype not in (np.float32, np.uint8):
-        raise ValueError(
+        raise ConfigError(
             f"tasks: {name_of(family)}: observations are {obs_space}; a Box of float32, or of "
             "uint8 for images, is needed"
         )
@@ -163,7 +164,7 @@ def check_spaces(family: TaskDistribution) -> None:
         in_range = (action_space.low == -1).all() and (action_space.high == 1).all()
         valid = len(action_space.shape) == 1 and bool(in_range)
     if not valid:
-        raise ValueError(
+        raise ConfigError(
             f"tasks: {name_of(family)}: actions are {action_space}; a Discrete from 0, or a Box "
             "from -1 to 1 with one axis, is needed"
         )
