@@ -93,7 +93,7 @@ class ExternalEnv:
             raise EnvNotDeterministic(
                 f"{self._name()}: environment {self.index}: replaying the {len(actions)} actions "
                 f"since the reset with seed {seed} led to another observation; "
-                "all randomness must come from self.np_random for a run to be resumed"
+                "all randomness must come from self.np_random for a resumed run to continue it"
             )
         return obs
 
