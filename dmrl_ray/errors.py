@@ -1,7 +1,9 @@
 """Errors that a run can raise, each with the exit code of the command line.
 
-0 success, 2 config, 3 folder in use, 4 storage, 5 environment, 6 cluster, 7 numerical. An
-environment that breaks its contract raises `types.EnvironmentFault`, whose code is 5.
+0 success, 1 a fault of this package, 2 config, 3 folder in use, 4 storage, 5 environment,
+6 cluster, 7 numerical. An environment that breaks its contract raises `types.EnvironmentFault`,
+whose code is 5. What users can mend has a type of its own: any other error is shown as a fault of
+this package.
 """
 
 from __future__ import annotations
@@ -90,18 +92,22 @@ def exit_code(error: BaseException) -> int:
         return 130
     if isinstance(error, OSError):
         return StorageError.exit_code
-    mistake = isinstance(error, ValueError | ModuleNotFoundError)
-    return ConfigError.exit_code if mistake else DmrlError.exit_code
+    return ConfigError.exit_code if _is_missing_package(error) else DmrlError.exit_code
 
 
 def sentence(error: BaseException) -> str | None:
     """Returns the message shown to the user; None for a bug, which is shown with its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dmrl_ray"):
-        return f"error: the package '{error.name}' is not installed; try: pip install {error.name}"
+    if _is_missing_package(error):
+        name = error.name  # type: ignore[attr-defined]
+        return f"error: the package '{name}' is not installed; try: pip install {name}"
     if isinstance(error, ConfigError) and "\n" in str(error):
         return f"error: the config cannot be used\n{error}"
-    if isinstance(error, DmrlError | ValueError | OSError) or hasattr(error, "exit_code"):
+    if isinstance(error, DmrlError | OSError) or hasattr(error, "exit_code"):
         return f"error: {error}"
     return None
+
+
+def _is_missing_package(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dmrl_ray")

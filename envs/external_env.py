@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Discrete, MultiDiscrete
 
+from dmrl_ray.tasks.faults import RAISED, pass_signals
 from dmrl_ray.tasks.spaces import Packed
 from dmrl_ray.types import EnvironmentFault
 
@@ -56,7 +57,7 @@ class ExternalEnv:
             if changed:
                 self.set_task(values)
             returned = self.env.reset(seed=seed)
-        except Exception as error:  # an external environment may raise anything
+        except RAISED as error:
             self._fail("reset", f"raised {type(error).__name__}: {error}", error)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             self._fail("reset", "did not return (observation, info)")
@@ -67,7 +68,7 @@ class ExternalEnv:
         self.actions.append(action)
         try:
             returned = self.env.step(self._action(action))
-        except Exception as error:  # an external environment may raise anything
+        except RAISED as error:
             self._fail("step", f"raised {type(error).__name__}: {error}", error)
         if not (isinstance(returned, tuple) and len(returned) == 5):
             self._fail("step", "did not return (observation, reward, terminated, truncated, info)")
@@ -92,7 +93,7 @@ class ExternalEnv:
             raise EnvNotDeterministic(
                 f"{self._name()}: environment {self.index}: replaying the {len(actions)} actions "
                 f"since the reset with seed {seed} led to another observation; "
-                "all randomness must come from self.np_random for a run to be resumed"
+                "all randomness must come from self.np_random for a resumed run to continue it"
             )
         return obs
 
@@ -157,7 +158,9 @@ class ExternalEnv:
             self._fail("reward", f"is {number}, not a finite number in float32")
         return number
 
-    def _fail(self, field: str, found: str, cause: Exception | None = None) -> NoReturn:
+    def _fail(self, field: str, found: str, cause: BaseException | None = None) -> NoReturn:
+        if cause is not None:
+            pass_signals(cause)
         raise EnvironmentFault(
             f"{self._name()}: environment {self.index}, episode seed {self.seed}, "
             f"step {len(self.actions)}: {field} {found}"

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 
+from dmrl_ray.tasks.faults import RAISED, pass_signals
 from dmrl_ray.types import EnvironmentFault
 
 from .external_env import Apply, ExternalEnv, Values, find_attribute, find_set_task
@@ -34,7 +35,8 @@ def first_make(make: Callable[[], gym.Env[Any, Any]], env_id: str) -> gym.Env[An
         ) from None
     except gym.error.Error as error:
         raise ValueError(f"tasks.id: {error}") from None
-    except Exception as error:  # an external environment may raise anything
+    except RAISED as error:
+        pass_signals(error)
         raise ValueError(
             f"tasks.id: {env_id} cannot be built ({type(error).__name__}: {error}); "
             "check tasks.kwargs and what is varied"

@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 from dmrl_ray import __main__ as cli
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.config.schema import Component, Settings
-from dmrl_ray.errors import ClusterError, FolderInUse, Interrupted, NumericalError, StorageError
+from dmrl_ray.errors import (
+    ClusterError,
+    ConfigError,
+    FolderInUse,
+    Interrupted,
+    NumericalError,
+    StorageError,
+)
 from dmrl_ray.store.writer import RunWriter
 
 
@@ -170,7 +177,7 @@ def test_the_folder_of_a_run_is_its_name_and_the_time(here, controller):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ValueError("stage meta: no"), 2),
+        (ConfigError("stage meta: no"), 2),
         (FolderInUse("runs/x: in use"), 3),
         (StorageError("runs/x: disk full"), 4),
         (OSError("disk full"), 4),
@@ -212,8 +219,9 @@ def test_a_missing_package_is_named(here, controller):
     assert "error: the package 'ray' is not installed" in answer.stderr
 
 
-def test_a_fault_of_our_own_shows_its_traceback(here, controller):
-    controller.run = raises(AssertionError("broken"))
+@pytest.mark.parametrize("kind", [AssertionError, ValueError, KeyError, ArithmeticError])
+def test_a_fault_of_our_own_shows_its_traceback(here, controller, kind):
+    controller.run = raises(kind("broken"))
     answer = call("run", "run.yaml")
     assert answer.exit_code == 1
     assert "Traceback" in answer.stderr

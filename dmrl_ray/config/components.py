@@ -290,7 +290,7 @@ def _import_module(name: str) -> ModuleType:
         raise ValueError(
             f"module '{name}' needs the package '{missing}', which is not installed"
         ) from error
-    except Exception as error:  # A user's module may raise anything while it is imported.
+    except (Exception, SystemExit) as error:  # A user's module may raise anything.
         raise ValueError(
             f"import of module '{name}' failed with {type(error).__name__}: {error}"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import numpy as np
 from torch import nn
 
 from dmrl_ray.algorithms.offline import open_dataset
@@ -35,6 +36,12 @@ from dmrl_ray.jobs.spec import (
     smoke_test,
 )
 from dmrl_ray.jobs.transfer import rllib_start
+from dmrl_ray.tasks.distribution import TaskDistribution
+from dmrl_ray.tasks.faults import answer_of, first_obs, name_of, sample
+from dmrl_ray.types import SPLITS
+
+PLAYED_STEPS = 10
+"""Steps of each of the two plays by which `unrepeatable` compares."""
 
 
 def check(config: RunConfig) -> list[Part]:
@@ -75,6 +82,38 @@ def check(config: RunConfig) -> list[Part]:
     if problems:
         raise IncompatibleSettings([(stage, text) for text, stage in problems.items()])
     return max(held.values(), key=lambda parts: sum(p.about_bytes for p in parts), default=[])
+
+
+def unrepeatable(family: TaskDistribution) -> str | None:
+    """A sentence on what it means that two plays of one seed differ, if they do.
+
+    Raises:
+        EnvironmentFault: the family breaks its contract within the first steps.
+    """
+    stream = np.random.default_rng(0)
+    tasks = [task for split in SPLITS for task in sample(family, stream, 1, split)]
+    env = answer_of(family, family.make_vec, len(tasks))
+    family.action_space.seed(0)
+    actions = [[family.action_space.sample() for _ in tasks] for _ in range(PLAYED_STEPS)]
+
+    def play() -> list[bytes]:
+        env.np_random = np.random.default_rng(0)
+        answer_of(family, env.set_tasks, tasks)
+        seen = [np.asarray(first_obs(family, env)).tobytes()]
+        for action in actions:
+            answer = answer_of(family, env.step, np.array(action))
+            seen += [np.asarray(x).tobytes() for x in answer[:4]]
+        return seen
+
+    repeated = play() == play()
+    answer_of(family, env.close)
+    if repeated:
+        return None
+    return (
+        f"{name_of(family)}: two plays of one seed and the same actions differ, as where random "
+        "numbers are global ones, a clock is read, or state is kept over episodes: runs of one "
+        "seed will differ, and a resumed run begins its open episodes again"
+    )
 
 
 def _measure(config: RunConfig, name: str, held: dict[str, list[Part]]) -> None:

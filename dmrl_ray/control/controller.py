@@ -20,7 +20,7 @@ from dmrl_ray.config.components import did_you_mean
 from dmrl_ray.config.loading import resolved
 from dmrl_ray.config.paths import JOB_VARIABLE
 from dmrl_ray.config.schema import Pretrain, RunConfig
-from dmrl_ray.control.checks import check
+from dmrl_ray.control.checks import check, unrepeatable
 from dmrl_ray.control.continuation import change, changes
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
@@ -28,7 +28,7 @@ from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
-from dmrl_ray.jobs.spec import job_spec
+from dmrl_ray.jobs.spec import job_spec, load_family
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
 from dmrl_ray.store.tables import read_columns
@@ -60,6 +60,7 @@ def run(
     with stop.caught():
         with stop.abandoning():
             check(config)
+            warning = unrepeatable(load_family(config.tasks))
             config, placement = place(config, address)
         with RunWriter.create(
             folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
@@ -68,6 +69,9 @@ def run(
             if placement:
                 current.event("placed", message=placement)
                 display.message(placement)
+            if warning:
+                current.event("not_repeatable", message=warning)
+                display.message(f"warning: {warning}")
             _execute(current)
             return writer.folder
 

@@ -380,6 +380,9 @@ def _record(
         if report.steps is not None:
             run.writer.add_steps(spec, report.steps)
         run.note_left_out(spec, report.left_out)
+        if report.begun_again:
+            run.event("episodes_begun_again", spec.stage, spec.name, reason=report.begun_again)
+            run.display.message(f"open episodes begin again: {report.begun_again}")
     metrics["time/collect_s"] = max(report.seconds for report in reports)
     metrics["time/shards_s"] = sum(report.seconds for report in reports)
     metrics["time/env_s"] = sum(report.env_s for report in reports)

@@ -89,7 +89,7 @@ class Dataset:
         block = np.repeat(np.arange(len(found)), [len(pieces) for pieces in found])
         pieces = np.concatenate(found) if found else np.empty((0, 7), np.int64)
         if len(pieces) == 0:
-            raise ValueError("data: no steps were recorded; record a stage with record: true")
+            raise ConfigError("data: no steps were recorded; record a stage with record: true")
         self._index(pieces, block)
         self._block(int(self._piece_block[0]))
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.store.commits import committed_parts
 from dmrl_ray.store.tables import HISTORY, IN_HISTORY, fits
 
@@ -48,7 +49,7 @@ class Block:
         """Raises ValueError if the steps do not match the spaces of the task family."""
         width, shape = self.obs.shape[1], tuple(obs_space.shape or ())
         if width != math.prod(shape):
-            raise ValueError(
+            raise ConfigError(
                 f"data: observations have {width} numbers, but those of the task family have shape "
                 f"{shape}; use the task family of the recording"
             )
@@ -59,7 +60,7 @@ class Block:
             within = (action >= 0) & (action < action_space.n)
             fits = bool(within.all() and (action == action.astype(np.int64)).all())
         if not fits:
-            raise ValueError("data: some actions are not in the action space of the task family")
+            raise ConfigError("data: some actions are not in the action space of the task family")
 
     def not_finite(self) -> dict[str, np.ndarray]:
         """Returns, for each column with non-finite numbers as float32, (n,) bool: rows with one."""
@@ -181,7 +182,7 @@ class ParquetSource(Source):
             try:
                 file = pq.ParquetFile(path, page_checksum_verification=True)
             except (OSError, pa.ArrowException) as error:
-                raise ValueError(f"{path}: cannot be read: {error}") from error
+                raise ConfigError(f"{path}: cannot be read: {error}") from error
             self._check(path, file.schema_arrow)  # Before reading data, as some types run code.
             self._opened = (number, file)
         return self._opened[1]
@@ -189,14 +190,14 @@ class ParquetSource(Source):
     def _check(self, path: Path, schema: pa.Schema) -> None:
         for name, column in self.names.items():
             if column not in schema.names:
-                raise ValueError(
+                raise ConfigError(
                     f"{path}: has no column {column!r} for {name!r}, but {', '.join(schema.names)}"
                 )
             field = schema.field(column)
             if not _plain(field):
-                raise ValueError(f"{path}: column {column!r} is {field.type}, which is not plain")
+                raise ConfigError(f"{path}: column {column!r} is {field.type}, which is not plain")
             if name in CONTENT and pa.types.is_string(field.type):
-                raise ValueError(
+                raise ConfigError(
                     f"{path}: column {column!r} is text instead of numbers; RLlib writes them with "
                     "output_compress_columns=[]"
                 )
@@ -217,7 +218,7 @@ class Recorded(ParquetSource):
         folders = [Path(path) for run in runs for path in sorted(glob.glob(run))]
         paths = [part for folder in folders for part in committed_parts(folder, "transitions")]
         if not paths:
-            raise ValueError(
+            raise ConfigError(
                 f"data: {', '.join(runs)}: no transitions were recorded; record a stage with "
                 "record: true"
             )
@@ -267,7 +268,7 @@ class Recorded(ParquetSource):
         super()._check(path, schema)
         for name in self.names:
             if not fits("transitions", name, schema.field(name).type):
-                raise ValueError(f"{path}: column {name!r} is {schema.field(name).type}")
+                raise ConfigError(f"{path}: column {name!r} is {schema.field(name).type}")
 
 
 def _plain(field: pa.Field) -> bool:
@@ -322,7 +323,7 @@ def _flat(column: pa.Array) -> np.ndarray:
     if not nested or size == 0:
         return np.asarray(values)
     if len(values) % size:
-        raise ValueError("data: lists of one column differ in length")
+        raise ConfigError("data: lists of one column differ in length")
     return np.asarray(values).reshape(size, -1)
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dmrl_ray.config.schema import Number, Settings
 from dmrl_ray.data.files import CONTENT, KEYS, Block, ParquetSource, Recorded, Source
+from dmrl_ray.errors import ConfigError
 
 RLLIB_COLUMNS = {
     "obs": "obs",
@@ -103,7 +104,7 @@ class External(ParquetSource):
         found = [sorted(glob.glob(pattern, recursive=True)) for pattern in patterns]
         paths = [Path(path) for files in found for path in files]
         if not paths:
-            raise ValueError(f"data: there is no file {', '.join(patterns)}")
+            raise ConfigError(f"data: there is no file {', '.join(patterns)}")
         present = pq.ParquetFile(paths[0]).schema_arrow.names
         same = {name: name for name in (*CONTENT, *KEYS) if name in present}
         super().__init__(paths, {"obs": "obs", "action": "action"} | same | dict(names))
@@ -160,13 +161,13 @@ class Minari(Source):
         try:
             import minari
         except ModuleNotFoundError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"data.minari: {name!r} needs the package minari; pip install 'dmrl-ray[data]'"
             ) from error
         try:
             return cls(minari.load_dataset(name), name)
         except FileNotFoundError as error:
-            raise ValueError(f"data.minari: {name!r} is not on this machine: {error}") from error
+            raise ConfigError(f"data.minari: {name!r} is not on this machine: {error}") from error
 
     def pieces(self, block: int) -> np.ndarray:
         length = len(self._episodes[block].rewards)
@@ -180,7 +181,7 @@ class Minari(Source):
         episode = self._episodes[block]
         obs = np.asarray(episode.observations)
         if obs.dtype == object or obs.ndim == 0:
-            raise ValueError("data.minari: composite observations are not supported")
+            raise ConfigError("data.minari: composite observations are not supported")
         length = len(episode.rewards)
         next_row = np.full(length, -1)
         next_row[-1] = 0

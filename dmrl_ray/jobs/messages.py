@@ -119,6 +119,7 @@ class CollectReport:
     tasks: dict[str, pa.Array]  # rows of those that are played and were not before
     steps: Steps | None = None  # where the job is recorded
     left_out: tuple[LeftOut, ...] = ()  # of data, from the collection of a job that is made first
+    begun_again: str = ""  # why open episodes could not be continued, where they could not
 
 
 @dataclass(frozen=True)

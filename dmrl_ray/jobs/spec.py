@@ -22,11 +22,20 @@ from dmrl_ray.config.schema import (
     RunConfig,
     resolve_auto,
 )
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.device_sampler import DeviceSampler
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
-from dmrl_ray.tasks.faults import answer_of, check_spaces, fault, name_of, sample
+from dmrl_ray.tasks.faults import (
+    RAISED,
+    answer_of,
+    check_spaces,
+    contain_exit,
+    fault,
+    name_of,
+    sample,
+)
 from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream, storable
 
 
@@ -238,20 +247,23 @@ def load_family(component: Component) -> TaskDistribution:
     """Make a task family.
 
     Raises:
-        ValueError: it refuses its settings, or is not one that policies can be built for.
+        ConfigError: it refuses its settings, or is not one that policies can be built for.
         EnvironmentFault: it raised something else.
     """
     kind, settings = _load("tasks", component, TaskDistribution), component.settings
+    contain_exit()
     try:
         family: TaskDistribution = kind(settings)
-    except (ValueError, EnvironmentFault):
+    except EnvironmentFault:
         raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     except MemoryError as error:
-        raise ValueError(
+        raise ConfigError(
             f"tasks: {name_of(kind)} cannot be made in the memory of this machine; lower its "
             f"settings: {error}"
         ) from error
-    except Exception as error:  # A family may raise anything.
+    except RAISED as error:
         raise fault(kind, "__init__", error) from error
     check_spaces(family)
     return family

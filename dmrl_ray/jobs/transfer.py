@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dmrl_ray.config.schema import RLLIB
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.jobs.spec import get_weights
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.types import Arrays
@@ -82,7 +83,7 @@ def rllib_start(source: str, policy: ActorCritic) -> Start:
     own = get_weights(policy)
     matched = {name: theirs[name][0] for name in own if name in theirs}
     if not matched:
-        raise ValueError(f"init_from: {path}: has no weight that this network has")
+        raise ConfigError(f"init_from: {path}: has no weight that this network has")
     new = {name: np.asarray(theirs[name][1], own[name].dtype) for name in matched}
     _check(path, policy, own, new)
     if "value_head.weight" in new and "value_norm.mean" not in new and "value_norm.mean" in own:
@@ -104,13 +105,13 @@ def _read(path: Path) -> dict[str, object]:
     else:
         found = sorted(str(file.parent) for file in path.rglob(STATE_FILE))
         known = f"; there are modules in {', '.join(found)}" if found else ""
-        raise ValueError(f"init_from: {path}: is no RLlib checkpoint of a default_policy{known}")
+        raise ConfigError(f"init_from: {path}: is no RLlib checkpoint of a default_policy{known}")
     try:
         state = pickle.loads(file.read_bytes())
     except Exception as error:  # Unpickling may raise anything.
-        raise ValueError(f"init_from: {file}: cannot be read: {error}") from error
+        raise ConfigError(f"init_from: {file}: cannot be read: {error}") from error
     if not isinstance(state, dict):
-        raise ValueError(f"init_from: {file}: holds no weights")
+        raise ConfigError(f"init_from: {file}: holds no weights")
     return state
 
 
@@ -132,12 +133,12 @@ def _check(path: Path, policy: ActorCritic, own: Arrays, new: Arrays) -> None:
         hint = (
             "; only RLlib's free_log_std: True has one standard deviation, as here" if twice else ""
         )
-        raise ValueError(
+        raise ConfigError(
             f"init_from: {path}: does not fit the network; set its sizes alike: "
             + "; ".join(wrong)
             + hint
         )
     if policy.obs_norm is not None and "obs_norm.mean" not in new:
-        raise ValueError(
+        raise ConfigError(
             "network.normalize_obs: RLlib's policy reads observations as they are; use false"
         )

@@ -49,7 +49,7 @@ from dmrl_ray.rollout.rows import (
 )
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.faults import sample
-from dmrl_ray.types import Arrays, Columns, Rollout, Trial, random_stream
+from dmrl_ray.types import Arrays, Columns, EnvironmentFault, Rollout, Trial, random_stream
 
 Key: TypeAlias = tuple[int | str, ...]
 SinceChange: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -77,7 +77,7 @@ class RolloutWorker:
         torch.set_num_threads(1)
         spec, shard, iteration = call.spec, call.shard, call.iteration
         program = self._program(spec, weights, spec.rollout.device)
-        sampler = self._sampler(spec, program, shard, iteration, state)
+        sampler, begun_again = self._sampler(spec, program, shard, iteration, state)
         algorithm = program.algorithm
         num_envs = spec.rollout.num_envs
         tasks = list(spec.fixed_tasks) or sample(
@@ -125,6 +125,7 @@ class RolloutWorker:
             task_rows(met),
             recorded,
             _left_out(algorithm) if shard == iteration == 0 else (),
+            begun_again,
         )
         return report, trial, after
 
@@ -251,14 +252,21 @@ class RolloutWorker:
 
     def _sampler(
         self, spec: JobSpec, program: Program, shard: int, iteration: int, state: Arrays
-    ) -> Sampler:
-        """The shard's sampler as it stood before this iteration."""
+    ) -> tuple[Sampler, str]:
+        """The shard's sampler as it stood before this iteration.
+
+        Where environments do not come to where they stood, it is a new one, whose episodes begin
+        again, and the second answer says why.
+        """
         at, sampler = self._samplers.pop((*spec.key, shard), (-1, None))
         if sampler is None:
             sampler = self._made(program, spec.rollout.num_envs)
         if at != iteration and program.algorithm.continues_episodes:
-            sampler.set_state(self._read(state))
-        return sampler
+            try:
+                sampler.set_state(self._read(state))
+            except EnvironmentFault as error:
+                return program.sampler(spec.rollout.num_envs), str(error)
+        return sampler, ""
 
     def _made(self, program: Program, num_envs: int) -> Sampler:
         """A new sampler, which can be ended between steps."""

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dmrl_ray.data.lineage import Lineage
 from dmrl_ray.data.lineage import run_config as run_config
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.results.intervals import (
     DIFFERENCE_OF_PROPORTIONS,
     PROPORTION,
@@ -62,7 +63,7 @@ def load(path: str | Path | Iterable[str | Path], table: str = "episodes") -> pd
     try:
         merged = pa.concat_tables([first, *tables], promote_options="default")
     except pa.ArrowException as error:
-        raise ValueError(f"these runs cannot be joined in one table: {error}") from error
+        raise ConfigError(f"these runs cannot be joined in one table: {error}") from error
     if table == "transitions":
         merged = merged.sort_by([(name, "ascending") for name in HISTORY + IN_HISTORY])
     return merged.to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get, ignore_metadata=True)
@@ -80,11 +81,11 @@ def find_runs(path: str | Path | Iterable[str | Path]) -> list[Path]:
             found = sorted(found[0].iterdir())
         here = [p for p in found if _is_run(p)]
         if not here:
-            raise ValueError(f"{item}: no run found{_suggestion(item)}")
+            raise ConfigError(f"{item}: no run found{_suggestion(item)}")
         for run in here:
             runs.setdefault(run.resolve(), run)
     if not runs:
-        raise ValueError("no run was given")
+        raise ConfigError("no run was given")
     return list(runs.values())
 
 

@@ -22,6 +22,7 @@ from gymnasium.vector.utils import batch_space
 from ray.tune.registry import register_env
 
 from dmrl_ray.config.components import Component, Settings
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.jobs.spec import load_family
 from dmrl_ray.rllib.observations import ObservationBuilder
 from dmrl_ray.rollout.finite import diverged
@@ -103,7 +104,7 @@ class LockstepEnvs:
     def __init__(self, settings: EnvSettings, num_envs: int) -> None:
         self.family = settings.family()
         if num_envs > 1 and not self.family.fixed_length:
-            raise ValueError(
+            raise ConfigError(
                 f"gym_env_vectorize_mode: episodes of {self.family.family!r} differ in length, so "
                 "that its environments cannot be stepped as one; use 'sync'"
             )

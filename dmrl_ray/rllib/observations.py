@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.tasks.distribution import TaskDistribution
 
 
@@ -39,7 +40,7 @@ class ObservationBuilder:
         self.space = box
         if previous == "flat":
             if len(obs_space.shape) > 1:
-                raise ValueError(
+                raise ConfigError(
                     f"previous: observations of {family.family!r} have shape {obs_space.shape}; "
                     "flat needs vectors, use parts"
                 )

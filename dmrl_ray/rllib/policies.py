@@ -83,7 +83,7 @@ class ActorCriticModule(TorchRLModule, ValueFunctionAPI):  # type: ignore[misc]
         family = load_family(Component.model_validate(self.model_config["tasks"]))
         expected = _obs_space(family, options)
         if _layout(self.observation_space) != _layout(expected):
-            raise ValueError(
+            raise ConfigError(
                 f"this policy expects observations {_layout(expected)}, but the environment has "
                 f"{_layout(self.observation_space)}; register its family as in training, with "
                 "whole_trials=True and previous='parts' if it observes its previous step"

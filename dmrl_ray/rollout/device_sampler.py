@@ -98,13 +98,13 @@ class DeviceSampler(Sampler):
             if i < len(ends):
                 envs, step = np.arange(self.num_envs), self._steps_done + stop
                 self.episodes.end_episodes(envs, step, self._pending_task_of, greedy=storage.greedy)
-        if np.isnan(pi_sums[0]) and self._diverged_first(storage, pi):
+        if not np.isfinite(pi_sums[0]) and self._diverged_first(storage, pi):
             raise diverged(self.policy_version, storage.adaptation_step)
         if not np.isfinite(totals[0]):
             check_finite(self.distribution, storage, self.episodes, self._steps_done)
 
     def _diverged_first(self, storage: Storage, pi: Tensor) -> bool:
-        """Whether the policy's answer is not a number before anything that it observed is not."""
-        step = int(torch.isnan(pi).flatten(1).any(1).int().argmax())
+        """Whether the policy's answer is not finite before anything that it observed is not."""
+        step = int((~torch.isfinite(pi)).flatten(1).any(1).int().argmax())
         before = storage.obs[: step + 1].sum() + storage.reward[:step].sum()
         return bool(torch.isfinite(before))

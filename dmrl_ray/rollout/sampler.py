@@ -22,7 +22,7 @@ from dmrl_ray.networks.base import Memory, select_memory
 from dmrl_ray.rollout.episodes import Episodes, Open
 from dmrl_ray.rollout.finite import check_finite, diverged
 from dmrl_ray.tasks.distribution import TaskDistribution
-from dmrl_ray.tasks.faults import answer_of, fault, first_obs
+from dmrl_ray.tasks.faults import RAISED, answer_of, fault, first_obs
 from dmrl_ray.types import Array, Arrays, Columns, EnvironmentFault, Rollout, Task, tasks_from_array
 
 Actor: TypeAlias = Callable[
@@ -436,7 +436,7 @@ class Sampler:
             storage.ends.append((t, ended, info["final_obs"][ended]))
         except EnvironmentFault:
             raise
-        except Exception as error:  # A family may raise anything.
+        except RAISED as error:
             raise fault(self.distribution, "step", error) from error
         step = self._steps_done + t + 1
         self.episodes.end_episodes(ended, step, self._pending_task_of, greedy=storage.greedy)
@@ -454,7 +454,7 @@ class Sampler:
     def _check(self, storage: Storage, pi: Tensor) -> None:
         """Check that all numbers of the rollout are finite."""
         check_finite(self.distribution, storage, self.episodes, self._steps_done)
-        if torch.isnan(pi.sum()):  # Discrete actions do not show it.
+        if not torch.isfinite(pi.sum()):  # Discrete and squashed actions do not show it.
             raise diverged(self.policy_version, storage.adaptation_step)
 
     def _values(self, storage: Storage, policy: ActorCritic) -> tuple[Tensor, Tensor]:

@@ -6,27 +6,41 @@ that code, without the stack frames of this package.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import CodeType, FrameType
+from typing import Any, NoReturn, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.tasks.score import Reference
 from dmrl_ray.types import Array, EnvironmentFault, Split, Task
 
 Family: TypeAlias = TaskDistribution | type[TaskDistribution]
 
+RAISED = (Exception, SystemExit, KeyboardInterrupt)
+"""What a family may raise, and `fault` and `pass_signals` tell from what a signal raised."""
+
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sys.prefix, sys.base_prefix})
+_CALLERS = {__file__, *(str(Path(_PACKAGE, f)) for f in ("rollout/sampler.py", "jobs/spec.py"))}
+_leave, _pid = os._exit, 0
 
 
-def fault(family: Family, method: str, error: Exception) -> EnvironmentFault:
-    """Returns the `EnvironmentFault` that describes an error of a family's method."""
+def fault(family: Family, method: str, error: BaseException) -> EnvironmentFault:
+    """Returns the `EnvironmentFault` that describes an error of a family's method.
+
+    Raises:
+        BaseException: the error itself, if a signal raised it and not the family.
+    """
+    pass_signals(error)
     found = f"{type(error).__name__}: {error}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
     if not frames:  # This package failed to use the return value.
@@ -50,8 +64,53 @@ def answer_of(family: TaskDistribution, method: Callable[..., Any], *arguments: 
         return method(*arguments)
     except EnvironmentFault:
         raise
-    except Exception as error:  # A family may raise anything.
+    except RAISED as error:
         raise fault(family, method.__name__, error) from error
+
+
+def pass_signals(error: BaseException) -> None:
+    """Raises the error again if a signal's handler raised it in the middle of a family's code."""
+    raised = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    interrupted = (
+        isinstance(error, KeyboardInterrupt)
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    )
+    if interrupted or not _handlers().isdisjoint(raised):
+        raise error
+
+
+def _handlers() -> set[CodeType]:
+    """The code of this process's handlers of signals."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = [getattr(handler, "__code__", None) for handler in handlers]
+    return {code for code in codes if code is not None}
+
+
+def contain_exit() -> None:
+    """Has `os._exit` raise SystemExit where an environment calls it in this process.
+
+    A run would end without a word, and with the exit code of the environment's choice. All other
+    callers, and processes that an environment forks, end as before.
+    """
+    global _pid
+    _pid, os._exit = os.getpid(), _exit
+
+
+def _exit(status: int) -> NoReturn:
+    if os.getpid() == _pid and _in_family(sys._getframe(1)):
+        raise SystemExit(f"os._exit({status})")
+    _leave(status)
+
+
+def _in_family(caller: FrameType) -> bool:
+    """Whether a frame is of code that this package called as a family's, and of no handler."""
+    frame, handlers = caller, _handlers()
+    while not _is_ours(frame.f_code.co_filename):
+        if frame.f_code in handlers or frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return frame is not caller and frame.f_code.co_filename in _CALLERS
 
 
 def name_of(family: Family) -> str:
@@ -90,14 +149,14 @@ def check_spaces(family: TaskDistribution) -> None:
     """Checks that policies support the family's spaces.
 
     Raises:
-        ValueError: an attribute is missing, or a space is not supported.
+        ConfigError: an attribute is missing, or a space is not supported.
     """
     for name in ("family", "observation_space", "action_space", "max_episode_steps"):
         if not hasattr(family, name):
-            raise ValueError(f"tasks: {type(family).__name__} lacks the attribute {name!r}")
+            raise ConfigError(f"tasks: {type(family).__name__} lacks the attribute {name!r}")
     obs_space, action_space = family.observation_space, family.action_space
     if not isinstance(obs_space, gym.spaces.Box) or obs_space.dtype not in (np.float32, np.uint8):
-        raise ValueError(
+        raise ConfigError(
             f"tasks: {name_of(family)}: observations are {obs_space}; a Box of float32, or of "
             "uint8 for images, is needed"
         )
@@ -106,7 +165,7 @@ def check_spaces(family: TaskDistribution) -> None:
         in_range = (action_space.low == -1).all() and (action_space.high == 1).all()
         valid = len(action_space.shape) == 1 and bool(in_range)
     if not valid:
-        raise ValueError(
+        raise ConfigError(
             f"tasks: {name_of(family)}: actions are {action_space}; a Discrete from 0, or a Box "
             "from -1 to 1 with one axis, is needed"
         )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,23 @@ class BrokenEnv(PointGoalVectorEnv):
 class Broken(PointGoal):
     def make_vec(self, num_envs):
         return BrokenEnv(num_envs, self.config.horizon)
+
+
+class LeavingEnv(PointGoalVectorEnv):
+    def step(self, actions):
+        if len(self.ways) == 1:
+            os._exit(0)
+        raise self.ways.pop()
+
+
+class Leaving(PointGoal):
+    class Config(PointGoal.Config):
+        ways: int = 0
+
+    def make_vec(self, num_envs):
+        env = LeavingEnv(num_envs, self.config.horizon)
+        env.ways = [None, SystemExit(3), KeyboardInterrupt()][: self.config.ways]
+        return env
 
 
 def make_spec(name, algorithm="ppo", tasks="point_goal", *, shards=2, num_envs=40, **settings):
@@ -220,6 +238,18 @@ def test_a_fault_of_an_environment_reaches_the_driver_and_is_not_retried(workers
     spec = make_spec("broken", tasks="test_cluster:Broken")
     with pytest.raises(EnvironmentFault, match="obs of environment 0 at step 0"):
         collect(workers, spec, 0, workers.put(first_weights(spec)), [{}, {}])
+    assert workers.events == []
+
+
+@pytest.mark.parametrize(
+    ("ways", "found"), [(1, r"SystemExit: os._exit\(0\)"), (2, "SystemExit: 3"), (3, "KeyboardInt")]
+)
+def test_an_environment_that_ends_its_worker_is_named_and_no_worker_is_lost(workers, ways, found):
+    spec = replace(
+        make_spec(f"leaves {ways}"), tasks=Component(type="test_cluster:Leaving", ways=ways)
+    )
+    with pytest.raises(EnvironmentFault, match=f"step raised {found}"):
+        collect(workers, spec, 0, workers.put(first_weights(make_spec("leaves"))), [{}, {}])
     assert workers.events == []
 
 

@@ -43,6 +43,8 @@ class BrokenEnv(PointGoalVectorEnv):
 
     def step(self, actions):
         self.steps += 1
+        if self.fault == "exit" and self.steps == 30:
+            raise SystemExit(3)
         if self.steps == {"step": 30, "last step": 70}.get(self.fault):
             raise ZeroDivisionError("no mass")
         if self.fault == "never ends":
@@ -96,6 +98,9 @@ class Broken(PointGoal):
 """
 
 GYM = """
+import os
+import sys
+
 import gymnasium as gym
 import numpy as np
 
@@ -116,6 +121,14 @@ class Line(gym.Env):
         self.t += 1
         if self.fault == "late" and self.t == 15:
             raise OSError("the simulator is gone")
+        if self.fault == "exit" and self.t == 15:
+            sys.exit(3)
+        if self.fault == "_exit" and self.t == 15:
+            if child := os.fork():
+                os.waitpid(child, 0)
+            os._exit(0)
+        if self.fault == "interrupt" and self.t == 15:
+            raise KeyboardInterrupt
         x = 5.0 if self.fault == "outside" else 0.0
         return np.array([x], np.float32), 1.0, False, False, {}
 
@@ -387,7 +400,8 @@ def test_a_family_that_is_broken_from_the_start_is_found_before_the_run_begins(f
     [
         ("nan", ["obs of environment 3 at step ", " is nan, on task "]),
         ("inf", ["reward of environment 2 at step ", " is inf, on task "]),
-        ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 28)"]),
+        ("step", ["step raised ZeroDivisionError: no mass (", "family.py, line 30)"]),
+        ("exit", ["step raised SystemExit: 3 (", "family.py, line 28)"]),
         ("late reset", ["step raised KeyError: 'no goal' (", "family.py, line 12)"]),
         ("late shape", ["the return value of step is invalid", "(8, 1) instead of (8, 2)"]),
     ],
@@ -416,9 +430,17 @@ def test_other_breaches_of_the_contract_are_told(fault, parts):
     refused(run(f"tasks.fault={fault}"), 5, "task family 'broken': ", *parts)
 
 
-def test_a_step_size_that_makes_the_policy_diverge_is_not_blamed_on_the_family():
-    answer = run("algorithm.lr=1e300")
-    refused(answer, 7, "the policy diverged after update 1: ", "lower algorithm.lr")
+@pytest.mark.parametrize(
+    ("change", "after"),
+    [
+        ("algorithm.lr=1e300", "update 1"),
+        (FINE_TUNED.format("algorithm: {type: ppo, lr: 1e300, num_steps: 20}"), "update 1"),
+        (ADAPTED.format("lr: 1e300"), "update 4 and adaptation step 1"),
+    ],
+    ids=["pretrain", "finetune", "adapt"],
+)
+def test_a_step_size_that_makes_the_policy_diverge_is_not_blamed_on_the_family(change, after):
+    refused(run(change), 7, f"the policy diverged after {after}: ", "lower algorithm.lr")
 
 
 def test_a_run_whose_family_was_repaired_goes_on():
@@ -442,6 +464,22 @@ def test_a_gymnasium_environment_that_never_ends_is_truncated():
 def test_a_gymnasium_environment_that_raises_is_named_with_its_episode():
     parts = ["Line-v0: ", "step 15: step raised OSError: the simulator is gone"]
     refused(run(LINE.format("late")), 5, *parts)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [("exit", "SystemExit: 3"), ("_exit", "SystemExit: os._exit(0)"), ("interrupt", "Keyboard")],
+)
+def test_an_environment_that_ends_the_process_is_named_and_the_run_fails(fault, found):
+    command = [sys.executable, "-m", "dmrl_ray", "run", "run.yaml", "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(
+        [*command, LINE.format(fault)], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert answer.returncode == 5, answer.stderr
+    parts = ["error: Line-v0: environment ", ", episode seed ", f"step 15: step raised {found}"]
+    assert re.search(".*".join(map(re.escape, parts)), answer.stderr), answer.stderr
+    assert "run_failed" in set(dmrl_ray.load("out", table="events")["event"])
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from gymnasium.spaces import Box, Discrete
 
 from dmrl_ray.errors import NumericalError
 from dmrl_ray.networks.actor_critic import ActorCritic, previous_inputs
+from dmrl_ray.networks.heads import SquashedGaussianHead
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.types import EnvironmentFault, Task, join_shards
@@ -643,3 +644,18 @@ def test_where_an_adapted_policy_diverged_its_step_size_is_named_too():
     torch.nn.init.constant_(policy.policy_head.layer.weight, np.nan)
     with pytest.raises(NumericalError, match=r"update 0 and adaptation step 2: .*size of adapt"):
         make_sampler(Walk(False), policy=policy).rollout(policy, 3, adaptation_step=2)
+
+
+@pytest.mark.parametrize("head", ["discrete", "box", "squashed"])
+@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
+def test_a_policy_whose_outputs_are_infinite_has_diverged(head, greedy):
+    # argmax and tanh make ordinary actions of infinite numbers.
+    family = Walk(discrete=head == "discrete")
+    policy = make_policy(family)
+    if head == "squashed":
+        policy.policy_head = SquashedGaussianHead(torch.nn.LazyLinear(4), 2)
+        policy(torch.zeros(1, 1, 2))
+    torch.nn.init.constant_(policy.policy_head.layer.bias, torch.inf)
+    sampler = make_sampler(family, policy=policy, greedy=greedy)
+    with pytest.raises(NumericalError, match="the policy diverged after update 0: "):
+        sampler.rollout(policy, 3)
