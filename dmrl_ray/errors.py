@@ -6,6 +6,8 @@ environment that breaks its contract raises `types.EnvironmentFault`, whose code
 
 from __future__ import annotations
 
+import unicodedata
+
 FAULT = "this is a bug in dmrl_ray, unless the traceback ends in your code; please report it"
 
 
@@ -100,3 +102,19 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, DmrlError | ValueError | OSError) or hasattr(error, "exit_code"):
         return f"error: {error}"
     return None
+
+
+def printable(text: str) -> str:
+    """Returns text of others as it can be shown: control characters are written as ``\\x1b``."""
+    return "".join(c if c in "\n\t" or _is_shown(c) else _escaped(c) for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    # Also surrogates, which cannot be written, and formats, which reverse the text after them.
+    return (character.isascii() and character.isprintable()) or unicodedata.category(
+        character
+    ) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
