@@ -136,10 +136,12 @@ def run(
             _warn(
                 "a Ray job's working directory is deleted at its end; give --out an absolute path"
             )
+        from dmrl_ray.store.run_folder import local_path
+
+        folder = local_path(out)
         from dmrl_ray.control import controller
         from dmrl_ray.results.display import Display
 
-        folder = out.absolute()
         with _resumable(folder), _locate_errors(config, overrides or ()), Display() as display:
             if resume and (folder / "run.json").exists():
                 controller.resume(folder, config=settings, address=address, display=display)
@@ -200,7 +202,7 @@ def evaluate(
         if json:
             typer.echo(frame.to_json(orient="records", date_format="iso"))
         else:
-            typer.echo(report.evaluation_report(frame))
+            _say(report.evaluation_report(frame))
 
 
 @app.command()
@@ -210,7 +212,7 @@ def report(run: RunName, verbose: Verbose = False) -> None:
         folder = _find_run(run)
         from dmrl_ray.results.report import text_report
 
-        typer.echo(text_report(folder))
+        _say(text_report(folder))
 
 
 @app.command()
@@ -255,11 +257,15 @@ def verify(run: RunName, verbose: Verbose = False) -> None:
         folder = _find_run(run)
         from dmrl_ray.errors import CorruptRun
         from dmrl_ray.store.commits import verify as problems_of
+        from dmrl_ray.store.run_folder import files_of_others
 
-        if problems := problems_of(folder):
-            typer.echo("\n".join(problems))
+        problems = problems_of(folder)
+        for path in files_of_others(folder):
+            _say(f"{path}: is not of this run, and left alone")
+        if problems:
+            _say("\n".join(problems))
             raise CorruptRun(f"{folder}: {len(problems)} problem(s) found")
-        typer.echo(f"{folder}: every file matches its commit")
+        _say(f"{folder}: every file matches its commit")
 
 
 @app.command()
@@ -281,18 +287,21 @@ def export(
         _choose("--to", to, ("rllib", "rllib-data"))
         _choose("--checkpoint", checkpoint, ("best", "last"))
         source = _find_run(run)
+        from dmrl_ray.store.run_folder import refuse_url
+
+        refuse_url(folder)
         if not verbose:  # RLlib warns that its own API is experimental.
             logging.getLogger("ray").setLevel(logging.ERROR)
         if to == "rllib":
             from dmrl_ray.rllib.policies import export_policy
 
             name = export_policy(source, folder.absolute(), stage=stage, checkpoint=checkpoint)
-            typer.echo(f"{folder}: policy {name}, for dmrl_ray.rllib.policies.exported('{folder}')")
+            _say(f"{folder}: policy {name}, for dmrl_ray.rllib.policies.exported('{folder}')")
         else:
             from dmrl_ray.rllib.data import export_steps
 
             steps = export_steps(source, folder.absolute(), stage=stage)
-            typer.echo(f"{folder}: {steps:,} steps, for offline_data(input_=['{folder}'])")
+            _say(f"{folder}: {steps:,} steps, for offline_data(input_=['{folder}'])")
 
 
 @contextmanager
@@ -312,7 +321,7 @@ def report_errors(verbose: bool) -> Iterator[None]:
         message = sentence(error)
         if verbose or message is None:
             traceback.print_exception(error)
-        typer.echo(message or f"error: {FAULT}", err=True)
+        _say(message or f"error: {FAULT}", err=True)
         raise typer.Exit(exit_code(error)) from error
 
 
@@ -367,14 +376,21 @@ def _choose(option: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _warn(text: str) -> None:
-    typer.echo(f"warning: {text}", err=True)
+    _say(f"warning: {text}", err=True)
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Prints text that may hold names of others, with their control characters escaped."""
+    from dmrl_ray.errors import printable
+
+    typer.echo(printable(text), err=err)
 
 
 def _show_end(folder: Path) -> None:
     from dmrl_ray.results.report import next_steps, text_report
 
-    typer.echo(text_report(folder))
-    typer.echo(f"\n{next_steps(_shown(folder))}")
+    _say(text_report(folder))
+    _say(f"\n{next_steps(_shown(folder))}")
 
 
 def command_line(program: str | None = None) -> None:

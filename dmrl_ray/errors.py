@@ -8,6 +8,8 @@ this package.
 
 from __future__ import annotations
 
+import unicodedata
+
 FAULT = "this is a bug in dmrl_ray, unless the traceback ends in your code; please report it"
 
 
@@ -111,3 +113,19 @@ def sentence(error: BaseException) -> str | None:
 
 def _is_missing_package(error: BaseException) -> bool:
     return isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("dmrl_ray")
+
+
+def printable(text: str) -> str:
+    """Returns text of others as it can be shown: control characters are written as ``\\x1b``."""
+    return "".join(c if c in "\n\t" or _is_shown(c) else _escaped(c) for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    # Also surrogates, which cannot be written, and formats, which reverse the text after them.
+    return (character.isascii() and character.isprintable()) or unicodedata.category(
+        character
+    ) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -13,6 +13,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow.compute as pc
 
 from dmrl_ray.cluster.placement import place
@@ -22,16 +23,20 @@ from dmrl_ray.config.paths import JOB_VARIABLE
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.checks import check, unrepeatable
 from dmrl_ray.control.continuation import change, changes
+from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
 from dmrl_ray.control.stop import StopRequest
-from dmrl_ray.control.train_loop import evaluate as evaluate_policy
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
-from dmrl_ray.jobs.spec import job_spec, load_family
+from dmrl_ray.jobs.messages import Call
+from dmrl_ray.jobs.protocols import map_calls
+from dmrl_ray.jobs.spec import Weights, job_spec, load_family
+from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
-from dmrl_ray.store.tables import read_columns
+from dmrl_ray.store.reader import RunReader
+from dmrl_ray.store.tables import read_part
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.types import Split
 
@@ -135,38 +140,34 @@ def evaluate(
     """
     import pandas as pd
 
-    with RunWriter.open(folder) as writer:
-        config = load_run_config(writer.folder)
-        here = config.workers.model_copy(update={"num": 0})
-        config = config.model_copy(update={"workers": here})
-        current = Run(config, writer, Display(quiet=True), None)
-        trained = [n for n, s in config.stages.items() if isinstance(s, Pretrain)]
-        ready = [n for n in trained if f"{n}.{checkpoint}" in current.files]
-        name = stage or (ready[-1] if ready else "")
-        if name and name not in trained:
-            hint = did_you_mean(name, trained) or f"; there are: {', '.join(trained)}"
-            raise ConfigError(f"command line: --stage: {name!r} trains no policy{hint}")
-        if name not in ready:
-            raise ConfigError(
-                f"{folder}: stage {name or 'any'!r} has no {checkpoint!r} policy yet; "
-                f"there are policies of: {', '.join(ready) or 'no stage'}"
-            )
-        policy = current.load_policy(f"{name}.{checkpoint}")
-        spec = job_spec(config, name)
-        drawn = current.tasks(split, tasks)
-        calls = evaluation_calls(
-            spec,
-            program_of(spec),
-            drawn,
-            trials=trials,
-            greedy=True,
-            policy_version=policy.version,
+    run = RunReader(folder)
+    config = load_run_config(folder)
+    trained = [n for n, s in config.stages.items() if isinstance(s, Pretrain)]
+    ready = [n for n in trained if f"{n}.{checkpoint}" in run.files]
+    name = stage or (ready[-1] if ready else "")
+    if name and name not in trained:
+        hint = did_you_mean(name, trained) or f"; there are: {', '.join(trained)}"
+        raise ConfigError(f"command line: --stage: {name!r} trains no policy{hint}")
+    if name not in ready:
+        raise ConfigError(
+            f"{folder}: stage {name or 'any'!r} has no {checkpoint!r} policy yet; "
+            f"there are policies of: {', '.join(ready) or 'no stage'}"
         )
-        rows = evaluate_policy(current, calls, policy)
-        rows["env_steps"][:] = _env_steps(folder, name, policy.version)
-        return pd.DataFrame(rows).assign(
-            run_id=writer.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed
-        )
+    weights = run.load(f"{name}.{checkpoint}")  # Before its version: a commit may come between.
+    policy = Weights(run.version(f"{name}.{checkpoint}"), weights)
+    spec = job_spec(config, name)
+    drawn = evaluation_tasks(load_family(config.tasks), config.evaluation_seed, split, tasks)
+    calls = evaluation_calls(
+        spec, program_of(spec), drawn, trials=trials, greedy=True, policy_version=policy.version
+    )
+    played = dict(
+        map_calls(LocalWorkers(), [Call(RolloutWorker.evaluate, (call, policy)) for call in calls])
+    )
+    rows = {key: np.concatenate([played[i][key] for i in range(len(calls))]) for key in played[0]}
+    rows["env_steps"][:] = _env_steps(folder, name, policy.version)
+    return pd.DataFrame(rows).assign(
+        run_id=run.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed
+    )
 
 
 def _env_steps(folder: Path, stage: str, version: int) -> int:
@@ -174,7 +175,7 @@ def _env_steps(folder: Path, stage: str, version: int) -> int:
     wanted = (pc.field("stage") == stage) & (pc.field("policy_version") == version)
     columns = ("stage", "policy_version", "env_steps")
     for part in committed_parts(folder, "metrics"):
-        rows = read_columns(part, "metrics", columns).filter(wanted)
+        rows = read_part(part, "metrics", columns).filter(wanted)
         if len(rows):
             return int(rows["env_steps"][0].as_py())
     return 0

@@ -20,12 +20,11 @@ import pyarrow.parquet as pq
 
 from dmrl_ray.errors import ConfigError
 from dmrl_ray.store.commits import committed_parts
-from dmrl_ray.store.tables import HISTORY, IN_HISTORY, fits
+from dmrl_ray.store.parquet import open_parquet
+from dmrl_ray.store.tables import HISTORY, IN_HISTORY, open_part
 
 CONTENT = ("obs", "action", "reward", "terminated", "truncated", "next_obs")
 KEYS = ("episode", "trial", "history", "task_id")
-TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
-"""Extension types whose storage is lists of numbers."""
 
 
 @dataclass(frozen=True)
@@ -172,20 +171,31 @@ class ParquetSource(Source):
         """Returns columns of a row group, with the names used here."""
         file, group = self.place[block]
         columns = [self.names[name] for name in names]
-        table = self.file(file).read_row_group(group, columns=columns, use_threads=False)
-        return pa.table({name: _storage(table[self.names[name]]) for name in names})
+        try:
+            table = self.file(file).read_row_group(group, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{self.paths[file]}: is damaged: {error}") from error
+        return pa.table({name: table[self.names[name]] for name in names})
 
     def file(self, number: int) -> Any:
         """Opens a file and checks its schema."""
         if self._opened[0] != number:
             path = self.paths[number]
-            try:
-                file = pq.ParquetFile(path, page_checksum_verification=True)
-            except (OSError, pa.ArrowException) as error:
-                raise ConfigError(f"{path}: cannot be read: {error}") from error
-            self._check(path, file.schema_arrow)  # Before reading data, as some types run code.
+            file = self.open(path)
+            self._check(path, file.schema_arrow)
             self._opened = (number, file)
         return self._opened[1]
+
+    def open(self, path: Path) -> pq.ParquetFile:
+        """Opens a file; columns of extension types, such as Ray's tensors, become plain ones.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        try:
+            return open_parquet(path, open(path, "rb"))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
         for name, column in self.names.items():
@@ -194,7 +204,8 @@ class ParquetSource(Source):
                     f"{path}: has no column {column!r} for {name!r}, but {', '.join(schema.names)}"
                 )
             field = schema.field(column)
-            if not _plain(field):
+            kind = _element(field.type)
+            if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
                 raise ConfigError(f"{path}: column {column!r} is {field.type}, which is not plain")
             if name in CONTENT and pa.types.is_string(field.type):
                 raise ConfigError(
@@ -264,23 +275,8 @@ class Recorded(ParquetSource):
             found.update(zip(*rows.to_pydict().values(), strict=True))
         return {row for row in found if self._stage in (None, row[1])}
 
-    def _check(self, path: Path, schema: pa.Schema) -> None:
-        super()._check(path, schema)
-        for name in self.names:
-            if not fits("transitions", name, schema.field(name).type):
-                raise ConfigError(f"{path}: column {name!r} is {schema.field(name).type}")
-
-
-def _plain(field: pa.Field) -> bool:
-    """Returns whether reading a field runs no code: numbers, text, lists of numbers, Ray's tensors.
-
-    Ray's tensors are extension types where its data library is imported, and lists elsewhere.
-    """
-    kind, name = field.type, (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
-    if isinstance(kind, pa.BaseExtensionType):
-        name = kind.extension_name
-    kind = _element(kind)
-    return name in ("", *TENSORS) and (pa.types.is_primitive(kind) or pa.types.is_string(kind))
+    def open(self, path: Path) -> pq.ParquetFile:
+        return open_part(path, "transitions")
 
 
 def _pixels(field: pa.Field) -> bool:
@@ -290,8 +286,6 @@ def _pixels(field: pa.Field) -> bool:
 
 def _element(kind: pa.DataType) -> pa.DataType:
     """Returns the type of the numbers in lists, or in lists of lists."""
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
     while _is_list(kind):
         kind = kind.value_type
     return kind
@@ -300,13 +294,6 @@ def _element(kind: pa.DataType) -> pa.DataType:
 def _is_list(kind: pa.DataType) -> bool:
     types = pa.types
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Returns the storage of an extension type; other columns unchanged."""
-    if not isinstance(column.type, pa.BaseExtensionType):
-        return column
-    return pa.chunked_array([c.storage for c in column.chunks], column.type.storage_type)
 
 
 def _flat(column: pa.Array) -> np.ndarray:

@@ -9,18 +9,20 @@ the location of the recordings.
 from __future__ import annotations
 
 import glob
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from dmrl_ray.config.yaml_text import parse
 from dmrl_ray.data.files import Recorded
 from dmrl_ray.data.sources import DataSettings
-from dmrl_ray.store.commits import read_committed, settings_changed
-from dmrl_ray.store.tables import read_columns
+from dmrl_ray.errors import ConfigError
+from dmrl_ray.store.commits import config_text, read_committed, run_facts, settings_changed
+from dmrl_ray.store.tables import read_part
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Trained:
     runs: tuple[str, ...] = ()
 
 
+class _LearnedFrom(BaseModel):
+    """What is read of the event ``learned_from``."""
+
+    complete: bool
+    allowed_by: str
+
+
 class Lineage:
     """The tasks that the policies of a run were trained on, as of its newest commit.
 
@@ -48,15 +57,18 @@ class Lineage:
     """
 
     def __init__(self, run: Path) -> None:
-        self.run_id = str(json.loads((run / "run.json").read_text())["run_id"])
+        self.run_id = str(run_facts(run)["run_id"])
         self._stages: dict[str, dict[str, Any]] = run_config(run).get("stages", {})
         self._tasks: dict[str, set[tuple[str, str]]] = defaultdict(set)
         for stage, *task in _rows(run, "trained_on", ("stage", "task_id", "split")):
             self._tasks[stage].add((task[0], task[1]))
-        self._learned: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._learned: dict[str, list[_LearnedFrom]] = defaultdict(list)
         for event, stage, detail in _rows(run, "events", ("event", "stage", "detail")):
             if event == "learned_from":
-                self._learned[stage].append(json.loads(detail))
+                try:
+                    self._learned[stage].append(_LearnedFrom.model_validate_json(detail))
+                except ValidationError as error:
+                    raise ValueError(f"{run}: the event learned_from is damaged") from error
 
     def of(self, stage: str) -> Trained:
         """Returns what the policy of a stage was trained on, in all stages of its lineage."""
@@ -69,8 +81,8 @@ class Lineage:
             # A pretrained stage without tasks is from a version that did not store them.
             known = settings.get("type") != "pretrain" or bool(self._tasks[name] or learned)
             here = (settings.get("init_from") or name) in self._stages
-            complete = complete and known and here and all(d["complete"] for d in learned)
-            allowing = [name] if settings.get("allow_seen") else [d["allowed_by"] for d in learned]
+            complete = complete and known and here and all(d.complete for d in learned)
+            allowing = [name] if settings.get("allow_seen") else [d.allowed_by for d in learned]
             allowed_by = allowed_by or next(filter(None, allowing), "")
         return Trained(frozenset(tasks), complete, allowed_by)
 
@@ -122,19 +134,45 @@ def learned_from(data: DataSettings, run: Path) -> Trained:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """Returns the settings of a run with later overrides, unvalidated; empty if there are none."""
+    """Returns the settings of a run with later overrides, without importing what they name.
+
+    Raises:
+        ValueError: the config is damaged, or no config of a run.
+    """
     path = run / "config.yaml"
-    document = parse(str(path), path.read_text() if path.is_file() else "")
-    if not isinstance(document.data, dict):
-        return {}
-    for override in settings_changed(run):
+    document = parse(str(path), config_text(run))
+    for override in settings_changed(run) if isinstance(document.data, dict) else ():
         document.override(override)
-    return document.data
+    if document.problems:
+        raise ConfigError(document.problems[0].text)
+    if document.data is None:
+        return {}
+    try:
+        _Outline.model_validate(document.data)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ConfigError(f"{path}: {where}: {error.errors()[0]['msg']}") from error
+    return dict(document.data)
+
+
+class _StageOutline(BaseModel):
+    """What is read of a stage without its class."""
+
+    type: str = ""
+    split: str = ""
+    init_from: str | None = None
+    streams: int = 1
+    tasks_per_stream: int = 1
+    tasks: int = 1
+
+
+class _Outline(BaseModel):
+    stages: dict[str, _StageOutline] = {}
 
 
 def _rows(run: Path, table: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
     def read(paths: list[Path]) -> list[tuple[Any, ...]]:
-        parts = [read_columns(path, table, columns).to_pydict() for path in paths]
+        parts = [read_part(path, table, columns).to_pydict() for path in paths]
         return [row for part in parts for row in zip(*part.values(), strict=True)]
 
     return read_committed([run], table, read)

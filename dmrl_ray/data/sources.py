@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
 from dmrl_ray.config.schema import Number, Settings
@@ -105,7 +104,7 @@ class External(ParquetSource):
         paths = [Path(path) for files in found for path in files]
         if not paths:
             raise ConfigError(f"data: there is no file {', '.join(patterns)}")
-        present = pq.ParquetFile(paths[0]).schema_arrow.names
+        present = self.open(paths[0]).schema_arrow.names
         same = {name: name for name in (*CONTENT, *KEYS) if name in present}
         super().__init__(paths, {"obs": "obs", "action": "action"} | same | dict(names))
         self._last: tuple[int, dict[str, Any]] = (-1, {})  # file, and state after the last row read

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dmrl_ray.data.lineage import Lineage
 from dmrl_ray.data.lineage import run_config as run_config
@@ -26,7 +23,7 @@ from dmrl_ray.results.intervals import (
     policy_interval,
 )
 from dmrl_ray.store.commits import read_committed
-from dmrl_ray.store.tables import HISTORY, IN_HISTORY, check_columns, schema_of
+from dmrl_ray.store.tables import HISTORY, IN_HISTORY, read_part, schema_of
 
 MEASURES = ("return", "score", "success")
 EXPERIENCE = ("experience_episodes", "experience_steps")
@@ -39,7 +36,6 @@ the number of seeds; and the numbers of tasks and starts per seed."""
 _STARTS_OF = ("run_id", "seed", "stage", "split", "algorithm", "greedy")
 _IN_A_START = ("trial", "episode", "adaptation_step")
 
-_HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
 _READERS = 4
 
 
@@ -101,23 +97,9 @@ def _suggestion(path: Path) -> str:
 
 def _read_parts(paths: list[Path], table: str) -> list[pa.Table]:
     if len(paths) < 4 * _READERS:
-        return [_read_part(path, table) for path in paths]
+        return [read_part(path, table) for path in paths]
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda path: _read_part(path, table), paths))
-
-
-def _read_part(path: Path, table: str) -> pa.Table:
-    data = path.read_bytes()
-    match = _HASH.fullmatch(path.name)
-    if match and not hashlib.sha256(data).hexdigest().startswith(match[1]):
-        raise ValueError(f"{path}: is damaged (its checksum does not match its name)")
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        # Before reading data, as an extension type may run code.
-        check_columns(path, file.schema_arrow, table)
-        return file.read(use_threads=False).replace_schema_metadata()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: is damaged: {error}") from error
+        return list(pool.map(lambda path: read_part(path, table), paths))
 
 
 def adaptation(frame: pd.DataFrame, by: Sequence[str] = ("stage",)) -> pd.DataFrame:

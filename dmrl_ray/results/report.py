@@ -19,11 +19,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from dmrl_ray.config.components import SHORT_NAMES, import_class
+from dmrl_ray.errors import printable
 from dmrl_ray.results import reading as results
 from dmrl_ray.results.display import short
 from dmrl_ray.results.intervals import policy_interval
 from dmrl_ray.results.report_tables import UNKNOWN, adaptation, table
-from dmrl_ray.store.commits import settings_changed
+from dmrl_ray.store.commits import run_facts, settings_changed
 
 ADAPTATION = "Adaptation on {} tasks, by episodes and steps of the task before"
 STREAM_WINDOWS = 3
@@ -89,8 +90,7 @@ def next_steps(run_folder: Path) -> str:
 
 
 def _facts(folder: Path, config: dict[str, Any], tables: Iterable[pd.DataFrame]) -> Table:
-    record = json.loads((folder / "run.json").read_text())
-    facts = record.get("facts", {})
+    facts = run_facts(folder)["facts"]
     grid = Table.grid(padding=(0, 2))
     grid.add_row("run", folder.name)
     for key in ("tasks", "network", "algorithm"):
@@ -262,8 +262,17 @@ def _finished(events: pd.DataFrame, name: str) -> float:
     Of a job that was trained further after its end, the last report is complete.
     """
     finished = events[events["event"] == "job_finished"].drop_duplicates("job", keep="last")
-    details = map(json.loads, finished["detail"])
-    return float(sum(detail.get(name, 0) for detail in details))
+    found = [_object(detail).get(name, 0) for detail in finished["detail"]]
+    return float(sum(x for x in found if isinstance(x, int | float)))
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Returns a JSON object; empty if the text is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _best_validation(metrics: pd.DataFrame) -> str:
@@ -296,7 +305,7 @@ def _detail(text: str) -> str:
         if isinstance(detail, dict):
             detail.pop("traceback", None)
         flat = " ".join(_flat(detail).split())
-    except ValueError:
+    except (ValueError, RecursionError):
         flat = text
     return flat if len(flat) <= 80 else flat[:77] + "..."
 
@@ -330,5 +339,5 @@ def _rendered(parts: Sequence[RenderableType]) -> str:
         if isinstance(part, str):
             console.print()
         console.print(part)
-    text = "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+    text = "\n".join(line.rstrip() for line in printable(stream.getvalue()).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).replace("\n\n|", "\n|").strip()

@@ -28,8 +28,9 @@ from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.networks.heads import SquashedGaussianHead
 from dmrl_ray.rllib.observations import ObservationBuilder
-from dmrl_ray.store.commits import load_run_config, newest_commit, run_facts
-from dmrl_ray.store.files import LocalFiles, atomic_folder, load_arrays
+from dmrl_ray.store.commits import load_run_config
+from dmrl_ray.store.files import atomic_folder
+from dmrl_ray.store.reader import RunReader
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.types import Arrays
 
@@ -154,12 +155,10 @@ def export_policy(
     """
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; choose another folder")
-    run_facts(run)
+    reader = RunReader(run)
     config = load_run_config(run)
-    commit = newest_commit(run)
-    files = commit.files if commit is not None else {}
-    name, owner = _choose(run, config, list(files), stage, checkpoint)
-    module = _module(config, owner, load_arrays(LocalFiles(run), files[name]))
+    name, owner = _choose(run, config, list(reader.files), stage, checkpoint)
+    module = _module(config, owner, reader.load(name))
     with atomic_folder(folder) as temporary:
         module.save_to_path(str(temporary))
         facts = {"run": run.name, "policy": name, "model_config": module.model_config}

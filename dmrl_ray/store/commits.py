@@ -21,19 +21,29 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from dmrl_ray.config.loading import load_config
+from pydantic import TypeAdapter, ValidationError
+
+from dmrl_ray.config.loading import parse_config
 from dmrl_ray.config.schema import RunConfig
+from dmrl_ray.config.yaml_text import MAX_BYTES
 from dmrl_ray.errors import ConfigError, CorruptRun
-from dmrl_ray.store.files import FileRecord, LocalFiles, difference
+from dmrl_ray.store.files import FileRecord, LocalFiles, difference, open_inside
+from dmrl_ray.store.tables import SCHEMAS
 
 FORMAT_VERSION = 3
 Json: TypeAlias = dict[str, object]
+MAX_RECORD_BYTES = 64 << 20
 _NAME = re.compile(r"(\d{8})\.json")
+_PART_NAME = re.compile(r"part-(?:(\d{8})-)?.*\.parquet")
+SET_ASIDE = "_rejected-"
+"""Begins the names of files that were found damaged, or missing (then they are empty)."""
+
+_ANY_NAME = re.compile(rf"(?:{SET_ASIDE}(?:\d+-)?)?(\d{{8}})\.json")
 _TRIES = 5
 
 Read = TypeVar("Read")
@@ -72,11 +82,30 @@ class Commit:
             CorruptRun: it is damaged.
             ConfigError: a newer version of dmrl_ray wrote it.
         """
-        record, sha256 = read_sealed(path)
-        del record["format_version"]
-        files = {name: FileRecord(**file) for name, file in record.pop("files").items()}  # type: ignore[attr-defined]
-        parts = [FileRecord(**part) for part in record.pop("parts")]  # type: ignore[attr-defined]
-        return cls(**record, files=files, parts=parts, sha256=sha256)  # type: ignore[arg-type]
+        record, sha256 = read_sealed(path.parents[1], f"commits/{path.name}")
+        return _validated(_COMMIT, path, {**record, "sha256": sha256})
+
+
+@dataclass(frozen=True, slots=True)
+class _RunJson:
+    """The content of run.json."""
+
+    format_version: int
+    run_id: str
+    config_sha256: str
+    facts: Json
+
+
+_COMMIT, _RUN_JSON = TypeAdapter(Commit), TypeAdapter(_RunJson)
+
+
+def _validated(kind: TypeAdapter[Read], path: Path, record: Json) -> Read:
+    try:
+        return kind.validate_python(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))[:80]
+        raise CorruptRun(f"{path}: is damaged: {where}: {first['msg']}") from error
 
 
 def seal(record: Mapping[str, object], indent: int | None = None) -> bytes:
@@ -85,54 +114,67 @@ def seal(record: Mapping[str, object], indent: int | None = None) -> bytes:
     return json.dumps({**record, "sha256": sha256}, indent=indent).encode()
 
 
-def read_sealed(path: Path, indent: int | None = None) -> tuple[Json, str]:
-    """The record in a file written with `seal`, and the checksum of the whole file."""
+def read_sealed(folder: Path, name: str, indent: int | None = None) -> tuple[Json, str]:
+    """The record in a file of a folder written with `seal`, and the checksum of the whole file."""
+    path = folder / name
     try:
-        data = path.read_bytes()
+        with open_inside(folder, name) as file:
+            data = file.read(MAX_RECORD_BYTES + 1)
+        if len(data) > MAX_RECORD_BYTES:
+            raise ValueError(f"it has more than {MAX_RECORD_BYTES} bytes")
         record = json.loads(data)
         if not isinstance(record, dict) or record.pop("sha256", None) is None:
             raise ValueError("it has no checksum")
         # Compared byte for byte: JSON has several spellings of the same value.
         if seal(record, indent) != data:
             raise ValueError("its checksum does not agree")
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise CorruptRun(f"{path}: is damaged: it is nested too deeply") from error
+    except OSError as error:
+        raise CorruptRun(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise CorruptRun(f"{path}: is damaged: {error}") from error
     version = record.get("format_version")
     if version != FORMAT_VERSION:
         raise ConfigError(
-            f"{path}: has format version {version}, and this dmrl_ray reads {FORMAT_VERSION}; "
-            "install the version that wrote it: its tables have other columns"
+            f"{path}: has format version {str(version)[:20]}, and this dmrl_ray reads "
+            f"{FORMAT_VERSION}; install the version that wrote it: its tables have other columns"
         )
     return record, hashlib.sha256(data).hexdigest()
 
 
 @dataclass
 class History:
-    """The commits of a run folder, and what is wrong with each."""
+    """The commits of a run folder, and what is wrong with each.
+
+    Attributes:
+        highest: number of the last commit that there ever was, those set aside included.
+    """
 
     folder: Path
     commits: dict[int, Commit]  # records that can be read
     problems: dict[int, list[str]]  # by number, for every number up to the last
+    highest: int
 
     @classmethod
     def read(cls, folder: Path) -> History:
         """Read and check all records and all table parts they name."""
-        names = [_NAME.fullmatch(name) for name in LocalFiles(folder).list("commits")]
-        paths = {int(m[1]): folder / "commits" / m[0] for m in names if m}
-        history = cls(folder, {}, {})
-        for number in range(1, max(paths, default=0) + 1):
+        numbers = commit_numbers(folder)
+        history = cls(folder, {}, {}, highest_number(folder))
+        for number in range(1, max(numbers, default=0) + 1):
             problems = history.problems[number] = []
-            if number not in paths:
+            if number not in numbers:
                 problems.append(f"{commit_path(folder, number)}: is missing")
                 continue
             try:
-                commit = Commit.read(paths[number])
+                commit = Commit.read(commit_path(folder, number))
             except CorruptRun as error:
                 problems.append(str(error))
                 continue
             before = history.commits.get(number - 1)
             if commit.number != number or (before and before.sha256 != commit.previous_sha256):
-                problems.append(f"{paths[number]}: does not follow commit {number - 1}")
+                path = commit_path(folder, number)
+                problems.append(f"{path}: does not follow commit {number - 1}")
             history.commits[number] = commit
             problems += part_problems(folder, commit)
         return history
@@ -159,6 +201,17 @@ class History:
         why = "; ".join([*self.problems[last], *self.file_problems(last)])
         raise CorruptRun(f"{self.folder}: none of its {last} commits is complete: {why}")
 
+    def kept(self) -> list[int]:
+        """The commits whose checkpoints no later commit has deleted, newest first."""
+        keep = {number: commit.keep for number, commit in self.commits.items()}
+        usual = keep[max(keep)] if keep else 1
+        oldest, found = self.highest - usual, []
+        for number in range(len(self.problems), 0, -1):
+            oldest = max(oldest, number - keep.get(number, usual))
+            if number > oldest:
+                found.append(number)
+        return found
+
     def file_problems(self, number: int) -> list[str]:
         """Faults of the checkpoint files of a commit."""
         files = self.commits[number].files.values() if number in self.commits else ()
@@ -180,7 +233,8 @@ def part_problems(folder: Path, commit: Commit) -> list[str]:
     found = []
     for part in commit.parts:
         problem = difference(folder, part)
-        if problem and difference(folder, hidden(part)):
+        # A writer may rename it between two looks.
+        if problem and difference(folder, hidden(part)) and difference(folder, part):
             found.append(problem)
     return found
 
@@ -196,22 +250,91 @@ def hidden_path(part: str) -> str:
     return f"{table}/_{name}"
 
 
+def commit_numbers(folder: Path) -> set[int]:
+    """The numbers of the commit records in a run folder.
+
+    Raises:
+        CorruptRun: they cannot be listed.
+    """
+    names = [_NAME.fullmatch(name) for name in _names(folder, "commits")]
+    return {int(match[1]) for match in names if match}
+
+
+def highest_number(folder: Path) -> int:
+    """The number of the last commit that there ever was, those set aside included."""
+    names = [_ANY_NAME.fullmatch(name) for name in _names(folder, "commits")]
+    return max((int(match[1]) for match in names if match), default=0)
+
+
+def _names(run: Path, folder: str) -> list[str]:
+    try:
+        return LocalFiles(run).list(folder)
+    except OSError as error:
+        raise CorruptRun(f"{run / folder}: cannot be read: {error.strerror}") from error
+
+
 def committed_parts(run: Path, table: str) -> list[Path]:
     """The files of a table as the newest commit has it, though it be not followed by renames yet.
 
     So the tables of a run agree with each other at any moment, also after a kill.
+
+    Raises:
+        CorruptRun: a part is missing, a file is there that no commit named, or the newest commit
+            is damaged.
     """
-    parts = {part.name: part for part in (run / table).glob("part-*.parquet")}
-    with suppress(CorruptRun):
-        newest = newest_commit(run)
-        for removed in newest.removed if newest is not None else ():
-            if removed.startswith(f"{table}/"):
-                parts.pop(removed.removeprefix(f"{table}/"), None)
-        for part in map(hidden, newest.parts if newest is not None else ()):
-            path = run / part.path
-            if path.parent.name == table and path.name[1:] not in parts:
-                parts[path.name[1:]] = path
-    return [parts[name] for name in sorted(parts)]
+    for attempt in range(_TRIES):  # A writer may rename a part while its folder is read.
+        try:
+            return _parts_now(run, table)
+        except CorruptRun:
+            if attempt == _TRIES - 1:
+                raise
+    raise AssertionError("not reached")
+
+
+def _parts_now(run: Path, table: str) -> list[Path]:
+    newest = newest_commit(run)
+    if newest is None:
+        return []
+    named, unreadable = _named_parts(run, newest.number, newest.sha256)
+    names = _names(run, table)
+    there = set(names)
+    removed = {part.removeprefix(f"{table}/") for part in newest.removed}
+    wanted = [part.removeprefix(f"{table}/") for part in named if part.startswith(f"{table}/")]
+    found = {}
+    for name in wanted:
+        if name in removed:
+            continue
+        if name in there or f"_{name}" in there:
+            found[name] = name if name in there else f"_{name}"
+        elif f"{SET_ASIDE}{name}" not in there:
+            raise CorruptRun(f"{run / table / name}: is missing, though a commit names it")
+    for name in names:
+        match = _PART_NAME.fullmatch(name)
+        if not match or name in found or name in removed:
+            continue
+        number = int(match[1] or 0)
+        if number > newest.number:
+            continue  # It is of a commit that came since.
+        if number not in unreadable:
+            raise CorruptRun(f"{run / table / name}: belongs to no commit; move it elsewhere")
+        found[name] = name  # A damaged record cannot vouch for it; the checksum in its name does.
+    return [run / table / found[name] for name in sorted(found)]
+
+
+@lru_cache(maxsize=16)
+def _named_parts(run: Path, number: int, sha256: str) -> tuple[list[str], set[int]]:
+    """The parts that commits up to one named, and the commits that cannot be read.
+
+    The checksum of that commit vouches for all before it.
+    """
+    parts: list[str] = []
+    unreadable = set()
+    for n in range(1, number + 1):
+        try:
+            parts += [part.path for part in Commit.read(commit_path(run, n)).parts]
+        except CorruptRun:
+            unreadable.add(n)
+    return parts, unreadable
 
 
 def newest_commit(run: Path) -> Commit | None:
@@ -220,8 +343,8 @@ def newest_commit(run: Path) -> Commit | None:
     Raises:
         CorruptRun: it is damaged.
     """
-    records = sorted((run / "commits").glob("[0-9]*.json"))
-    return Commit.read(records[-1]) if records else None
+    numbers = commit_numbers(run)
+    return Commit.read(commit_path(run, max(numbers))) if numbers else None
 
 
 def read_committed(runs: Iterable[Path], table: str, read: Callable[[list[Path]], Read]) -> Read:
@@ -241,9 +364,7 @@ def read_committed(runs: Iterable[Path], table: str, read: Callable[[list[Path]]
 
 def settings_changed(run: Path) -> list[str]:
     """Settings that were changed since a run began, as the command line writes them."""
-    newest = None
-    with suppress(CorruptRun):
-        newest = newest_commit(run)
+    newest = newest_commit(run)
     changed = newest.state.get("changed") if newest is not None else None
     return as_overrides(changed) if isinstance(changed, dict) else []
 
@@ -259,7 +380,32 @@ def load_run_config(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: it, or an override, cannot be used.
     """
-    return load_config(run / "config.yaml", [*settings_changed(run), *overrides])
+    changed = [*settings_changed(run), *overrides]
+    return parse_config(config_text(run), str(run / "config.yaml"), changed)
+
+
+def config_text(run: Path) -> str:
+    """The config that a run was started with, verified against its checksum.
+
+    Raises:
+        ConfigError: it was changed, or cannot be read.
+    """
+    path = run / "config.yaml"
+    facts = _run_json(run)
+    try:
+        with open_inside(run, "config.yaml") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != facts.config_sha256:
+        raise ConfigError(
+            f"{path}: is not the config that this run was started with; "
+            "restore it, or start a new run with the changed one"
+        )
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text") from error
 
 
 def run_facts(folder: Path) -> Json:
@@ -267,20 +413,17 @@ def run_facts(folder: Path) -> Json:
 
     Raises:
         ConfigError: `folder` is not a run, is of a newer version, or its config was changed.
+        CorruptRun: run.json is damaged.
     """
+    config_text(folder)
+    return asdict(_run_json(folder))
+
+
+def _run_json(folder: Path) -> _RunJson:
     if not (folder / "run.json").is_file():
         raise ConfigError(f"{folder}: is not a run folder (it has no run.json)")
-    facts, _ = read_sealed(folder / "run.json", indent=1)
-    try:
-        config = (folder / "config.yaml").read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{folder}/config.yaml: cannot be read: {error.strerror}") from error
-    if hashlib.sha256(config).hexdigest() != facts["config_sha256"]:
-        raise ConfigError(
-            f"{folder}/config.yaml: is not the config that this run was started with; "
-            "restore it, or start a new run with the changed one"
-        )
-    return facts
+    record, _ = read_sealed(folder, "run.json", indent=1)
+    return _validated(_RUN_JSON, folder / "run.json", record)
 
 
 def verify(folder: Path) -> list[str]:
@@ -289,7 +432,12 @@ def verify(folder: Path) -> list[str]:
     Raises:
         ConfigError: `folder` is not a run, or of a newer version.
     """
-    return list(_all_problems(Path(folder)))
+    for _ in range(_TRIES):
+        before = commit_numbers(folder)
+        found = list(_all_problems(folder))
+        if before == commit_numbers(folder):  # A commit in between deletes checkpoints.
+            break
+    return found
 
 
 def _all_problems(folder: Path) -> Iterator[str]:
@@ -302,14 +450,13 @@ def _all_problems(folder: Path) -> Iterator[str]:
     history = History.read(folder)
     for found in history.problems.values():
         yield from found
-    last = len(history.problems)
-    kept = history.commits[last].keep if last in history.commits else 1
     seen: set[FileRecord] = set()
-    for number in range(last, max(0, last - kept), -1):
+    for number in history.kept():
         files = set(history.commits[number].files.values()) if number in history.commits else set()
         yield from (p for f in files - seen if (p := difference(folder, f)))
         seen |= files
     named = {part.path for commit in history.commits.values() for part in commit.parts}
-    for path in sorted(folder.glob("*/part-*.parquet")):
-        if path.relative_to(folder).as_posix() not in named:
-            yield f"{path}: belongs to no commit"
+    for table in SCHEMAS:
+        for name in _names(folder, table):
+            if _PART_NAME.fullmatch(name) and f"{table}/{name}" not in named:
+                yield f"{folder / table / name}: belongs to no commit"

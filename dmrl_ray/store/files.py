@@ -1,8 +1,9 @@
 """Files and named arrays: written whole or not at all, and never read back wrong.
 
 Everything a run writes on a disk goes through `synced_file`, which is the only place that opens a
-file for writing. Numbers are stored as safetensors, anything else (strings, too) as ``.npz``;
-nothing on disk is a pickle.
+file for writing; all that is read of a run goes through `open_inside`. Neither follows links, which
+a run folder does not contain: a folder of others cannot lead out of itself. Numbers are stored as
+safetensors, anything else (strings, too) as ``.npz``; nothing on disk is a pickle.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeAlias
+from typing import Annotated, BinaryIO, Protocol, TypeAlias, cast
 
 import numpy as np
+import safetensors
 import safetensors.numpy
+from pydantic import StringConstraints
 
 from dmrl_ray.errors import StorageError
 from dmrl_ray.types import Arrays
@@ -37,7 +41,7 @@ Data: TypeAlias = bytes | memoryview
 class FileRecord:
     """A file as a commit names it."""
 
-    path: str  # relative to the run folder
+    path: Annotated[str, StringConstraints(pattern=r"^[a-z_]+/\w[\w.-]*$")]  # in the run folder
     size_bytes: int
     sha256: str
 
@@ -104,7 +108,8 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
     """A new file whose content is on the disk when the block ends; removed if the block fails."""
     with storage_errors(path):
         try:
-            with open(path, "wb") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -112,6 +117,66 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
             with suppress(OSError):
                 os.unlink(path)
             raise
+
+
+def open_inside(folder: Path, path: str) -> BinaryIO:
+    """Open a file of a folder for reading, without following links below the folder.
+
+    Raises:
+        ValueError: the path leads out of the folder.
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read, or it is a link or no plain file.
+    """
+    descriptor = _descriptor(folder, path, os.O_RDONLY | os.O_NONBLOCK)  # A pipe does not block.
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file", str(folder / path))
+    return cast(BinaryIO, os.fdopen(descriptor, "rb"))
+
+
+def names_inside(folder: Path, path: str) -> list[str]:
+    """The names in a folder below another, sorted; none if it is missing. Follows no links.
+
+    Raises:
+        OSError: it cannot be read, or it is a link or no folder.
+    """
+    try:
+        descriptor = _descriptor(folder, path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return []
+    try:
+        return sorted(os.listdir(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _descriptor(folder: Path, path: str, flags: int) -> int:
+    parts = path.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(f"{path}: leads out of the run folder {folder}")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for depth, part in enumerate(parts, 1):
+        how = flags if depth == len(parts) else os.O_RDONLY | os.O_DIRECTORY
+        above = descriptor
+        try:
+            descriptor = os.open(part, how | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+        except OSError as error:
+            here = folder.joinpath(*parts[:depth])
+            found = LINK if os.path.islink(here) else error.strerror
+            raise OSError(error.errno, found, str(here)) from error
+        finally:
+            os.close(above)
+    return descriptor
+
+
+LINK = "it is a symbolic link, which a run folder does not contain; replace it by what it names"
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise StorageError if one of the names in a folder is a symbolic link."""
+    for name in names:
+        if os.path.islink(folder / name):
+            raise StorageError(f"{folder / name}: {LINK}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -205,15 +270,14 @@ class LocalFiles:
 
         Raises:
             ValueError: the path leads out of the folder.
+            OSError: the file is a link, or cannot be read.
         """
-        file = (self.folder / path).resolve()
-        if not file.is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{path}: leads out of the run folder {self.folder}")
-        return (self.folder / path).read_bytes()
+        with open_inside(self.folder, path) as file:
+            return file.read()
 
     def list(self, folder: str) -> list[str]:
-        """The names of the files in a folder, sorted."""
-        return sorted(os.listdir(self.folder / folder))
+        """The names of the files in a folder, sorted; none if it is missing."""
+        return names_inside(self.folder, folder)
 
     def rename(self, path: str, other: str) -> None:
         """Rename durably."""
@@ -275,11 +339,12 @@ def difference(run: Path, record: FileRecord) -> str | None:
     """The fault of a file of a commit, in a few words, or None."""
     path = run / record.path
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes != record.size_bytes:
-            return f"{path}: has {size_bytes} bytes instead of {record.size_bytes}"
-        if sha256_of(path) != record.sha256:
-            return f"{path}: its sha256 is not the committed one"
+        with open_inside(run, record.path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes != record.size_bytes:
+                return f"{path}: has {size_bytes} bytes instead of {record.size_bytes}"
+            if sha256_of(file) != record.sha256:
+                return f"{path}: its sha256 is not the committed one"
     except FileNotFoundError:
         return f"{path}: is missing"
     except OSError as error:
@@ -287,12 +352,11 @@ def difference(run: Path, record: FileRecord) -> str | None:
     return None
 
 
-def sha256_of(path: Path) -> str:
-    """Checksum of a file."""
+def sha256_of(file: BinaryIO) -> str:
+    """Checksum of the content of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -314,7 +378,10 @@ def load_arrays(files: Files, record: FileRecord) -> Arrays:
         )
     if FileRecord.of(record.path, data) != record:
         raise ValueError(f"{files}/{record.path}: its sha256 is not the committed one")
-    if record.path.endswith(".safetensors"):
-        return dict(safetensors.numpy.load(data))
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+    try:
+        if record.path.endswith(".safetensors"):
+            return dict(safetensors.numpy.load(data))
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        raise ValueError(f"{files}/{record.path}: holds no arrays: {error}") from error

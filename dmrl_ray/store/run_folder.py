@@ -6,6 +6,7 @@ the next opening comes to the same result.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,18 +15,30 @@ import re
 import shutil
 import socket
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dmrl_ray.errors import ConfigError, FolderInUse
-from dmrl_ray.store.commits import FORMAT_VERSION, Commit, History, Json, commit_path, seal
+from dmrl_ray.errors import ConfigError, FolderInUse, StorageError
+from dmrl_ray.store.commits import (
+    FORMAT_VERSION,
+    SET_ASIDE,
+    Commit,
+    History,
+    Json,
+    commit_path,
+    seal,
+)
 from dmrl_ray.store.files import (
     atomic_file,
     make_folder,
+    names_inside,
+    open_inside,
+    refuse_links,
     sha256_of,
     storage_errors,
     sync_folder,
+    synced_file,
 )
 from dmrl_ray.store.tables import SCHEMAS
 
@@ -33,13 +46,23 @@ _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _FOLDERS = ("commits", "checkpoints", *SCHEMAS)
 _OWN_NAMES = {"run.json", "config.yaml", "lock", *_FOLDERS}
 _PART = re.compile(r"(_?)part-(\d{8})-\d{4}-([0-9a-f]{16})\.parquet")
-_SET_ASIDE = "_rejected-"
+
+
+_CHECKPOINT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*-(\d{8})(?:-\d+)?\.(?:safetensors|npz)")
+_TEMPORARY = re.compile(r"_.+\.\d+\.tmp")
+
+
+def refuse_url(folder: Path) -> None:
+    """Raise ConfigError if a folder is a URL, such as that of an object store."""
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(folder)):
+        raise ConfigError(
+            f"{folder}: is a URL, and folders are on local or shared file systems; give a path"
+        )
 
 
 def local_path(folder: Path) -> Path:
     """The absolute path of a run folder; ConfigError if it cannot be one."""
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(folder)):
-        raise ConfigError(f"{folder}: run folders are on local or shared file systems; give a path")
+    refuse_url(folder)
     path = Path(os.path.abspath(folder))
     if not _NAME.fullmatch(path.name):
         raise ConfigError(
@@ -61,6 +84,7 @@ def make_run(
     make_folder(folder)
     lock = FolderLock(folder)
     try:
+        refuse_links(folder, _OWN_NAMES)
         _refuse_occupied(folder, overwrite)
         with storage_errors(folder):
             _clear(folder)
@@ -102,10 +126,13 @@ def _clear(folder: Path) -> None:
     (folder / "run.json").unlink(missing_ok=True)  # first: half a run is never taken for one
     sync_folder(folder)
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
+
+
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class FolderLock:
@@ -114,8 +141,10 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._descriptor = -1
         path = folder / "lock"
+        refuse_links(folder, ["lock"])
         with storage_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(path, flags, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -123,8 +152,14 @@ class FolderLock:
                 raise FolderInUse(
                     f"{folder}: is being written by {holder}; wait for it, or stop it first"
                 ) from None
-            except BaseException:
+            except BaseException as error:
                 os.close(descriptor)
+                if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+                    raise StorageError(
+                        f"{folder}: its file system has no locks ({error.strerror}), which keep a "
+                        "second process from writing the run; give a folder on a local disk and "
+                        "copy it when the run is done, or mount the file system with locks"
+                    ) from error
                 raise
             self._descriptor = descriptor
             start = datetime.now(UTC).isoformat(timespec="seconds")
@@ -166,6 +201,7 @@ def recover(folder: Path) -> tuple[list[Commit], list[str]]:
         The commits whose checkpoints are kept, newest first (none if the run has no commit yet),
         and a message for everything that was found damaged.
     """
+    refuse_links(folder, _OWN_NAMES)
     for name in _FOLDERS:
         make_folder(folder / name)
     history = History.read(folder)
@@ -177,7 +213,7 @@ def recover(folder: Path) -> tuple[list[Commit], list[str]]:
             _tidy_table(folder / table, history, number)
         keep = history.commits[number].keep if number else 0
         kept = [history.commits[n] for n in range(number, 0, -1) if n in history.commits][:keep]
-        _tidy_checkpoints(folder, kept)
+        _tidy_checkpoints(folder, history, kept)
     return kept, messages
 
 
@@ -199,17 +235,16 @@ def _set_commits_aside(folder: Path, numbers: range) -> None:
         path = commit_path(folder, number)
         if path.exists():
             _set_aside(path)
-    for path in (folder / "commits").glob("_*.tmp"):
-        os.unlink(path)
+    _delete_temporary(folder / "commits")
     sync_folder(folder / "commits")
 
 
 def _set_aside(path: Path) -> None:
-    target = path.with_name(_SET_ASIDE + path.name)
+    target = path.with_name(SET_ASIDE + path.name)
     attempt = 1
     while target.exists():
         attempt += 1
-        target = path.with_name(f"{_SET_ASIDE}{attempt}-{path.name}")
+        target = path.with_name(f"{SET_ASIDE}{attempt}-{path.name}")
     os.rename(path, target)
 
 
@@ -218,8 +253,7 @@ def _tidy_table(folder: Path, history: History, number: int) -> None:
     named = {part.path for commit in commits for part in commit.parts}
     removed = commits[-1].removed if commits else ()
     damaged = any(history.problems[n] for n in range(1, number + 1))
-    for path in folder.glob("_*.tmp"):
-        os.unlink(path)
+    _delete_temporary(folder)
     for path in sorted(folder.iterdir()):
         match = _PART.fullmatch(path.name)
         if not match:
@@ -232,18 +266,64 @@ def _tidy_table(folder: Path, history: History, number: int) -> None:
         # A damaged record cannot vouch for its parts; the checksum in their names does.
         stays = f"{folder.name}/{visible.name}" in named
         stays |= damaged and not is_hidden and int(match[2]) <= number
-        if stays and (not damaged or sha256_of(path).startswith(match[3])):
+        if stays and (not damaged or _is_whole(path, match[3])):
             if is_hidden:
                 os.rename(path, visible)
         elif is_hidden:
             os.unlink(path)
         else:
             _set_aside(path)
+    for part in sorted(named.difference(removed)):
+        path = folder.parent / part
+        lost = path.with_name(f"{SET_ASIDE}{path.name}")
+        if path.parent == folder and not path.exists() and not lost.exists():
+            with synced_file(lost):  # Readers know by it that the loss was told.
+                pass
     sync_folder(folder)
 
 
-def _tidy_checkpoints(folder: Path, kept: list[Commit]) -> None:
-    named = {file.path for commit in kept for file in commit.files.values()}
-    for path in (folder / "checkpoints").iterdir():
-        if path.is_file() and f"checkpoints/{path.name}" not in named:
+def _is_whole(path: Path, sha256: str) -> bool:
+    with open_inside(path.parents[1], f"{path.parent.name}/{path.name}") as file:
+        return sha256_of(file).startswith(sha256)
+
+
+def _delete_temporary(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
             os.unlink(path)
+
+
+def _tidy_checkpoints(folder: Path, history: History, kept: list[Commit]) -> None:
+    """Delete what commits named and do not keep, and what was saved for commits that are not."""
+    checkpoints = folder / "checkpoints"
+    _delete_temporary(checkpoints)
+    in_use = _checkpoints_of(kept)
+    named = _checkpoints_of(history.commits.values())
+    newest = kept[0].number if kept else 0
+    for path in checkpoints.iterdir():
+        match = _CHECKPOINT.fullmatch(path.name)
+        is_own = path.name in named or (match is not None and int(match[1]) >= newest)
+        if is_own and path.name not in in_use:
+            os.unlink(path)
+
+
+def _checkpoints_of(commits: Iterable[Commit]) -> set[str]:
+    paths = {file.path for commit in commits for file in commit.files.values()}
+    return {path.removeprefix("checkpoints/") for path in paths}
+
+
+def files_of_others(folder: Path) -> list[Path]:
+    """Files and links in a run folder that are not of the run; they are left alone."""
+    history = History.read(folder)
+    named = _checkpoints_of(history.commits.values())
+    found = [path for path in folder.iterdir() if path.name not in _OWN_NAMES]
+    found += [folder / name for name in _OWN_NAMES if (folder / name).is_symlink()]
+    for name in names_inside(folder, "checkpoints"):
+        match = _CHECKPOINT.fullmatch(name)
+        # Those above the newest commit may be in use by the next one.
+        if name not in named and not (match and int(match[1]) > len(history.problems)):
+            found.append(folder / "checkpoints" / name)
+    for table in SCHEMAS:
+        names = names_inside(folder, table)
+        found += [folder / table / name for name in names if not _PART.fullmatch(name)]
+    return sorted(path for path in found if not path.name.startswith("_"))

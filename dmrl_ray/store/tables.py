@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from dmrl_ray.store.files import open_inside
+from dmrl_ray.store.parquet import has_extension_types, open_parquet
 
 SCHEMA_VERSION = 2
 """Raised when a column is added or changes its meaning; readers fill missing columns with null."""
@@ -116,6 +121,8 @@ _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
 """Other types that a column may have, by the task family; the same in all rows of a run."""
 
 
+_HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
+
 HISTORY = ("run_id", "stage", "job", "environment")
 """Columns of transitions that say whose history a row belongs to ..."""
 
@@ -134,26 +141,60 @@ def fits(table: str, column: str, kind: pa.DataType) -> bool:
     return kind == known or kind == _OTHER_TYPE.get(column)
 
 
-def check_columns(path: Path, found: pa.Schema, table: str) -> None:
+def check_columns(path: Path, file: pq.ParquetFile, table: str) -> None:
     """Raise ValueError if the columns of a file cannot stand in a table."""
     schema = schema_of(table)
-    for field in found:
-        named = field.metadata and b"ARROW:extension:name" in field.metadata
-        if named or not fits(table, field.name, field.type):
+    if has_extension_types(file):
+        raise ValueError(f"{path}: has columns of an extension type; a table has plain ones")
+    for field in file.schema_arrow:
+        if not fits(table, field.name, field.type):
             known = field.name in schema.names
             wanted = schema.field(field.name).type if known else "a plain type"
             raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
-def read_columns(path: Path, table: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a part, which are checked before any data: some types run code when read.
+def open_part(path: Path, table: str) -> pq.ParquetFile:
+    """Open a part of a table, to read it piece by piece; its columns are checked before any data.
 
     Raises:
-        ValueError: the columns of the file cannot stand in the table.
+        ValueError: it is damaged, or its columns cannot stand in the table.
+        FileNotFoundError: it is missing.
     """
-    file = pq.ParquetFile(path)
-    check_columns(path, file.schema_arrow, table)
-    return file.read(list(columns)).select(list(columns))
+    file = open_parquet(path, _open(path))
+    check_columns(path, file, table)
+    return file
+
+
+def read_part(path: Path, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A part of a table, or some of its columns, which are checked before any data.
+
+    Raises:
+        ValueError: it is damaged, or its columns cannot stand in the table.
+        FileNotFoundError: it is missing.
+    """
+    with _open(path) as opened:
+        data = opened.read()
+    match = _HASH.fullmatch(path.name)
+    if match and not hashlib.sha256(data).hexdigest().startswith(match[1]):
+        raise ValueError(f"{path}: is damaged (its checksum does not match its name)")
+    file = open_parquet(path, pa.BufferReader(data))
+    check_columns(path, file, table)
+    names = list(file.schema_arrow.names if columns is None else columns)
+    if missing := [name for name in names if name not in file.schema_arrow.names]:
+        raise ValueError(f"{path}: lacks the columns {', '.join(missing)}")
+    try:
+        return file.read(names, use_threads=False).select(names).replace_schema_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: is damaged: {error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_inside(path.parents[1], f"{path.parent.name}/{path.name}")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _schema(table: str) -> pa.Schema:

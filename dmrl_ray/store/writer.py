@@ -27,7 +27,6 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dmrl_ray.errors import FolderInUse
 from dmrl_ray.store.commits import (
@@ -52,8 +51,7 @@ from dmrl_ray.store.tables import (
     SCHEMAS,
     Cells,
     TableBuffer,
-    check_columns,
-    read_columns,
+    read_part,
     schema_of,
 )
 from dmrl_ray.types import Arrays, Columns
@@ -235,10 +233,10 @@ class RunWriter:
         if self._tasks is None:
             self._tasks = set(), {}
             for part in committed_parts(self.folder, "tasks"):
-                rows = read_columns(part, "tasks", ("task_id", "split")).to_pydict()
+                rows = read_part(part, "tasks", ("task_id", "split")).to_pydict()
                 self._tasks[0].update(_names(rows["task_id"], rows["split"]))
             for part in committed_parts(self.folder, "trained_on"):
-                rows = read_columns(part, "trained_on", ("stage", "task_id", "split")).to_pydict()
+                rows = read_part(part, "trained_on", ("stage", "task_id", "split")).to_pydict()
                 names = _names(rows["task_id"], rows["split"])
                 for stage, name in zip(rows["stage"], names, strict=True):
                     self._tasks[1].setdefault(stage, set()).add(name)
@@ -290,15 +288,13 @@ class RunWriter:
             self._known()[1].pop(stage, None)
         for table, schema in SCHEMAS.items():
             for path in committed_parts(self.folder, table) if "stage" in schema.names else ():
-                file = pq.ParquetFile(path)
-                check_columns(path, file.schema_arrow, table)
-                stage = file.read(["stage"], use_threads=False)["stage"]
-                gone = pc.is_in(stage, pa.array(stages, pa.string()))
+                rows = read_part(path, table)
+                gone = pc.is_in(rows["stage"], pa.array(stages, pa.string()))
                 if not pc.any(gone).as_py():
                     continue
                 self._forgotten.append(f"{table}/{path.name.removeprefix('_')}")
                 if not pc.all(gone).as_py():
-                    rows = file.read(use_threads=False).filter(pc.invert(gone))
+                    rows = rows.filter(pc.invert(gone))
                     buffer = TableBuffer(table)
                     buffer.add({name: rows[name].combine_chunks() for name in rows.column_names})
                     self._spilled.append(self._write_part(table, self.number + 1, buffer))

@@ -1,17 +1,24 @@
 """A run folder has one writer, and what is damaged in it is found, told and repaired."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from dmrl_ray.errors import ConfigError, CorruptRun, FolderInUse
+from dmrl_ray.errors import ConfigError, CorruptRun, FolderInUse, StorageError
 from dmrl_ray.results.reading import load
 from dmrl_ray.store.commits import Commit, seal, verify
+from dmrl_ray.store.files import FileRecord
+from dmrl_ray.store.run_folder import files_of_others
 from dmrl_ray.store.writer import RunWriter
 from tests.store.small_run import add, create, make_run, step
 
@@ -310,10 +317,146 @@ def test_rows_that_were_to_be_forgotten_stay_if_the_commit_is_given_up(tmp_path)
     assert list(folder.rglob("_*")) == []
 
 
-def test_files_of_others_in_a_run_folder_are_left_alone(tmp_path):
-    folder = make_run(tmp_path / "run", 1)
-    (folder / "metrics" / "notes.txt").touch()
-    (folder / "figures").mkdir()
+OF_OTHERS = (
+    "checkpoints/best of all.safetensors",
+    "checkpoints/mine-00000002.safetensors",
+    "metrics/notes.txt",
+    "metrics/_mine.tmp",
+    "thesis.tex",
+)
+
+
+def test_files_of_others_in_a_run_folder_are_left_alone_and_told(tmp_path):
+    folder = make_run(tmp_path / "run", 6)
+    for name in OF_OTHERS:
+        (folder / name).write_text("mine")
+    damage(folder / "commits" / "00000006.json")
+    continue_run(folder, 9)
+    assert [(folder / name).read_text() for name in OF_OTHERS] == ["mine"] * len(OF_OTHERS)
+    shown = [name for name in sorted(OF_OTHERS) if "/_" not in name]
+    assert files_of_others(folder) == [folder / name for name in shown]
+    assert verify(folder) == []
+
+
+def test_a_checkpoint_of_a_commit_that_did_not_come_is_deleted(tmp_path):
+    folder = make_run(tmp_path / "run", 2)
+    with RunWriter.open(folder) as writer:
+        lost = writer.save("last", {"w": np.zeros(3)})
+    continue_run(folder, 2)
+    assert not (folder / lost.path).exists()
+
+
+@pytest.mark.parametrize("name", ["lock", "commits", "checkpoints", "metrics", "run.json"])
+def test_a_writer_refuses_a_link_and_leaves_what_it_names_alone(tmp_path, name):
+    folder = make_run(tmp_path / "run", 2)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder / name, elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    precious = elsewhere / "precious" if elsewhere.is_dir() else elsewhere
+    precious.write_bytes(b"mine")
+    for intrude in (RunWriter.open, lambda f: create(f, overwrite=True)):
+        with pytest.raises((StorageError, CorruptRun), match="is a symbolic link"):
+            intrude(folder)
+    assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_with_a_way_round(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StorageError, match=r"has no locks .* give a folder on a local disk"):
+        create(tmp_path / "run")
+
+
+def test_a_rightly_deleted_checkpoint_is_no_fault_after_going_back(tmp_path):
+    folder = make_run(tmp_path / "run", 6)
+    damage(folder / "commits" / "00000006.json")
     RunWriter.open(folder).close()
-    assert (folder / "metrics" / "notes.txt").exists()
-    assert (folder / "figures").exists()
+    assert verify(folder) == []
+    with RunWriter.open(folder) as writer:
+        step(writer, 5)
+        assert verify(folder) == []
+    next((folder / "checkpoints").glob("*00000005*")).unlink()
+    assert len(verify(folder)) == 1
+
+
+def test_what_was_told_as_lost_does_not_keep_readers_from_the_rest(tmp_path):
+    folder = make_run(tmp_path / "run", 6)
+    next((folder / "metrics").glob("part-00000001*")).unlink()
+    with pytest.raises(CorruptRun, match=r"part-00000001.*: is missing, though a commit names it"):
+        load(folder, "metrics")
+    (message,) = continue_run(folder, 7)
+    assert message.startswith("lost for good, in commit 1: ")
+    assert values(folder) == list(range(4, 28))
+
+
+ODD = {
+    "files": {"files": {"last": {"path": "../../etc/passwd", "size_bytes": 1, "sha256": "0"}}},
+    "parts": {"parts": [{"path": "metrics/x", "size_bytes": {}, "sha256": "0"}]},
+    "no list": {"parts": 3},
+    "number": {"number": "one"},
+    "removed": {"removed": [[]]},
+    "state": {"state": []},
+}
+
+
+@pytest.mark.parametrize("field", ODD)
+def test_an_odd_record_with_its_right_checksum_is_damage(tmp_path, field):
+    folder = make_run(tmp_path / "run", 1)
+    path = folder / "commits" / "00000001.json"
+    record = {**json.loads(path.read_bytes()), **ODD[field]}
+    del record["sha256"]
+    path.write_bytes(seal(record))
+    with pytest.raises(CorruptRun, match=f"{path.name}: is damaged"):
+        load(folder, "metrics")
+    assert path.name in verify(folder)[0]
+
+
+class Unpickled(pa.ExtensionType):
+    """A type that runs code when a file that names it is opened, as some libraries have."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__(pa.string(), "test.unpickled")
+
+    def __arrow_ext_serialize__(self):
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type, serialized):
+        cls.calls += 1
+        return cls()
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A run whose part has a column of a type that runs code, named by a sealed commit."""
+    folder = make_run(tmp_path / "run", 1)
+    (part,) = (folder / "metrics").iterdir()
+    table = pq.read_table(part)
+    kind = Unpickled()
+    column = pa.ExtensionArray.from_storage(kind, table["name"].combine_chunks())
+    pa.register_extension_type(kind)
+    pq.write_table(table.set_column(5, "name", column), folder / "metrics" / "part-x.parquet")
+    part.unlink()
+    path = folder / "commits" / "00000001.json"
+    record = json.loads(path.read_bytes())
+    del record["sha256"]
+    data = (folder / "metrics" / "part-x.parquet").read_bytes()
+    record["parts"] = [asdict(FileRecord.of("metrics/part-x.parquet", data))]
+    path.write_bytes(seal(record))
+    Unpickled.calls = 0
+    yield folder
+    pa.unregister_extension_type("test.unpickled")
+
+
+def test_types_of_a_part_are_refused_before_any_of_them_runs_code(hostile):
+    with pytest.raises(ValueError, match=r"part-x\.parquet: has columns of an extension type"):
+        load(hostile, "metrics")
+    with RunWriter.open(hostile) as writer, pytest.raises(ValueError, match="extension type"):
+        writer.forget(["s"])
+    assert verify(hostile) == []
+    assert Unpickled.calls == 0
