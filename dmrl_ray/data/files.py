@@ -174,7 +174,7 @@ class ParquetSource(Source):
         try:
             table = self.file(file).read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{self.paths[file]}: is damaged: {error}") from error
+            raise ConfigError(f"{self.paths[file]}: is damaged: {error}") from error
         return pa.table({name: table[self.names[name]] for name in names})
 
     def file(self, number: int) -> Any:
@@ -195,7 +195,7 @@ class ParquetSource(Source):
         try:
             return open_parquet(path, open(path, "rb"))
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
         for name, column in self.names.items():

@@ -68,7 +68,7 @@ class Lineage:
                 try:
                     self._learned[stage].append(_LearnedFrom.model_validate_json(detail))
                 except ValidationError as error:
-                    raise ValueError(f"{run}: the event learned_from is damaged") from error
+                    raise ConfigError(f"{run}: the event learned_from is damaged") from error
 
     def of(self, stage: str) -> Trained:
         """Returns what the policy of a stage was trained on, in all stages of its lineage."""

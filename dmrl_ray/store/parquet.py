@@ -14,6 +14,8 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmrl_ray.errors import ConfigError
+
 _MAGIC = b"PAR1"
 _SCHEMA, _LEFT_OUT = b"ARROW:schema", b"arrow-schema"
 
@@ -26,7 +28,7 @@ def open_parquet(path: Path, source: BinaryIO | pa.BufferReader) -> pq.ParquetFi
         source: the content.
 
     Raises:
-        ValueError: it is damaged, or no Parquet file.
+        ConfigError: it is damaged, or no Parquet file.
     """
     try:
         footer = _footer(source).replace(_SCHEMA, _LEFT_OUT)
@@ -34,7 +36,7 @@ def open_parquet(path: Path, source: BinaryIO | pa.BufferReader) -> pq.ParquetFi
         metadata = pq.read_metadata(pa.BufferReader(alone))
         return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path}: is damaged: {error}") from error
+        raise ConfigError(f"{path}: is damaged: {error}") from error
 
 
 def has_extension_types(file: pq.ParquetFile) -> bool:

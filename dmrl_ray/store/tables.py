@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.store.files import open_inside
 from dmrl_ray.store.parquet import has_extension_types, open_parquet
 
@@ -145,12 +146,12 @@ def check_columns(path: Path, file: pq.ParquetFile, table: str) -> None:
     """Raise ValueError if the columns of a file cannot stand in a table."""
     schema = schema_of(table)
     if has_extension_types(file):
-        raise ValueError(f"{path}: has columns of an extension type; a table has plain ones")
+        raise ConfigError(f"{path}: has columns of an extension type; a table has plain ones")
     for field in file.schema_arrow:
         if not fits(table, field.name, field.type):
             known = field.name in schema.names
             wanted = schema.field(field.name).type if known else "a plain type"
-            raise ValueError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
+            raise ConfigError(f"{path}: column {field.name!r} is {field.type} instead of {wanted}")
 
 
 def open_part(path: Path, table: str) -> pq.ParquetFile:
@@ -176,16 +177,16 @@ def read_part(path: Path, table: str, columns: Sequence[str] | None = None) -> p
         data = opened.read()
     match = _HASH.fullmatch(path.name)
     if match and not hashlib.sha256(data).hexdigest().startswith(match[1]):
-        raise ValueError(f"{path}: is damaged (its checksum does not match its name)")
+        raise ConfigError(f"{path}: is damaged (its checksum does not match its name)")
     file = open_parquet(path, pa.BufferReader(data))
     check_columns(path, file, table)
     names = list(file.schema_arrow.names if columns is None else columns)
     if missing := [name for name in names if name not in file.schema_arrow.names]:
-        raise ValueError(f"{path}: lacks the columns {', '.join(missing)}")
+        raise ConfigError(f"{path}: lacks the columns {', '.join(missing)}")
     try:
         return file.read(names, use_threads=False).select(names).replace_schema_metadata()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: is damaged: {error}") from error
+        raise ConfigError(f"{path}: is damaged: {error}") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -194,7 +195,7 @@ def _open(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _schema(table: str) -> pa.Schema:
@@ -210,7 +211,7 @@ def schema_of(table: str) -> pa.Schema:
     if table not in SCHEMAS:
         close = difflib.get_close_matches(table, SCHEMAS, 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(SCHEMAS)}"
-        raise ValueError(f"{table!r} is not a table; {hint}")
+        raise ConfigError(f"{table!r} is not a table; {hint}")
     return SCHEMAS[table]
 
 
