@@ -21,8 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dmrl_ray.algorithms.actor_critic import updating_norms
+from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.ppo import ppo_batch, ppo_loss
-from dmrl_ray.algorithms.rl2 import RL2
+from dmrl_ray.algorithms.rl2 import RL2, with_trial_advantage
 from dmrl_ray.config.components import LARGEST_NUMBER, Number
 from dmrl_ray.data.replay import ReplayBuffer, Transitions
 from dmrl_ray.learn.gradients import Batch, Report
@@ -33,14 +34,15 @@ from dmrl_ray.networks.actor_critic import ActorCritic, Previous, mask_previous,
 from dmrl_ray.networks.belief import Belief
 from dmrl_ray.networks.decoder import TrialDecoder
 from dmrl_ray.networks.heads import exactly
+from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.distribution import TaskDistribution
-from dmrl_ray.types import Arrays, Rollout, Trial
+from dmrl_ray.types import Arrays, Rollout, Task, Trial
 
 BELIEF = ("encoder.history.", "encoder.gaussian.", "auxiliary.")
 """Prefixes of the parameters that the bound trains: encoder (phi) and decoder (theta)."""
 
 
-class VariBAD(RL2):
+class VariBAD(Algorithm):
     """RL^2 on the posterior of a variational autoencoder of trials."""
 
     class Config(RL2.Config):
@@ -82,7 +84,9 @@ class VariBAD(RL2):
         """The decoder, and which parts of a trial it predicts."""
 
     config: Config
-    on_device = False
+    memory_spans_trial = True
+    corrects_for_lag = True
+    compiles = True
 
     def __init__(self, config: Config, distribution: TaskDistribution, policy: ActorCritic) -> None:
         super().__init__(config, distribution, policy)
@@ -119,6 +123,17 @@ class VariBAD(RL2):
         """Continue from `get_state`'s answer."""
         if state:
             self.replay.set_state(state, next(self.policy.parameters()).device)
+
+    @property
+    def collected_steps(self) -> int:
+        return self.distribution.trial_steps
+
+    def collect(self, sampler: Sampler, tasks: list[Task]) -> Trial:
+        """A trial of each task, in which the policy acts on its belief."""
+        config = self.config
+        sampler.begin_trial(tasks, self.policy, self.distribution.episodes_per_trial)
+        rollout = sampler.rollout(self.policy)
+        return [with_trial_advantage(rollout, gamma=config.gamma, gae_lambda=config.gae_lambda)]
 
     def update(self, trial: Trial) -> dict[str, float]:
         """Section 3.2: the return moves the policy (psi), the bound encoder and decoder."""
