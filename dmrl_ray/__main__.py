@@ -10,8 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import datetime
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -131,25 +130,25 @@ def run(
     """Run all stages of a config."""
     with report_errors(verbose):
         settings = _load(config, overrides or ())
-        out = out or Path("runs") / f"{settings.name[:48]}-{datetime.now():%Y%m%d-%H%M%S}"
-        if not out.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+        if (out is None or not out.is_absolute()) and "_ray_pkg_" in str(Path.cwd()):
             _warn(
                 "a Ray job's working directory is deleted at its end; give --out an absolute path"
             )
-        from dmrl_ray.store.run_folder import local_path
-
-        folder = local_path(out)
+        from dmrl_ray.config.paths import new_run_folder
         from dmrl_ray.control import controller
         from dmrl_ray.results.display import Display
+        from dmrl_ray.store.run_folder import local_path
 
-        with _resumable(folder), _locate_errors(config, overrides or ()), Display() as display:
-            if resume and (folder / "run.json").exists():
-                controller.resume(folder, config=settings, address=address, display=display)
-            else:
-                controller.run(
-                    settings, folder, address=address, overwrite=overwrite, display=display
-                )
-        _show_end(folder)
+        with nullcontext(out) if out is not None else new_run_folder(settings.name) as place:
+            folder = local_path(place)
+            with _resumable(folder), _locate_errors(config, overrides or ()), Display() as display:
+                if resume and (folder / "run.json").exists():
+                    controller.resume(folder, config=settings, address=address, display=display)
+                else:
+                    controller.run(
+                        settings, folder, address=address, overwrite=overwrite, display=display
+                    )
+            _show_end(folder)
 
 
 @app.command()
@@ -320,7 +319,7 @@ def report_errors(verbose: bool) -> Iterator[None]:
             raise
         message = sentence(error)
         if verbose or message is None:
-            traceback.print_exception(error)
+            _say("".join(traceback.format_exception(error)), err=True)
         _say(message or f"error: {FAULT}", err=True)
         raise typer.Exit(exit_code(error)) from error
 
@@ -336,7 +335,7 @@ def _resumable(folder: Path) -> Iterator[None]:
         how = "interrupted before the run began"
         if (folder / "run.json").exists():
             how = f"interrupted; resume with: python -m dmrl_ray resume {_shown(folder)}"
-        typer.echo(how, err=True)
+        _say(how, err=True)
         raise typer.Exit(error.exit_code) from error
 
 
@@ -379,11 +378,12 @@ def _warn(text: str) -> None:
     _say(f"warning: {text}", err=True)
 
 
-def _say(text: str, err: bool = False) -> None:
-    """Prints text that may hold names of others, with their control characters escaped."""
+def _say(text: str, *, err: bool = False) -> None:
+    """Shows a text with the control characters of others escaped; an output may fail."""
     from dmrl_ray.errors import printable
 
-    typer.echo(printable(text), err=err)
+    with suppress(OSError, ValueError):
+        typer.echo(printable(text), err=err)
 
 
 def _show_end(folder: Path) -> None:
@@ -397,17 +397,22 @@ def command_line(program: str | None = None) -> None:
     """Runs a command in a process of its own."""
     from dmrl_ray.errors import ClusterError
 
+    code = None
     try:
         app(prog_name=program)
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-        if code != ClusterError.exit_code and code <= 128:
-            raise
-        # Ray's orderly end takes seconds, and a minute without a cluster; a local Ray ends with us.
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+        code = end.code
+        raise
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):  # Python would exit with 120.
+                with suppress(AttributeError, OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(code, int) and (code == ClusterError.exit_code or code > 128):
+            # Ray's orderly end takes seconds, or a minute without a cluster; if local, it ends now.
+            os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line, in particular its errors."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from dmrl_ray.errors import (
     StorageError,
 )
 from dmrl_ray.store.writer import RunWriter
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 class Tasks:
@@ -190,6 +193,30 @@ def test_an_error_is_one_sentence_and_an_exit_code(here, controller, error, code
     answer = call("run", "run.yaml")
     assert answer.exit_code == code
     assert answer.stderr == f"error: {error}\n"
+
+
+def test_runs_of_one_second_have_folders_of_their_own(here, controller):
+    controller.run = lambda config, folder, **more: RunWriter.create(folder, CONFIG, {}).close()
+    for _ in range(4):
+        assert call("run", "run.yaml", f"name={'n' * 64}").exit_code == 0
+    assert len(list((here / "runs").glob("nnn*"))) == 4
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(here, controller):
+    controller.run = raises(ValueError("no"))
+    assert call("run", "run.yaml", "name=new").exit_code == 2
+    assert not list((here / "runs").glob("new*"))
+
+
+def test_an_output_on_a_full_disk_does_not_end_a_run(here):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dmrl_ray", "run", "smoke", "workers.num=0", "--out", "r"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENV)
+    assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
+    assert "the display is off" in ended.stderr
+    with open("/dev/full", "w") as full:
+        command[3:] = ["run", "run.yaml", "seed=x"]
+        assert subprocess.run(command, stdout=full, stderr=full, env=ENV).returncode == 2
 
 
 def test_a_long_name_leaves_room_for_the_time(here, controller):

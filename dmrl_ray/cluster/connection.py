@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,6 +29,9 @@ RayObject: TypeAlias = Any
 
 START_TIMEOUT_S = 60.0
 """Time for actors to be placed and to import what they need."""
+
+PATIENCE_S = {"here": 3.0, "cluster": 30.0}
+"""Time without Ray's head process after which it is lost; that of a cluster may be restarted."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Read when NumPy is imported. Learners set their own number of threads afterwards."""
@@ -79,6 +83,39 @@ def connect(
         "cpus": int(resources.get("CPU", 0)),
         "gpus": int(resources.get("GPU", 0)),
     }
+
+
+def watch(patience_s: float, lost: Callable[[ClusterError], None], ended: threading.Event) -> None:
+    """Look every second, in a thread of its own, whether the cluster is there.
+
+    Ray's own way is to wait for a minute, and to end the process from C++ code.
+
+    Args:
+        patience_s: without a cluster.
+        lost: called then.
+        ended: set when nobody needs the cluster any more.
+    """
+    address = ray.get_runtime_context().gcs_address
+
+    def look() -> None:
+        there = time.monotonic()
+        while not ended.wait(1.0):
+            try:
+                _knock(address)
+                there = time.monotonic()
+            except OSError as error:
+                if not ray.is_initialized():  # The process has left it.
+                    return
+                if time.monotonic() - there > patience_s:
+                    lost(
+                        ClusterError(
+                            f"the Ray cluster at {address} was lost ({error}); what is committed "
+                            "is intact: resume the run"
+                        )
+                    )
+                    return
+
+    threading.Thread(target=look, name="ray-watch", daemon=True).start()
 
 
 def where() -> tuple[int, str]:

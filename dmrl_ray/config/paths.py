@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 import dmrl_ray
@@ -37,6 +41,23 @@ def packaged_configs() -> dict[str, Path]:
 def runs_here() -> dict[str, Path]:
     """Returns the folders of the runs in ``runs/``, by name."""
     return {file.parent.name: file.parent for file in Path("runs").glob("*/run.json")}
+
+
+@contextmanager
+def new_run_folder(name: str) -> Iterator[Path]:
+    """Makes a folder in ``runs/`` of this name and the time, for one run; deletes it if empty."""
+    at = f"{name[:44]}-{datetime.now():%Y%m%d-%H%M%S}"  # A run's name has at most 64 letters.
+    Path("runs").mkdir(exist_ok=True)
+    for number in count(1):
+        folder = Path("runs") / (at if number == 1 else f"{at}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # It has a run in it.
+            folder.rmdir()
 
 
 def find_config(name: str) -> Path:

@@ -207,6 +207,7 @@ def _execute(run: Run) -> None:
                 return
             except JobLost as error:
                 rollbacks += 1
+                run.check()
                 if rollbacks > MAX_ROLLBACKS:
                     raise
                 run.rollback()

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dmrl_ray.config.paths import find_cluster
 from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.stop import StopRequest
@@ -64,6 +65,7 @@ class Run:
         self.rollback()
         self._address = address
         self._workers: Workers | None = None
+        self._watched = False
         self._committed_at = time.monotonic()
         self._updates_since_commit = 0
 
@@ -79,9 +81,13 @@ class Run:
 
     def connect(self) -> None:
         """Connect to Ray, which algorithms of other libraries may need without workers, too."""
-        from dmrl_ray.cluster.connection import connect
+        from dmrl_ray.cluster.connection import PATIENCE_S, connect, watch
 
         connect(self._address, self.config, self.check)
+        if not self._watched:
+            self._watched = True
+            where = "here" if find_cluster(self._address) is None else "cluster"
+            watch(PATIENCE_S[where], self.stop.give_up, self.stop.ended)
 
     def learners(self, spec: JobSpec) -> Learners:
         """Learners for a job."""
@@ -226,7 +232,7 @@ class Run:
             raise
 
     def check(self) -> None:
-        """Raise Interrupted if the run was asked to stop."""
+        """Raise Interrupted if the run was asked to stop, ClusterError if its cluster was lost."""
         self.stop.check()
 
     def _on_worker_event(self, event: WorkerEvent) -> None:
@@ -236,3 +242,4 @@ class Run:
     def close(self) -> None:
         """End the workers."""
         self.restart_workers()
+        self.stop.ended.set()

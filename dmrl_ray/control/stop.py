@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from dmrl_ray.errors import Interrupted
+from dmrl_ray.errors import ClusterError, Interrupted
 from dmrl_ray.results.display import Display
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+GRACE_S = 3.0
+"""Time to end in good order after the cluster was lost."""
 
 
 class StopRequest:
@@ -29,6 +32,7 @@ class StopRequest:
     Attributes:
         number: of the first signal that came; None before.
         waits_for: has to end before the run can stop.
+        ended: set when the run has ended, in whatever way.
     """
 
     def __init__(self, display: Display) -> None:
@@ -36,11 +40,25 @@ class StopRequest:
         self._display = display
         self.waits_for = ""
         self._abandons = False
+        self.ended = threading.Event()
+        self._lost: ClusterError | None = None
 
     def check(self) -> None:
-        """Raise Interrupted if the run was asked to stop."""
+        """Raise Interrupted if the run was asked to stop, ClusterError if it lost its cluster."""
         if self.number is not None:
             raise Interrupted(self.number)
+        if self._lost is not None:
+            raise self._lost
+
+    def give_up(self, lost: ClusterError) -> None:
+        """Have the run end, or the process if it does not; called by another thread.
+
+        Calls of Ray may wait for a lost cluster without an end.
+        """
+        self._lost = lost
+        if not self.ended.wait(GRACE_S):
+            self._display.urgent(f"error: {lost}")
+            os._exit(lost.exit_code if self.number is None else 128 + self.number)
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -59,6 +77,7 @@ class StopRequest:
                 signal.signal(number, self._on_signal)
             yield
         finally:
+            self.ended.set()
             for number, handler in taken.items():
                 signal.signal(number, handler)
 

@@ -1,17 +1,19 @@
 """Progress of a run: a live table on a terminal, single lines elsewhere.
 
-Calls are cheap and never fail: they store the newest values and limit the rate of drawing. A closed
-output (``| head``) silences the display without an effect on the run.
+Calls are cheap and never fail: they store the newest values and limit the rate of drawing. An
+output that fails, closed (``| head``) or on a full disk, turns the display off with one line in the
+log, and has no effect on the run.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 LINE_EVERY_S = 5.0
 DRAW_EVERY_S = 0.25
@@ -61,17 +65,18 @@ class Display:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._quiet = quiet
-        self._every_s = every_s
         self._stream = sys.stdout if stream is None else stream
+        self._quiet = quiet or self._stream is None  # None if a process has no output.
+        self._every_s = every_s
         self._clock = clock
         self._rows: dict[str, _Row] = {}
         self._live: Live | None = None
         self._drawn = -math.inf
 
     def __enter__(self) -> Display:
-        if not self._quiet and self._stream.isatty():
-            self._live = self._start_live()
+        with self._outlived():
+            if not self._quiet and self._stream.isatty():
+                self._live = self._start_live()
         return self
 
     def __exit__(
@@ -83,8 +88,10 @@ class Display:
         """Ends the live table; its last state stays on the terminal."""
         if self._live is not None:
             self._draw(now=True)
-            self._live.stop()
-            self._live = None
+        with self._outlived():
+            if self._live is not None:
+                self._live.stop()
+        self._live = None
 
     def stage(self, name: str, total_steps: int | None = None) -> None:
         """Starts or continues a stage; `total_steps` is its budget of environment steps, if any."""
@@ -138,15 +145,16 @@ class Display:
     def message(self, text: str) -> None:
         """Shows a sentence above the table."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
+            with self._outlived():
+                self._live.console.print(text, markup=False, highlight=False)
         else:
             self._write(text)
 
     def urgent(self, text: str) -> None:
         """Shows a sentence at once, from a signal handler: past the buffers, on standard error."""
-        if not self._quiet:
-            with suppress(OSError):
-                os.write(2, f"{text}\n".encode())
+        if not self._quiet and sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
     def _line(self, stage: str, row: _Row) -> None:
         row.shown = self._clock()
@@ -166,16 +174,27 @@ class Display:
     def _write(self, text: str) -> None:
         if self._quiet:
             return
-        try:
+        with self._outlived():
             print(text, file=self._stream, flush=True)
-        except (OSError, ValueError):  # The output was closed; the run continues.
-            self._quiet = True
+
+    @contextmanager
+    def _outlived(self) -> Iterator[None]:
+        """Turn the display off where the output fails."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._live, self._quiet = None, True
+            logger.warning("the display is off, as its output fails: %s", error)
 
     def _start_live(self) -> Live:
         from rich.console import Console
         from rich.live import Live
 
-        live = Live(self._table(), console=Console(file=self._stream), auto_refresh=False)
+        class Outlived(Console):
+            def on_broken_pipe(self) -> None:  # Rich would end the process.
+                raise BrokenPipeError("closed")
+
+        live = Live(self._table(), console=Outlived(file=self._stream), auto_refresh=False)
         live.start()
         return live
 
@@ -183,10 +202,8 @@ class Display:
         if self._live is None or not (now or self._clock() - self._drawn >= DRAW_EVERY_S):
             return
         self._drawn = self._clock()
-        try:
+        with self._outlived():
             self._live.update(self._table(), refresh=True)
-        except (OSError, ValueError):
-            self._live, self._quiet = None, True
 
     def _table(self) -> Table:
         from rich.progress_bar import ProgressBar

@@ -1,6 +1,7 @@
 """What signals and the loss of Ray do to a run on a Ray of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,13 +58,13 @@ class Running:
             assert self.process.poll() is None, self.process.stderr.read()
             time.sleep(0.02)
 
-    def ends(self, within_s):
+    def ends(self, within_s, cleared_s=15):
         """Its exit code and what it said; nothing of Ray stays."""
         asked = time.monotonic()
         code, said = self.process.wait(timeout=90), self.process.stderr.read()
         assert time.monotonic() - asked < within_s, said
         while self.others():
-            assert time.monotonic() - asked < within_s + 15, self.others()
+            assert time.monotonic() - asked < within_s + cleared_s, self.others()
             time.sleep(0.1)
         return code, said
 
@@ -84,4 +85,34 @@ def test_a_stop_while_ray_starts_is_heeded_and_leaves_nothing(running):
     code, said = running.ends(within_s=3)
     assert code == 143
     assert said.endswith("interrupted; resume with: python -m dmrl_ray resume run\n")
+    assert verify(running.folder) == []
+
+
+def in_training(running):
+    running.wait_for(lambda: len(list((running.folder / "commits").glob("0*.json"))) > 2)
+    return [pid for pid in running.others() if pid != running.process.pid]
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_is_an_interruption(running):
+    for pid in [*in_training(running), running.process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    code, said = running.ends(within_s=10)
+    assert code == 143
+    assert said.startswith("SIGTERM: stopping")
+    assert "Traceback" not in said
+    assert verify(running.folder) == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_cluster_is_lost_says_so_and_ends(running):
+    in_training(running)
+    for pid in running.others("gcs_server"):
+        os.kill(pid, signal.SIGKILL)
+    # Ray's agents look for the cluster for a minute.
+    code, said = running.ends(within_s=10, cleared_s=75)
+    assert code == 6
+    assert said.count("\n") == 1
+    assert re.match(r"error: the Ray cluster at \S+ was lost \(.*\); what is committed", said)
     assert verify(running.folder) == []

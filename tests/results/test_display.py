@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -79,6 +80,37 @@ def test_quiet_shows_nothing():
         display.message("hello")
         display.finish("meta")
     assert stream.getvalue() == ""
+
+
+def test_an_output_that_fails_turns_the_display_off_with_one_line_in_the_log(caplog):
+    with open("/dev/full", "w") as full, Display(stream=full, every_s=0.0) as display:
+        for step in range(3):
+            display.update("meta", step)
+            display.message("still there")
+        with suppress(OSError):
+            full.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the display is off, as its output fails: [Errno 28] No space left on device"
+    ]
+
+
+def test_a_terminal_that_goes_away_in_a_live_table_does_not_end_the_run(caplog):
+    class Closing(Terminal):
+        gone = False
+
+        def write(self, text):
+            if self.gone:
+                raise BrokenPipeError
+            return super().write(text)
+
+    stream = Closing()
+    with Display(stream=stream) as display:
+        display.stage("meta")
+        stream.gone = True
+        display.message("one")
+        display.message("two")
+        display.finish("meta")
+    assert len(caplog.records) == 1
 
 
 def test_a_closed_output_does_not_end_the_run():
