@@ -9,8 +9,8 @@ tasks:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -25,7 +25,7 @@ from dmrl_ray.tasks.distribution import (
     split_stream,
     task_id,
 )
-from dmrl_ray.types import Array, Arrays, Reference, Split, Task
+from dmrl_ray.types import Array, Arrays, EnvironmentFault, Reference, Split, Task
 
 from .external_env import Apply, ExternalEnv, Values, close, obs_digest, success_of
 from .gym_check import check_steps, check_vary, find_max_episode_steps, first_make
@@ -65,7 +65,10 @@ class GymVectorEnv(TaskVectorEnv):
             changed = not np.array_equal(self.params[b], self.next_params[b])
             self.params[b] = self.next_params[b]
             values = self.family.values(self.params[b])
-            self.obs[b] = self.envs[b].reset(values, seed, changed=changed)
+            try:
+                self.obs[b] = self.envs[b].reset(values, seed, changed=changed)
+            except EnvironmentFault as fault:
+                raise self.name_episode(fault, b) from fault.__cause__
 
     def observe(self) -> np.ndarray:
         """Returns the observations (B, *obs_shape)."""
@@ -81,12 +84,30 @@ class GymVectorEnv(TaskVectorEnv):
         for b, env in enumerate(self.envs):
             if self.idle is not None and self.idle[b]:
                 continue
-            self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
+            try:
+                self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
+            except EnvironmentFault as fault:
+                raise self.name_episode(fault, b) from fault.__cause__
             success[b] = success_of(info)
         obs, infos = self.auto_reset(self.observe(), terminated | truncated)
         if not np.isnan(success).all():
             infos["success"] = success
         return obs, reward, terminated, truncated, infos
+
+    def name_episode(self, fault: EnvironmentFault, b: int) -> EnvironmentFault:
+        """Adds the task, the seed and the actions of the open episode of an environment."""
+        env, task = self.envs[b], self.family.task(self.params[b])
+        values = dict(self.family.values(self.params[b]))
+        after = f" after action {env.actions[-1]}" if env.actions else ""
+        detail = {
+            "task_id": task.id,
+            "params": values,
+            "environment": b,
+            "episode_seed": env.seed,
+            "step": len(env.actions),
+            "actions": [np.asarray(action).tolist() for action in env.actions],
+        }
+        return type(fault)(f"{fault}{after}, on task {task.id} {values}", detail)
 
     def get_state(self) -> Arrays:
         """Returns the seeds and actions of the open episodes, which `set_state` replays."""
@@ -302,6 +323,25 @@ class GymEnv(TaskDistribution):
             given = over.choices if isinstance(over, Choices) else ()
             values[name] = next((choice for choice in given if choice == value), value)
         return values
+
+    def task(self, params: np.ndarray) -> Task:
+        """Returns the task that has these values of what varies."""
+        if not self.config.vary:
+            return Task(task_id(self.family), self.family, "train", {})
+        columns = dict(zip(self.config.vary, params[:, None], strict=True))
+        return make_tasks(self.family, "train", columns)[0]
+
+    def play_again(self, params: Mapping[str, object], seed: int, actions: Sequence[Any]) -> None:
+        """Plays one episode in an environment of its own.
+
+        Raises:
+            EnvironmentFault: the environment broke the contract again.
+        """
+        env = self.make_single(0)
+        env.reset(cast(Values, params), seed, changed=True)
+        for action in actions:
+            env.step(np.asarray(action, self.action_space.dtype))
+        close(env.env)
 
     def _make(self, **values: Any) -> gym.Env[Any, Any]:
         # `ExternalEnv` counts steps, as the config's limit may exceed the registered one.

@@ -32,7 +32,7 @@ from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
 from dmrl_ray.store.tables import read_columns
 from dmrl_ray.store.writer import RunWriter
-from dmrl_ray.types import Split
+from dmrl_ray.types import EnvironmentFault, Split
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,15 +212,19 @@ def _execute(run: Run) -> None:
         raise
     except Exception as error:  # Recorded, and reported by the caller.
         failure = {"error": type(error).__name__, "reason": str(error)}
-        _note_end(run, "run_failed", **failure, traceback="".join(format_exception(error)))
+        fault = error if isinstance(error, EnvironmentFault) else None
+        text = "".join(format_exception(error))
+        _note_end(run, "run_failed", fault, **failure, traceback=text)
         raise
     finally:
         run.close()
 
 
-def _note_end(run: Run, event: str, **detail: str) -> None:
+def _note_end(run: Run, event: str, fault: EnvironmentFault | None = None, **detail: str) -> None:
     """Return to the newest commit, and add one that says why the run ends there."""
     run.rollback()
+    if fault is not None:
+        run.note_fault(fault)
     run.event(event, run.next_stage(), **detail)
     with suppress(StorageError):
         run.commit()

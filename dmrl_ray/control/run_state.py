@@ -27,7 +27,7 @@ from dmrl_ray.rollout.rows import task_rows
 from dmrl_ray.store.files import FileRecord
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.tasks.distribution import TaskDistribution
-from dmrl_ray.types import Arrays, Split, Task
+from dmrl_ray.types import Arrays, EnvironmentFault, Split, Task
 
 if TYPE_CHECKING:
     from dmrl_ray.cluster.pool import RayWorkers
@@ -126,6 +126,13 @@ class Run:
         """Add a row to the events table."""
         self.writer.add_event(event, stage, job, detail)
 
+    def note_fault(self, fault: EnvironmentFault) -> None:
+        """Add a fault of an environment to the events, with what it takes to play it again."""
+        self.state["faults"] += 1
+        fault.number = self.state["faults"]
+        detail = {"number": fault.number, "message": str(fault)} | fault.detail
+        self.writer.add_event("environment_fault", self.next_stage(), "", detail)
+
     def note_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
         """Say which data a job does not learn from, as an event and on the screen."""
         for found in left_out:
@@ -183,7 +190,7 @@ class Run:
         """Return to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
-        self.state = {"done": [], "jobs": {}, "versions": {}, "changed": {}}
+        self.state = {"done": [], "jobs": {}, "versions": {}, "changed": {}, "faults": 0}
         if committed is not None:
             self.state |= json.loads(json.dumps(committed))
         if job := self.state.pop("job", None):  # A folder may keep the job in progress alone.

@@ -242,6 +242,17 @@ class TaskDistribution(ABC):
         """
         return None
 
+    def play_again(self, params: Mapping[str, object], seed: int, actions: Sequence[Any]) -> None:
+        """Plays one episode of a task from its seed, so that its fault shows once more.
+
+        For families that step environments one by one, whose faults have seed and actions in their
+        `detail`.
+
+        Raises:
+            EnvironmentFault: the environment broke the contract again.
+        """
+        raise NotImplementedError
+
     @property
     def trial_steps(self) -> int:
         """The maximum number of steps of a trial."""

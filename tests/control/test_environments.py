@@ -1,15 +1,21 @@
 """Runs in environments that others wrote and that do what environments should not."""
 
+import re
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from dmrl_ray import __main__ as cli
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.control import controller
+from dmrl_ray.envs.cartpole import CartPole, CartPoleVectorEnv
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
+from dmrl_ray.tasks.distribution import make_tasks
 
 CONFIG = """
 tasks: {type: gym, id: Unsteady-v0}
@@ -77,3 +83,98 @@ def test_an_environment_that_does_not_repeat_itself_is_told_and_its_run_can_be_r
     assert len(again) == (broken != "")
     assert not broken or "led to another observation" in again[0]
     assert events(out, "run_finished")
+
+
+class Fragile(gym.Env):
+    """Breaks when the sum of its actions and noise passes a limit."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    limit = 14.0
+
+    def __init__(self):
+        self.wind = 0.0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = 0.0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.x += action + self.wind * self.np_random.random()
+        if self.x > self.limit:
+            raise OSError(f"the simulator is gone at {self.x:.6f}")
+        return np.array([self.x], np.float32), 0.0, False, False, {}
+
+
+gym.register("Fragile-v0", Fragile, max_episode_steps=20)
+FRAGILE = "tasks={type: gym, id: Fragile-v0, vary: {wind: [0.5, 1.5]}}"
+
+
+class BreakingEnv(CartPoleVectorEnv):
+    def step(self, actions):
+        answer = super().step(actions)
+        if (speed := np.abs(answer[0]).max()) > 2.5:
+            raise ZeroDivisionError(f"no mass at {speed:.9f}")
+        return answer
+
+
+class Breaking(CartPole):
+    def make_vec(self, num_envs):
+        env = super().make_vec(num_envs)
+        env.__class__ = BreakingEnv
+        return env
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Calls the command line in an empty folder with the config."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CONFIG)
+    return lambda *arguments: CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_a_fault_names_its_episode_and_a_command_plays_it_alone(call, monkeypatch):
+    answer = call("run", "config.yaml", FRAGILE, "--out", "out")
+    assert answer.exit_code == 5
+    error, command = answer.stderr.splitlines()[-2:]
+    found = re.fullmatch(
+        r"error: Fragile-v0: environment [01], episode seed \d+, step \d+: step raised OSError: "
+        r"(the simulator is gone at [\d.]+) after action [01], on task ([0-9a-f]{16}) "
+        r"\{'wind': ([\d.]+)\}",
+        error,
+    )
+    assert found, error
+    assert command == "play it again with: python -m dmrl_ray reproduce out 1"
+    (task,) = make_tasks("gym:Fragile-v0", "train", {"wind": np.array([float(found[3])])})
+    assert task.id == found[2]
+    again = call(*command.split()[7:])
+    assert again.exit_code == 5
+    assert found[1] in again.stderr.splitlines()[-1]
+    assert "raise OSError(" in again.stderr
+    monkeypatch.setattr(Fragile, "limit", np.inf)
+    assert "it did not show again" in call("reproduce", "out").stdout
+
+
+def test_a_fault_where_environments_step_together_is_met_again_from_the_newest_commit(call):
+    text = CONFIG.replace("{type: gym, id: Unsteady-v0}", f"{__name__}:Breaking")
+    Path("config.yaml").write_text(text.replace("env_steps: 48", "env_steps: 4800"))
+    answer = call("run", "config.yaml", "commit.every_updates=2", "--out", "out")
+    assert answer.exit_code == 5, answer.output
+    (found,) = re.findall(r"no mass at [\d.]+", answer.stderr.splitlines()[-2])
+    assert len(list(Path("out/commits").iterdir())) > 2
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    again = call("reproduce", "out", "1")
+    assert again.exit_code == 5
+    assert found in again.stderr.splitlines()[-1]
+    after = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_a_fault_that_a_run_does_not_have_is_refused(call):
+    call("run", "config.yaml", FRAGILE, "--out", "out")
+    assert "there is no fault 2; there are 1 to 1" in call("reproduce", "out", "2").stderr
+    call("run", "config.yaml", "--out", "fine")
+    answer = call("reproduce", "fine")
+    assert answer.exit_code == 2
+    assert "no environment of this run has failed" in answer.stderr
