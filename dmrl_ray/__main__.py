@@ -268,6 +268,31 @@ def verify(run: RunName, verbose: Verbose = False) -> None:
 
 
 @app.command()
+def reproduce(
+    run: RunName,
+    event: Annotated[
+        int | None, typer.Argument(help="Number of the fault in the run; by default, the newest.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Play again what led to the fault of an environment."""
+    with report_errors(verbose):
+        folder = _find_run(run)
+        from dmrl_ray.control.reproduction import find_fault
+        from dmrl_ray.control.reproduction import reproduce as play_again
+        from dmrl_ray.types import EnvironmentFault
+
+        fault = find_fault(folder, event)
+        typer.echo(f"fault {fault['number']}: {fault['message']}")
+        try:
+            play_again(folder, fault)
+        except EnvironmentFault as error:
+            traceback.print_exception(error.__cause__ or error)
+            raise
+        typer.echo("it did not show again: it depends on more than the seed and the actions")
+
+
+@app.command()
 def export(
     run: RunName,
     folder: Annotated[
@@ -320,17 +345,24 @@ def report_errors(verbose: bool) -> Iterator[None]:
         message = sentence(error)
         if verbose or message is None:
             _say("".join(traceback.format_exception(error)), err=True)
-        _say(message or f"error: {FAULT}", err=True)
+        notes = getattr(error, "__notes__", ())
+        _say("\n".join([message or f"error: {FAULT}", *notes]), err=True)
         raise typer.Exit(exit_code(error)) from error
 
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Shows how to resume a run that was interrupted after a commit."""
+    """Shows how to resume a run that was interrupted, or to play the fault of an environment."""
     from dmrl_ray.errors import Interrupted
+    from dmrl_ray.types import EnvironmentFault
 
     try:
         yield
+    except EnvironmentFault as error:
+        if error.number is not None:
+            command = f"python -m dmrl_ray reproduce {_shown(folder)} {error.number}"
+            error.add_note(f"play it again with: {command}")
+        raise
     except Interrupted as error:
         how = "interrupted before the run began"
         if (folder / "run.json").exists():

@@ -280,6 +280,18 @@ def random_stream(seed: int, *key: int | str) -> np.random.Generator:
 
 
 class EnvironmentFault(RuntimeError):
-    """An environment broke the contract: it raised, or returned what it must not."""
+    """An environment broke the contract: it raised, or returned what it must not.
+
+    Attributes:
+        detail: plain values for the table of events: the task, its parameters, the environment and
+            the step, as far as they are known; of families that step environments one by one
+            the seed and the actions of the episode, too, by which it is played again.
+        number: of the fault in its run, from 1; None if it is not in the table of events.
+    """
 
     exit_code = 5
+    number: int | None = None
+
+    def __init__(self, message: str, detail: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.detail = dict(detail or {})

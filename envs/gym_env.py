@@ -9,8 +9,9 @@ tasks:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +27,7 @@ from dmrl_ray.tasks.distribution import (
     task_id,
 )
 from dmrl_ray.tasks.score import Reference
-from dmrl_ray.types import Array, Arrays, Split, Task
+from dmrl_ray.types import Array, Arrays, EnvironmentFault, Split, Task
 
 from .external_env import Apply, ExternalEnv, Values, close, obs_digest, success_of
 from .gym_check import check_steps, check_vary, find_max_episode_steps, first_make
@@ -34,6 +35,10 @@ from .gym_spaces import action_space, observation_space
 
 MAX_COMBINATIONS = 1_000_000
 """The maximum number of combinations of choices where some are held out."""
+
+
+RESETS = 3
+"""Resets that may fail one after the other, where episodes may be restarted."""
 
 
 class GymVectorEnv(TaskVectorEnv):
@@ -52,6 +57,7 @@ class GymVectorEnv(TaskVectorEnv):
         self.envs = [family.make_single(b) for b in range(num_envs)]
         self.next_params = np.zeros((num_envs, len(family.config.vary)))
         self.params = np.full_like(self.next_params, np.nan)  # differs from every task's
+        self.faults: list[EnvironmentFault] = []
         self.obs = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
@@ -66,7 +72,7 @@ class GymVectorEnv(TaskVectorEnv):
             changed = not np.array_equal(self.params[b], self.next_params[b])
             self.params[b] = self.next_params[b]
             values = self.family.values(self.params[b])
-            self.obs[b] = self.envs[b].reset(values, seed, changed=changed)
+            self.obs[b] = self.reset_single(b, values, seed, changed=changed)
 
     def observe(self) -> np.ndarray:
         """Returns the observations (B, *obs_shape)."""
@@ -82,12 +88,64 @@ class GymVectorEnv(TaskVectorEnv):
         for b, env in enumerate(self.envs):
             if self.idle is not None and self.idle[b]:
                 continue
-            self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
-            success[b] = success_of(info)
+            try:
+                self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
+            except EnvironmentFault as fault:
+                self.replace(b, fault)
+                truncated[b] = True
+            else:
+                success[b] = success_of(info)
         obs, infos = self.auto_reset(self.observe(), terminated | truncated)
         if not np.isnan(success).all():
             infos["success"] = success
         return obs, reward, terminated, truncated, infos
+
+    def reset_single(self, b: int, values: Values, seed: int, *, changed: bool) -> np.ndarray:
+        """Resets an environment; where episodes may be restarted, with other seeds after faults."""
+        params = self.params[b].copy()
+        for _ in range(RESETS):
+            try:
+                return self.envs[b].reset(values, seed, changed=changed)
+            except EnvironmentFault as fault:
+                self.replace(b, fault)
+                self.params[b], changed = params, True
+                seed = int(self.np_random.integers(2**31))
+        raise self.faults.pop()
+
+    def replace(self, b: int, fault: EnvironmentFault) -> None:
+        """Puts a new environment in the place of one that failed, if episodes may be restarted.
+
+        Raises:
+            EnvironmentFault: they may not.
+        """
+        named = self.name_episode(fault, b)
+        if self.family.on_fault == "stop":
+            raise named from fault.__cause__
+        self.faults.append(named)
+        with suppress(Exception):  # It is broken already.
+            close(self.envs[b].env)
+        self.envs[b] = self.family.make_single(b)
+        self.params[b] = np.nan  # The next reset sets the task.
+
+    def take_faults(self) -> list[EnvironmentFault]:
+        """Returns the faults since the last call after which episodes were restarted."""
+        faults, self.faults = self.faults, []
+        return faults
+
+    def name_episode(self, fault: EnvironmentFault, b: int) -> EnvironmentFault:
+        """Adds the task, the seed and the actions of the open episode of an environment."""
+        env, task = self.envs[b], self.family.task(self.params[b])
+        values = dict(self.family.values(self.params[b]))
+        after = f" after action {env.actions[-1]}" if env.actions else ""
+        detail = {
+            "task_id": task.id,
+            "params": values,
+            "environment": b,
+            "episode_seed": env.seed,
+            "step": len(env.actions),
+            "actions": [np.asarray(action).tolist() for action in env.actions],
+        }
+        return type(fault)(f"{fault}{after}, on task {task.id} {values}", detail)
 
     def get_state(self) -> Arrays:
         """Returns the seeds and actions of the open episodes, which `set_state` replays."""
@@ -227,6 +285,7 @@ class GymEnv(TaskDistribution):
     family = "gym"
     fixed_length = False
     vectorized = False
+    restarts_episodes = True
 
     def __init__(self, config: Config):
         self.config = config
@@ -249,9 +308,7 @@ class GymEnv(TaskDistribution):
             raise ValueError(f"tasks.id: {config.id}: {error}, so wrap the environment") from None
         check_vary(env, config.id, config.apply, first)
         close(env)
-        external = self.make_single(0)
-        check_steps(external, config.id, config.apply, first)
-        close(external.env)
+        check_steps(self.make_single, config.id, config.apply, first)
 
     def make_vec(self, num_envs: int) -> GymVectorEnv:
         """Returns a vector environment that steps `num_envs` environments in a loop."""
@@ -303,6 +360,25 @@ class GymEnv(TaskDistribution):
             given = over.choices if isinstance(over, Choices) else ()
             values[name] = next((choice for choice in given if choice == value), value)
         return values
+
+    def task(self, params: np.ndarray) -> Task:
+        """Returns the task that has these values of what varies."""
+        if not self.config.vary:
+            return Task(task_id(self.family), self.family, "train", {})
+        columns = dict(zip(self.config.vary, params[:, None], strict=True))
+        return make_tasks(self.family, "train", columns)[0]
+
+    def play_again(self, params: Mapping[str, object], seed: int, actions: Sequence[Any]) -> None:
+        """Plays one episode in an environment of its own.
+
+        Raises:
+            EnvironmentFault: the environment broke the contract again.
+        """
+        env = self.make_single(0)
+        env.reset(cast(Values, params), seed, changed=True)
+        for action in actions:
+            env.step(np.asarray(action, self.action_space.dtype))
+        close(env.env)
 
     def _make(self, **values: Any) -> gym.Env[Any, Any]:
         # `ExternalEnv` counts steps, as the config's limit may exceed the registered one.

@@ -7,7 +7,7 @@ belief can be Bayes-optimal (the belief oracle of Zintgraf et al. 2020, arXiv:19
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -196,6 +196,10 @@ class Observe(TaskDistribution):
     def sample(self, rng: np.random.Generator, n: int, split: Split) -> list[Task]:
         """Samples n tasks of the family."""
         return self.inner.sample(rng, n, split)
+
+    def play_again(self, params: Mapping[str, object], seed: int, actions: Sequence[Any]) -> None:
+        """Plays one episode of the inner family."""
+        self.inner.play_again(params, seed, actions)
 
     def reference(self, task: Task) -> Reference | None:
         """Returns the family's reference returns."""

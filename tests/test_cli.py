@@ -98,7 +98,7 @@ def test_a_missing_config_is_reported_before_heavy_imports():
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "resume", "evaluate", "report", "tasks", "config", "verify"]
+    "command", ["run", "resume", "evaluate", "report", "tasks", "config", "verify", "reproduce"]
 )
 def test_every_command_has_help(command):
     answer = call(command, "--help")

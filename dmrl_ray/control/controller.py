@@ -31,14 +31,14 @@ from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs.messages import Call
 from dmrl_ray.jobs.protocols import map_calls
-from dmrl_ray.jobs.spec import Weights, job_spec, load_family
+from dmrl_ray.jobs.spec import Weights, job_spec
 from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
 from dmrl_ray.store.reader import RunReader
 from dmrl_ray.store.tables import read_part
 from dmrl_ray.store.writer import RunWriter
-from dmrl_ray.types import Split
+from dmrl_ray.types import EnvironmentFault, Split
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,7 @@ def run(
     with stop.caught():
         with stop.abandoning():
             check(config)
-            warning = unrepeatable(load_family(config.tasks))
+            warning = unrepeatable(config)
             config, placement = place(config, address)
         with RunWriter.create(
             folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
@@ -219,15 +219,19 @@ def _execute(run: Run) -> None:
         raise
     except Exception as error:  # Recorded, and reported by the caller.
         failure = {"error": type(error).__name__, "reason": str(error)}
-        _note_end(run, "run_failed", **failure, traceback="".join(format_exception(error)))
+        fault = error if isinstance(error, EnvironmentFault) else None
+        text = "".join(format_exception(error))
+        _note_end(run, "run_failed", fault, **failure, traceback=text)
         raise
     finally:
         run.close()
 
 
-def _note_end(run: Run, event: str, **detail: str) -> None:
+def _note_end(run: Run, event: str, fault: EnvironmentFault | None = None, **detail: str) -> None:
     """Return to the newest commit, and add one that says why the run ends there."""
     run.rollback()
+    if fault is not None:
+        run.note_fault(fault)
     run.event(event, run.next_stage(), **detail)
     with suppress(StorageError):
         run.commit()

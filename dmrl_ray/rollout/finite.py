@@ -38,10 +38,13 @@ def check_finite(
     found = _first_not_finite(rollout)
     if found is not None:
         name, t, env, value = found
-        task = episodes.task_at(steps + t, env)
+        task = episodes.task_at(steps + t, env).to_json()
+        detail = {"task_id": task["id"], "params": task["params"], "environment": env, "step": t}
         raise EnvironmentFault(
             f"{name_of(family)}: {name} of environment {env} at step {t} is {value}, on task "
-            f"{task.id}; environments must return finite numbers"
+            f"{task['id']} {task['params']}"[:1000]
+            + "; environments must return finite numbers",
+            detail,
         )
 
 

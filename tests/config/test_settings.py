@@ -28,6 +28,7 @@ from dmrl_ray.config.schema import (
     Adapt,
     CommitSettings,
     ContinuedTraining,
+    EnvironmentSettings,
     Evaluate,
     Finetune,
     LearnerSettings,
@@ -369,6 +370,7 @@ def run_sections() -> Iterator[Section]:
     yield Section("run", RunConfig, "", config, values, only=(*NOT_NESTED,))
     yield Section("rollout", RolloutSettings, "rollout", config)
     yield Section("workers", WorkerSettings, "workers", config)
+    yield Section("environments", EnvironmentSettings, "environments", config)
     yield Section("learners", LearnerSettings, "learners", config)
     yield Section("commit", CommitSettings, "commit", config)
 

@@ -171,9 +171,12 @@ def run(*overrides, out="out"):
     return call("run", "run.yaml", *overrides, "--out", out)
 
 
+OTHER_LINES = ("stage=", "play it again with: python -m dmrl_ray reproduce ")
+
+
 def refused(answer, code, *parts, lines=1):
     """The answer is one sentence with these parts, in order, and this exit code."""
-    error = "\n".join(x for x in answer.stderr.splitlines() if not x.startswith("stage="))
+    error = "\n".join(x for x in answer.stderr.splitlines() if not x.startswith(OTHER_LINES))
     assert answer.exit_code == code, answer.output
     assert "Traceback" not in answer.output
     assert error.startswith("error: ")
@@ -613,6 +616,6 @@ def test_a_mistake_in_a_real_process_is_one_sentence_too(change, sentence):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert answer.returncode == 5
-    lines = [x for x in answer.stderr.splitlines() if not x.startswith("stage=")]
+    lines = [x for x in answer.stderr.splitlines() if not x.startswith(OTHER_LINES)]
     assert len(lines) == 1, answer.stderr
     assert lines[0].startswith(f"error: task family 'broken': {sentence}")
