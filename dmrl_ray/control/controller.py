@@ -22,7 +22,7 @@ from dmrl_ray.config.loading import resolved
 from dmrl_ray.config.paths import JOB_VARIABLE
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.checks import check
-from dmrl_ray.control.continuation import change, changes
+from dmrl_ray.control.continuation import change, changes, check_unpickled
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
@@ -79,6 +79,7 @@ def resume(
     config: RunConfig | None = None,
     overrides: Sequence[str] = (),
     address: str | None = None,
+    trust: bool = False,
     display: Display,
 ) -> Path:
     """Continue a run from its newest complete commit, and return its folder.
@@ -88,10 +89,11 @@ def resume(
         config: what it is to go by, as far as a run may change; its own config if None.
         overrides: settings of its own config to change, likewise.
         address: of a Ray cluster.
+        trust: allow reading pickles, which algorithms of RLlib keep and which can run code.
         display: shows the progress.
 
     Raises:
-        ConfigError: the folder is no run, or a newer version's.
+        ConfigError: the folder is no run, or a newer version's, or has to be trusted.
         IncompatibleSettings: the config differs from the run's where a run may not change.
         CorruptRun: none of its commits is complete.
         Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
@@ -100,6 +102,8 @@ def resume(
         before = load_run_config(writer.folder)
         current = Run(before, writer, display, address)
         changed = changes(before, config or load_run_config(folder, overrides), current.state)
+        if not trust:
+            check_unpickled(current, changed, own_config=config is not None)
         if changed:
             current.config = load_run_config(folder, as_overrides(changed))
             check(current.config)
