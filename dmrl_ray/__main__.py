@@ -85,6 +85,11 @@ Address = Annotated[
     typer.Option(help="Address of a Ray cluster; by default, this machine."),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Allow reading RLlib's pickles in the run, which can run code."),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -122,6 +127,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume the run in OUT, if there is one, with CONFIG.")
     ] = False,
+    trust: Trust = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the contents of OUT.")
     ] = False,
@@ -143,7 +149,9 @@ def run(
             folder = local_path(place)
             with _resumable(folder), _locate_errors(config, overrides or ()), Display() as display:
                 if resume and (folder / "run.json").exists():
-                    controller.resume(folder, config=settings, address=address, display=display)
+                    controller.resume(
+                        folder, config=settings, address=address, trust=trust, display=display
+                    )
                 else:
                     controller.run(
                         settings, folder, address=address, overwrite=overwrite, display=display
@@ -153,7 +161,11 @@ def run(
 
 @app.command()
 def resume(
-    run: RunName, overrides: Overrides = None, address: Address = None, verbose: Verbose = False
+    run: RunName,
+    overrides: Overrides = None,
+    address: Address = None,
+    trust: Trust = False,
+    verbose: Verbose = False,
 ) -> None:
     """Resume a run from its last commit; stages.NAME.env_steps=MORE trains for longer."""
     with report_errors(verbose):
@@ -164,7 +176,9 @@ def resume(
 
         located = locate_errors(folder / "config.yaml", overrides or ())
         with _resumable(folder), located, Display() as display:
-            controller.resume(folder, overrides=overrides or (), address=address, display=display)
+            controller.resume(
+                folder, overrides=overrides or (), address=address, trust=trust, display=display
+            )
         _show_end(folder)
 
 

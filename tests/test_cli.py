@@ -292,6 +292,19 @@ def test_evaluate_refuses_a_split_that_does_not_exist(here):
     assert "command line: --split: found 'tset'; did you mean 'test'?" in answer.stderr
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket/x", "file:///tmp/x", "hdfs://h:1/x"])
+def test_a_url_is_no_folder_to_write(here, controller, url):
+    controller.run = lambda *_, **__: pytest.fail("it was run")
+    for command in (("run", "run.yaml", "--out", url), ("export", "fine-1", url, "--to", "rllib")):
+        answer = call(*command)
+        assert answer.exit_code == 2
+        assert answer.stderr.startswith(
+            f"error: {url.replace('//', '/').replace('//', '/')}: is a URL"
+        )
+        assert len(answer.stderr.splitlines()) == 1
+    assert {path.name for path in here.iterdir()} == {"run.yaml", "runs"}
+
+
 def test_verify_finds_a_damaged_file(here):
     with RunWriter.open(here / "runs" / "fine-1") as writer:
         writer.commit({}, {})

@@ -13,10 +13,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from dmrl_ray.config.loading import expanded, plain
-from dmrl_ray.config.schema import Pretrain, RunConfig
+from dmrl_ray.config.schema import RLLIB, Pretrain, RunConfig
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.data.sources import recordings_of
-from dmrl_ray.errors import IncompatibleSettings
+from dmrl_ray.errors import ConfigError, IncompatibleSettings
 from dmrl_ray.jobs.external import ExternalAlgorithm
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.store.commits import as_overrides
@@ -102,6 +102,38 @@ def _shown(value: Any) -> str:
         value = value["type"]
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_unpickled(run: Run, changed: Mapping[str, Any], *, own_config: bool) -> None:
+    """See that a resumed run reads no pickle that its folder chose.
+
+    Args:
+        run: as its newest commit has it.
+        changed: settings that change, as `changes` found them.
+        own_config: the user gave the config, which names checkpoints of RLlib and trusts them.
+
+    Raises:
+        ConfigError: it would.
+    """
+    for name, stage in run.config.stages.items():
+        kept = name in run.state["jobs"] and isinstance(stage, Pretrain)
+        goes_on = name not in run.state["done"] or f"stages.{name}.env_steps" in changed
+        algorithm = job_spec(run.config, name).algorithm.load("algorithm")
+        if kept and goes_on and issubclass(algorithm, ExternalAlgorithm):
+            found = "the state of its algorithm"
+        elif (
+            str(stage.init_from).startswith(RLLIB)
+            and not own_config
+            and (changed or (goes_on and f"{name}.start" not in run.files))
+        ):
+            found = f"init_from: {stage.init_from}"
+        else:
+            continue
+        raise ConfigError(
+            f"{run.writer.folder}: stage {name!r}: {found} is of RLlib, whose checkpoints are "
+            "pickles, which can run code when they are read; if you trust where this folder is "
+            "from, resume it with --trust"
+        )
 
 
 def change(run: Run, before: RunConfig, changed: Mapping[str, Any]) -> None:

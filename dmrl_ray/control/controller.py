@@ -22,7 +22,7 @@ from dmrl_ray.config.loading import resolved
 from dmrl_ray.config.paths import JOB_VARIABLE
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.checks import check, unrepeatable
-from dmrl_ray.control.continuation import change, changes
+from dmrl_ray.control.continuation import change, changes, check_unpickled
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
@@ -31,7 +31,7 @@ from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs.messages import Call
 from dmrl_ray.jobs.protocols import map_calls
-from dmrl_ray.jobs.spec import Weights, job_spec
+from dmrl_ray.jobs.spec import Weights, job_spec, load_family
 from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
@@ -87,6 +87,7 @@ def resume(
     config: RunConfig | None = None,
     overrides: Sequence[str] = (),
     address: str | None = None,
+    trust: bool = False,
     display: Display,
 ) -> Path:
     """Continue a run from its newest complete commit, and return its folder.
@@ -96,10 +97,11 @@ def resume(
         config: what it is to go by, as far as a run may change; its own config if None.
         overrides: settings of its own config to change, likewise.
         address: of a Ray cluster.
+        trust: allow reading pickles, which algorithms of RLlib keep and which can run code.
         display: shows the progress.
 
     Raises:
-        ConfigError: the folder is no run, or a newer version's.
+        ConfigError: the folder is no run, or a newer version's, or has to be trusted.
         IncompatibleSettings: the config differs from the run's where a run may not change.
         CorruptRun: none of its commits is complete.
         Interrupted: by Ctrl+C, SIGTERM or SIGHUP, after a clean commit.
@@ -109,6 +111,8 @@ def resume(
         before = load_run_config(writer.folder)
         current = Run(before, writer, display, address, stop)
         changed = changes(before, config or load_run_config(folder, overrides), current.state)
+        if not trust:
+            check_unpickled(current, changed, own_config=config is not None)
         if changed:
             current.config = load_run_config(folder, as_overrides(changed))
             with stop.abandoning():

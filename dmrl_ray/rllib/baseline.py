@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ from dmrl_ray.types import Arrays, Columns, EnvironmentFault, random_stream
 
 MODULE = f"learner/rl_module/{DEFAULT_MODULE_ID}"
 """Path of the weights in the state of a learner group."""
+
+_FILE_NAME = re.compile(r"\w[\w.+-]*")
 
 
 class Baseline(ExternalAlgorithm):
@@ -160,10 +163,12 @@ class Baseline(ExternalAlgorithm):
             return {str(path.relative_to(folder)): np.fromfile(path, np.uint8) for path in files}
 
     def set_state(self, state: Arrays, version: int) -> None:
-        """Continues from a checkpoint, with new episodes."""
+        """Continues from a checkpoint, with new episodes; unpickles."""
         self.version = version
         with tempfile.TemporaryDirectory() as folder, _library_errors():
             for name, data in state.items():
+                if not all(_FILE_NAME.fullmatch(part) for part in name.split("/")):
+                    raise ValueError(f"{name!r} cannot name a file of a checkpoint of RLlib")
                 path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data.tobytes())

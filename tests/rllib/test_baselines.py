@@ -159,7 +159,9 @@ def test_a_stopped_run_continues_from_its_newest_iteration(tmp_path, monkeypatch
     monkeypatch.setattr(Baseline, "iterate", stopping)
     with pytest.raises(Interrupted):
         controller.run(config(), tmp_path / "run", display=Display(quiet=True))
-    controller.resume(tmp_path / "run", display=Display(quiet=True))
+    with pytest.raises(ConfigError, match=r"'multi': the state .* pickles, .* with --trust"):
+        controller.resume(tmp_path / "run", display=Display(quiet=True))
+    controller.resume(tmp_path / "run", trust=True, display=Display(quiet=True))
     assert calls == [0, 1, 2, 3]
     metrics = dmrl_ray.load(tmp_path / "run", table="metrics")
     assert metrics.loc[metrics["name"] == "return", "policy_version"].tolist() == [1, 2, 3, 4]
@@ -185,6 +187,13 @@ def test_a_checkpoint_has_weights_optimiser_and_counters():
     assert str(a) == str(b)
     first.close()
     again.close()
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil", "", "a//b", "a\n"])
+def test_a_name_of_an_array_leads_nowhere(name):
+    made = baseline()
+    with pytest.raises(ValueError, match="cannot name a file of a checkpoint"):
+        made.set_state({name: np.zeros(1, np.uint8)}, 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
-from dmrl_ray.config.loading import parse_config
+from dmrl_ray.config.loading import parse_config, resolved
 from dmrl_ray.control import controller
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import _policy
@@ -163,3 +163,13 @@ def test_an_incompatible_source_is_reported_before_anything_starts(checkpoint, t
     module(BOX).save_to_path(str(tmp_path / "box"))
     with pytest.raises(ValueError, match="free_log_std"):
         rllib_start(f"rllib:{tmp_path / 'box'}", policy(MLP, BOX))
+
+
+def test_a_folder_cannot_say_that_its_own_pickle_is_to_be_trusted(checkpoint, tmp_path):
+    settings = config(checkpoint)
+    with RunWriter.create(tmp_path / "run", resolved(settings), {}) as writer:
+        Run(settings, writer, Display(quiet=True), None).commit()
+    with pytest.raises(ConfigError, match=r"'special': init_from: rllib:.* with --trust"):
+        controller.resume(tmp_path / "run", display=Display(quiet=True))
+    controller.resume(tmp_path / "run", trust=True, display=Display(quiet=True))
+    assert "policy_read" in load(tmp_path / "run", table="events")["event"].tolist()
