@@ -56,6 +56,8 @@ class ExternalEnv:
             if changed:
                 self.set_task(values)
             returned = self.env.reset(seed=seed)
+        except EnvironmentFault:  # it took longer than it may
+            raise
         except Exception as error:  # an external environment may raise anything
             self._fail("reset", f"raised {type(error).__name__}: {error}", error)
         if not (isinstance(returned, tuple) and len(returned) == 2):
@@ -67,6 +69,8 @@ class ExternalEnv:
         self.actions.append(action)
         try:
             returned = self.env.step(self._action(action))
+        except EnvironmentFault:  # it took longer than it may
+            raise
         except Exception as error:  # an external environment may raise anything
             self._fail("step", f"raised {type(error).__name__}: {error}", error)
         if not (isinstance(returned, tuple) and len(returned) == 5):

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dmrl_ray.config.schema import LARGEST_NUMBER, Number, Settings
+from dmrl_ray.tasks.activity import mine
 from dmrl_ray.tasks.distribution import (
     TaskDistribution,
     TaskVectorEnv,
@@ -53,20 +54,30 @@ class GymVectorEnv(TaskVectorEnv):
         self.next_params = np.zeros((num_envs, len(family.config.vary)))
         self.params = np.full_like(self.next_params, np.nan)  # differs from every task's
         self.obs = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
+        self.ids, self.next_ids = (
+            [""] * num_envs,
+            [""] * num_envs,
+        )  # of tasks, as far as they are known
+        self.activity = mine()
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Sets one task per environment, in effect from its next reset on."""
         names = self.family.config.vary
+        self.next_ids = [task.id for task in tasks]
         self.next_params[:] = [[task.params[name] for name in names] for task in tasks]
 
     def begin(self, env_ids: np.ndarray) -> None:
         """Resets the environments of these indices, each with its own seed."""
         seeds = self.np_random.integers(2**31, size=len(env_ids))
+        self.tell_turn()
         for b, seed in zip(env_ids.tolist(), seeds.tolist(), strict=True):
             changed = not np.array_equal(self.params[b], self.next_params[b])
             self.params[b] = self.next_params[b]
+            self.ids[b] = self.next_ids[b]
             values = self.family.values(self.params[b])
+            before = self.activity.reset(b, self.ids[b], seed)
             self.obs[b] = self.envs[b].reset(values, seed, changed=changed)
+            self.activity.begin(before)
 
     def observe(self) -> np.ndarray:
         """Returns the observations (B, *obs_shape)."""
@@ -79,15 +90,22 @@ class GymVectorEnv(TaskVectorEnv):
         reward = np.zeros(self.num_envs, np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), np.bool_)
         success = np.full(self.num_envs, np.nan)
+        self.tell_turn()
         for b, env in enumerate(self.envs):
             if self.idle is not None and self.idle[b]:
                 continue
+            self.activity.single(b)
             self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
             success[b] = success_of(info)
         obs, infos = self.auto_reset(self.observe(), terminated | truncated)
         if not np.isnan(success).all():
             infos["success"] = success
         return obs, reward, terminated, truncated, infos
+
+    def tell_turn(self) -> None:
+        """Notes which tasks and seeds the environments have, for whoever watches this process."""
+        if self.activity.owner is not self:
+            self.activity.turn(self, self.ids, [env.seed for env in self.envs])
 
     def get_state(self) -> Arrays:
         """Returns the seeds and actions of the open episodes, which `set_state` replays."""
@@ -114,6 +132,7 @@ class GymVectorEnv(TaskVectorEnv):
         """
         self.params = np.array(state["params"])
         self.next_params = np.array(state["next_params"])
+        self.ids = [""] * self.num_envs
         for b, env in enumerate(self.envs):
             seed, t = int(state["seed"][b]), int(state["t"][b])
             if seed < 0:

@@ -25,6 +25,7 @@ from dmrl_ray.config.schema import (
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.device_sampler import DeviceSampler
 from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.activity import CODES, during
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.tasks.faults import answer_of, check_spaces, fault, name_of, sample
 from dmrl_ray.types import SPLITS, Arrays, EnvironmentFault, Split, Task, random_stream, storable
@@ -243,7 +244,8 @@ def load_family(component: Component) -> TaskDistribution:
     """
     kind, settings = _load("tasks", component, TaskDistribution), component.settings
     try:
-        family: TaskDistribution = kind(settings)
+        with during(CODES["__init__"]):
+            family: TaskDistribution = kind(settings)
     except (ValueError, EnvironmentFault):
         raise
     except MemoryError as error:

@@ -48,6 +48,7 @@ from dmrl_ray.rollout.rows import (
     transition_rows,
 )
 from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.activity import COMPUTING, WAITING, during
 from dmrl_ray.tasks.faults import sample
 from dmrl_ray.types import Arrays, Columns, Rollout, Trial, random_stream
 
@@ -64,6 +65,7 @@ class RolloutWorker:
         self._samplers: dict[Key, tuple[int, Sampler]] = {}
         self._loaded: dict[Key, int] = {}
 
+    @during(COMPUTING)
     def collect(
         self, call: CollectCall, weights: Weights, state: Arrays
     ) -> tuple[CollectReport, Trial, Arrays]:
@@ -123,16 +125,19 @@ class RolloutWorker:
         )
         return report, trial, after
 
+    @during(COMPUTING)
     def evaluate(self, call: EvaluateCall, weights: Weights) -> Columns:
         """Rows of one trial on each of the call's tasks."""
         external = external_of(call.spec)
         if external is not None:
-            return external.play(call, weights.arrays)
+            with during(WAITING):  # for the library's own processes
+                return external.play(call, weights.arrays)
         sampler, trial = self._evaluate(call, weights)
         for _ in trial:  # Each is dropped when the next begins.
             pass
         return evaluation_rows(sampler, trial=call.trial)
 
+    @during(COMPUTING)
     def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
         """The same rows, and every step."""
         sampler, trial = self._evaluate(call, weights)
@@ -146,6 +151,7 @@ class RolloutWorker:
         )
         return evaluation_rows(sampler, trial=call.trial), steps
 
+    @during(COMPUTING)
     def evaluate_steps(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, SinceChange]:
         """The same rows with the number of the task in the call as trial, and every step's reward.
 
@@ -168,6 +174,7 @@ class RolloutWorker:
         agent = adaptation.begin(sampler, list(call.tasks))
         return sampler, adaptation.play(sampler, agent, episodes, frozen=call.frozen)
 
+    @during(COMPUTING)
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, list[SinceChange]]:
         """Play streams of changing tasks.
 
@@ -202,11 +209,12 @@ class RolloutWorker:
         episodes["trial"] = rows["environment"].astype(np.int64) // (sampler.num_envs // num)
         return episodes
 
+    @during(COMPUTING)
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> TrainReport:
         """Do a small job whole: collect a shard and learn from it, `updates` times."""
         external = external_of(spec)
         if external is not None:
-            with closing(external):
+            with closing(external), during(WAITING):
                 return external.train(weights, updates)
         learner = Learner(spec)
         learner.load_weights(weights)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import gymnasium as gym
 import numpy as np
 
+from dmrl_ray.tasks.activity import ACTIVITIES, CODES, mine
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.tasks.score import Reference
 from dmrl_ray.types import Array, EnvironmentFault, Split, Task
@@ -46,12 +47,17 @@ def answer_of(family: TaskDistribution, method: Callable[..., Any], *arguments: 
     Raises:
         EnvironmentFault: the method raised.
     """
+    activity = mine()
+    before = activity.what
+    activity.begin(CODES.get(getattr(method, "__name__", ""), len(ACTIVITIES) - 1))
     try:
         return method(*arguments)
     except EnvironmentFault:
         raise
     except Exception as error:  # A family may raise anything.
         raise fault(family, method.__name__, error) from error
+    finally:
+        activity.begin(before)
 
 
 def name_of(family: Family) -> str:
