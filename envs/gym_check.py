@@ -34,6 +34,8 @@ def first_make(make: Callable[[], gym.Env[Any, Any]], env_id: str) -> gym.Env[An
         ) from None
     except gym.error.Error as error:
         raise ValueError(f"tasks.id: {error}") from None
+    except EnvironmentFault:  # it took longer than it may
+        raise
     except Exception as error:  # an external environment may raise anything
         raise ValueError(
             f"tasks.id: {env_id} cannot be built ({type(error).__name__}: {error}); "

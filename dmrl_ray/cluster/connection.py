@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
 from dmrl_ray.config.schema import RunConfig, resolve_auto
 from dmrl_ray.errors import ClusterError, JobLost
+from dmrl_ray.tasks.activity import mine
 
 RayObject: TypeAlias = Any
 """An actor, a reference, or what a call of an actor returns: Ray gives none of them a type."""
@@ -76,9 +77,19 @@ def connect(address: str | None, config: RunConfig) -> dict[str, object]:
     }
 
 
-def where() -> tuple[int, str]:
-    """Process id, and address of the node, of an actor that calls this."""
-    return os.getpid(), ray.util.get_node_ip_address()
+class Place(NamedTuple):
+    """Where an actor is: its process, and the address and Ray's name of its node."""
+
+    pid: int
+    node: str
+    node_id: str
+
+
+def where() -> Place:
+    """The place of an actor that calls this; from here on it notes what it does."""
+    mine()
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return Place(os.getpid(), ray.util.get_node_ip_address(), node_id)
 
 
 def cause_of(error: RayError) -> Exception:

@@ -23,6 +23,7 @@ from dmrl_ray.store.commits import as_overrides
 
 SPEED_ALONE = (
     "workers.*",  # A shard is the same on any worker.
+    "environments.*",  # It says when a call of them is an error.
     "commit.*",  # A run continues exactly from any commit.
     "algorithm.*.memory_mb",  # What of recordings is kept in memory; the rest is read again.
     "stages.*.algorithm.*.memory_mb",

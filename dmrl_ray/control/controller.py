@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from dmrl_ray.control.stages import run_stage
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
+from dmrl_ray.jobs.liveness import own_environments
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
@@ -55,8 +56,9 @@ def run(
         ConfigError: the folder exists, or the parts of the config do not fit together.
         Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
     """
-    check(config)
-    config, placement = place(config, address)
+    with _watched(config, display):
+        check(config)
+        config, placement = place(config, address)
     with RunWriter.create(
         folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep
     ) as writer:
@@ -97,7 +99,8 @@ def resume(
         changed = changes(before, config or load_run_config(folder, overrides), current.state)
         if changed:
             current.config = load_run_config(folder, as_overrides(changed))
-            check(current.config)
+            with _watched(current.config, display):
+                check(current.config)
         writer.keep = current.config.commit.keep
         for message in writer.recovery:
             current.event("recovered", message=message)
@@ -193,7 +196,8 @@ def _execute(run: Run) -> None:
     try:
         while True:
             try:
-                _run_stages(run)
+                with _watched(run.config, run.display):
+                    _run_stages(run)
                 return
             except JobLost as error:
                 rollbacks += 1
@@ -212,6 +216,12 @@ def _execute(run: Run) -> None:
         raise
     finally:
         run.close()
+
+
+def _watched(config: RunConfig, display: Display) -> AbstractContextManager[None]:
+    """Watch the environments that this process itself plays."""
+    family = f"task family {config.tasks.type!r}"
+    return own_environments(family, config.environments.timeout_s, display.message)
 
 
 def _note_end(run: Run, event: str, **detail: str) -> None:

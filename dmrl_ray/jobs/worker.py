@@ -48,7 +48,7 @@ from dmrl_ray.rollout.rows import (
     transition_rows,
 )
 from dmrl_ray.rollout.sampler import Sampler
-from dmrl_ray.tasks.activity import COMPUTING, WAITING, during
+from dmrl_ray.tasks.activity import COMPUTING, WAITING, during, mine
 from dmrl_ray.tasks.faults import sample
 from dmrl_ray.types import Arrays, Columns, Rollout, Trial, random_stream
 
@@ -330,7 +330,8 @@ class LocalWorkers:
 
     def states(self) -> list[WorkerState]:
         """The call that this process makes, if it makes one, and since when."""
-        return [WorkerState(0, os.getpid(), "", self._call, self._since)]
+        doing = mine().read() if self._call is not None else None
+        return [WorkerState(0, os.getpid(), "", self._call, self._since, doing)]
 
     def put(self, value: object) -> Stored:
         """The value."""

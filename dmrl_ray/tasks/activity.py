@@ -80,12 +80,16 @@ class Doing:
     def __str__(self) -> str:
         if not self.in_environment:
             return self.what
-        which = "all environments" if self.env is None else f"environment {self.env}"
         task = f"task {self.task}" if self.task else ""
-        if task and self.env is None:
-            task = f"the first of them on {task}"
         seed = f"seed {self.seed}" if self.seed is not None else ""
-        return ", ".join(part for part in (f"{self.what} of {which}", task, seed) if part)
+        if self.env is not None:
+            parts = f"{self.what} of environment {self.env}", task, seed
+        elif CODES[self.what] <= STEP:
+            first = f"the first of them on {task}" if task else ""
+            parts = f"{self.what} of all environments", first, ""
+        else:
+            parts = self.what, "", ""
+        return ", ".join(part for part in parts if part)
 
 
 class _Memory:
