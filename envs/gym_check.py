@@ -102,6 +102,7 @@ def check_steps(
         try:
             _play(external, env_id, apply, values)
         except EnvironmentFault as fault:
+            pass_signals(fault)
             if not left:
                 raise ValueError(f"tasks.id: {fault}; repair the environment or wrap it") from None
         else:

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dmrl_ray.config.schema import LARGEST_NUMBER, Number, Settings
+from dmrl_ray.tasks.activity import mine
 from dmrl_ray.tasks.distribution import (
     TaskDistribution,
     TaskVectorEnv,
@@ -26,6 +27,7 @@ from dmrl_ray.tasks.distribution import (
     split_stream,
     task_id,
 )
+from dmrl_ray.tasks.faults import pass_signals
 from dmrl_ray.tasks.score import Reference
 from dmrl_ray.types import Array, Arrays, EnvironmentFault, Split, Task
 
@@ -59,18 +61,24 @@ class GymVectorEnv(TaskVectorEnv):
         self.params = np.full_like(self.next_params, np.nan)  # differs from every task's
         self.faults: list[EnvironmentFault] = []
         self.obs = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
+        self.ids = [""] * num_envs  # of tasks, as far as they are known
+        self.next_ids = list(self.ids)
+        self.activity = mine()
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Sets one task per environment, in effect from its next reset on."""
         names = self.family.config.vary
+        self.next_ids = [task.id for task in tasks]
         self.next_params[:] = [[task.params[name] for name in names] for task in tasks]
 
     def begin(self, env_ids: np.ndarray) -> None:
         """Resets the environments of these indices, each with its own seed."""
         seeds = self.np_random.integers(2**31, size=len(env_ids))
+        self.tell_turn()
         for b, seed in zip(env_ids.tolist(), seeds.tolist(), strict=True):
             changed = not np.array_equal(self.params[b], self.next_params[b])
             self.params[b] = self.next_params[b]
+            self.ids[b] = self.next_ids[b]
             values = self.family.values(self.params[b])
             self.obs[b] = self.reset_single(b, values, seed, changed=changed)
 
@@ -85,9 +93,11 @@ class GymVectorEnv(TaskVectorEnv):
         reward = np.zeros(self.num_envs, np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), np.bool_)
         success = np.full(self.num_envs, np.nan)
+        self.tell_turn()
         for b, env in enumerate(self.envs):
             if self.idle is not None and self.idle[b]:
                 continue
+            self.activity.single(b)
             try:
                 self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
             except EnvironmentFault as fault:
@@ -104,20 +114,24 @@ class GymVectorEnv(TaskVectorEnv):
         """Resets an environment; where episodes may be restarted, with other seeds after faults."""
         params = self.params[b].copy()
         for _ in range(RESETS):
+            before = self.activity.reset(b, self.ids[b], seed)
             try:
                 return self.envs[b].reset(values, seed, changed=changed)
             except EnvironmentFault as fault:
                 self.replace(b, fault)
                 self.params[b], changed = params, True
                 seed = int(self.np_random.integers(2**31))
+            finally:
+                self.activity.begin(before)
         raise self.faults.pop()
 
     def replace(self, b: int, fault: EnvironmentFault) -> None:
         """Puts a new environment in the place of one that failed, if episodes may be restarted.
 
         Raises:
-            EnvironmentFault: they may not.
+            EnvironmentFault: they may not, or its call took longer than it may.
         """
+        pass_signals(fault)
         named = self.name_episode(fault, b)
         if self.family.on_fault == "stop":
             raise named from fault.__cause__
@@ -147,6 +161,11 @@ class GymVectorEnv(TaskVectorEnv):
         }
         return type(fault)(f"{fault}{after}, on task {task.id} {values}", detail)
 
+    def tell_turn(self) -> None:
+        """Notes which tasks and seeds the environments have, for whoever watches this process."""
+        if self.activity.owner is not self:
+            self.activity.turn(self, self.ids, [env.seed for env in self.envs])
+
     def get_state(self) -> Arrays:
         """Returns the seeds and actions of the open episodes, which `set_state` replays."""
         t = np.array([len(env.actions) for env in self.envs])
@@ -172,6 +191,7 @@ class GymVectorEnv(TaskVectorEnv):
         """
         self.params = np.array(state["params"])
         self.next_params = np.array(state["next_params"])
+        self.ids = [""] * self.num_envs
         for b, env in enumerate(self.envs):
             seed, t = int(state["seed"][b]), int(state["t"][b])
             if seed < 0:

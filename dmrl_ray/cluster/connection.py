@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -23,6 +23,7 @@ from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
 from dmrl_ray.config.schema import RunConfig, resolve_auto
 from dmrl_ray.errors import ClusterError, Interrupted, JobLost
 from dmrl_ray.jobs.protocols import POLL_S
+from dmrl_ray.tasks.activity import mine
 
 RayObject: TypeAlias = Any
 """An actor, a reference, or what a call of an actor returns: Ray gives none of them a type."""
@@ -118,9 +119,19 @@ def watch(patience_s: float, lost: Callable[[ClusterError], None], ended: thread
     threading.Thread(target=look, name="ray-watch", daemon=True).start()
 
 
-def where() -> tuple[int, str]:
-    """Process id, and address of the node, of an actor that calls this."""
-    return os.getpid(), ray.util.get_node_ip_address()
+class Place(NamedTuple):
+    """Where an actor is: its process, and the address and Ray's name of its node."""
+
+    pid: int
+    node: str
+    node_id: str
+
+
+def where() -> Place:
+    """The place of an actor that calls this; from here on it notes what it does."""
+    mine()
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return Place(os.getpid(), ray.util.get_node_ip_address(), node_id)
 
 
 def cause_of(error: RayError) -> Exception:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import median
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from dmrl_ray.cluster.connection import (
     START_TIMEOUT_S,
+    Place,
     RayObject,
     cause_of,
     no_room,
     nodes_are_coming,
     where,
 )
-from dmrl_ray.config.schema import LearnerSettings, WorkerSettings, resolve_auto
+from dmrl_ray.cluster.watchers import Watchers
+from dmrl_ray.config.schema import LearnerSettings, resolve_auto
 from dmrl_ray.errors import Abandoned, ClusterError, Interrupted, JobLost
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.messages import Stored
 from dmrl_ray.jobs.protocols import POLL_S
 from dmrl_ray.jobs.spec import JobSpec, Weights
+from dmrl_ray.tasks.activity import COMPUTING, WAITING, during
 from dmrl_ray.types import Arrays, Trial
 
 GRACE_S = 5.0
@@ -36,45 +37,53 @@ GRACE_S = 5.0
 class LearnerActor:
     """A learner as a Ray actor; made in two steps, as Ray hides errors of the first."""
 
-    def where(self) -> tuple[int, str, int]:
-        """Process id, address of the node and a free port there; answered once it is up."""
+    def where(self) -> tuple[Place, int]:
+        """Where it is, and a free port there; answered once it is up."""
         with socket.socket() as listener:
             listener.bind(("", 0))
-            return *where(), listener.getsockname()[1]
+            return where(), listener.getsockname()[1]
 
+    @during(COMPUTING)
     def build(self, spec: JobSpec) -> None:
         """Make the learner."""
         self._learner = Learner(spec)
 
+    @during(WAITING)
     def join(self, init_method: str, rank: int, world_size: int) -> None:
         """Average gradients with the other learners from now on."""
-        interface = _interface(where()[1])
+        interface = _interface(where().node)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         self._learner.join(init_method, rank, world_size)
 
+    @during(COMPUTING)
     def update(self, version: int, env_steps: int, *trials: Trial) -> dict[str, float]:
         """One update."""
         return self._learner.update(version, env_steps, list(trials))
 
+    @during(COMPUTING)
     def update_and_publish(
         self, version: int, env_steps: int, *trials: Trial
     ) -> tuple[dict[str, float], Weights]:
         """One update; the new weights travel apart from the metrics."""
         return self.update(version, env_steps, *trials), self.publish(version + 1)
 
+    @during(COMPUTING)
     def publish(self, version: int) -> Weights:
         """The policy's weights, as the workers take them."""
         return Weights(version, self._learner.weights())
 
+    @during(COMPUTING)
     def load_weights(self, weights: Arrays) -> None:
         """Start from a policy trained elsewhere."""
         self._learner.load_weights(weights)
 
+    @during(COMPUTING)
     def get_state(self) -> Arrays:
         """For a checkpoint."""
         return self._learner.get_state()
 
+    @during(COMPUTING)
     def set_state(self, state: Arrays) -> None:
         """From a checkpoint."""
         self._learner.set_state(state)
@@ -83,13 +92,13 @@ class LearnerActor:
 class RayLearners:
     """The learners of one job. All see every trial, and the first speaks for them.
 
-    A learner that dies or hangs takes the job with it: every method raises `JobLost` then, and
-    the job begins again from its newest commit with new learners.
+    A learner that is dead, stopped or blocked takes the job with it: every method raises `JobLost`
+    then, and the job begins again from its newest commit with new learners. One that waits for
+    another to average gradients is not blocked.
 
     Args:
         spec: of the job.
         settings: how many learners, and on what.
-        workers: says when a learner counts as lost, too.
         meanwhile: is called while the learners start.
         check: called in waits before the first update has ended; what it raises ends the learners.
 
@@ -102,14 +111,14 @@ class RayLearners:
         self,
         spec: JobSpec,
         settings: LearnerSettings,
-        workers: WorkerSettings,
         meanwhile: Callable[[], None] = lambda: None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._check = check
+        self._updated = False  # The first update may have to compile.
         self.version = 0
-        self._timeout_s = workers.timeout_s
-        self._seconds: deque[float] = deque(maxlen=100)
+        self._watchers = Watchers()
+        self._places: list[Place] = []
         self._published: RayObject = None
         gpus = self._gpus(settings)
         actor: RayObject = ray.remote(LearnerActor).options(
@@ -121,13 +130,14 @@ class RayLearners:
         self._actors: list[RayObject] = [actor.remote() for _ in range(settings.num)]
         try:
             meanwhile()
-            places = self._start(settings, gpus)
+            started = self._start(settings, gpus)
+            self._places = [place for place, _ in started]
             device = spec.device if gpus else "cpu"
             spec = replace(spec, device=device, learner_threads=resolve_auto(settings.threads))
-            self._on_all("build", spec, least_s=START_TIMEOUT_S)
+            self._on_all("build", spec, stoppable=True)
             if settings.num > 1:
-                _, ip, port = places[0]
-                self._join(f"tcp://{ip}:{port}")
+                place, port = started[0]
+                self._join(f"tcp://{place.node}:{port}")
         except BaseException:
             self.close()
             raise
@@ -143,13 +153,12 @@ class RayLearners:
         first, *others = self._actors
         refs = [actor.update.remote(*arguments) for actor in others]
         metrics, weights = first.update_and_publish.options(num_returns=2).remote(*arguments)
-        start = time.monotonic()
         try:
             # The first one may have to compile; whoever stops it loses nothing but a collection.
-            answers = self._wait([metrics, *refs], stoppable=not self._seconds)
+            answers = self._wait([metrics, *refs], stoppable=not self._updated)
         except Interrupted as stopped:
             raise Abandoned(stopped.signal_number) from stopped
-        self._seconds.append(time.monotonic() - start)
+        self._updated = True
         self._published = weights
         self.version += 1
         return {k: sum(a[k] for a in answers) / len(answers) for k in answers[0]}
@@ -183,13 +192,14 @@ class RayLearners:
 
     def pids(self) -> list[int]:
         """Process ids, the first learner's first."""
-        return [pid for pid, _, _ in self._on_all("where")]
+        return [place.pid for place in self._places]
 
     def close(self) -> None:
         """End the learners."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []
+        self._watchers.close()
 
     @staticmethod
     def _gpus(settings: LearnerSettings) -> int:
@@ -202,7 +212,7 @@ class RayLearners:
             )
         return int(settings.device == "cuda" or (settings.device == "auto" and has >= settings.num))
 
-    def _start(self, settings: LearnerSettings, gpus: int) -> list[tuple[int, str, int]]:
+    def _start(self, settings: LearnerSettings, gpus: int) -> list[tuple[Place, int]]:
         """Where the learners are, once they are up."""
         refs = [actor.where.remote() for actor in self._actors]
         end = time.monotonic() + START_TIMEOUT_S
@@ -220,34 +230,35 @@ class RayLearners:
         """The learners meet, and average their gradients from now on."""
         size = len(self._actors)
         refs = [a.join.remote(init_method, rank, size) for rank, a in enumerate(self._actors)]
-        self._wait(refs, least_s=START_TIMEOUT_S, stoppable=True)
+        self._wait(refs, stoppable=True)
 
-    def _on_all(self, method: str, *arguments: object, least_s: float = 0.0) -> list[RayObject]:
+    def _on_all(self, method: str, *arguments: object, stoppable: bool = False) -> list[RayObject]:
         refs = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        return self._wait(refs, least_s, stoppable=least_s > 0)
+        return self._wait(refs, stoppable=stoppable)
 
-    def _wait(
-        self, refs: list[RayObject], least_s: float = 0.0, *, stoppable: bool = False
-    ) -> list[RayObject]:
-        """Answers of the learners, all within the timeout, or `least_s` where that is later."""
-        usual = 5 * median(self._seconds) if self._seconds else 0.0
-        limit = max(self._timeout_s, usual, least_s)
-        end = time.monotonic() + limit
+    def _wait(self, refs: list[RayObject], *, stoppable: bool = False) -> list[RayObject]:
+        """Answers of the learners, however long they take."""
         answers: dict[RayObject, RayObject] = {}
         waiting = refs
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=POLL_S)
             if stoppable:
                 self._check()
-            if not ready and time.monotonic() < end:
-                continue
+            for ref in ready:
+                try:
+                    answers[ref] = ray.get(ref)
+                except RayError as error:
+                    raise _reason(error, waiting) from error
             if not ready:
-                raise JobLost(f"{len(waiting)} learners hung: no answer for {limit:.1f} s")
-            try:
-                answers[ready[0]] = ray.get(ready[0])
-            except RayError as error:
-                raise _reason(error, waiting) from error
+                self._check_alive()
         return [answers[ref] for ref in refs]
+
+    def _check_alive(self) -> None:
+        for place, found in self._watchers.look(self._places).items():
+            if found.lost is not None:
+                raise JobLost(
+                    f"a learner (process {place.pid} on {place.node}) was lost: {found.lost}"
+                )
 
 
 def _reason(error: RayError, waiting: list[RayObject]) -> Exception:

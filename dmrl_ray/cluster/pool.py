@@ -2,13 +2,16 @@
 
     submit --> waiting --dispatch--> worker i: at most 2 calls in flight --+
                   ^                                                        |
-                  +---- replace: dead, or silent past its timeout --------+
+                  +---- replace: dead, stopped or blocked -----------------+
                                                                            |
     ready <---- take: the small result; large ones stay references <-------+
 
 What a call returns depends on its arguments alone, so that a call that was lost with its worker is
 simply made again. Its answer is taken through the reference of its newest submission and no other:
 whatever a replaced worker still says is not listened to.
+
+A worker is lost when its process says so from outside (`jobs.liveness`), and never for how long a
+call takes. A call that three workers died of, one after the other, is not made again.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import ray
@@ -25,6 +27,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dmrl_ray.cluster.connection import (
     START_TIMEOUT_S,
+    Place,
     RayObject,
     cause_of,
     first_sentence,
@@ -32,8 +35,10 @@ from dmrl_ray.cluster.connection import (
     nodes_are_coming,
     where,
 )
-from dmrl_ray.config.schema import WorkerSettings, resolve_auto
+from dmrl_ray.cluster.watchers import Watchers
+from dmrl_ray.config.schema import EnvironmentSettings, WorkerSettings, resolve_auto
 from dmrl_ray.errors import ClusterError
+from dmrl_ray.jobs.liveness import Look, overdue, told
 from dmrl_ray.jobs.messages import (
     Answer,
     Call,
@@ -45,22 +50,33 @@ from dmrl_ray.jobs.messages import (
 )
 from dmrl_ray.jobs.protocols import POLL_S
 from dmrl_ray.jobs.worker import RolloutWorker
-from dmrl_ray.types import Arrays
+from dmrl_ray.tasks.activity import WAITING, Doing, during
+from dmrl_ray.types import Arrays, EnvironmentFault
 
 MAX_BAD_STARTS = 3
 """Workers in a row that die before they are up, after which the run stops."""
+
+MAX_DEATHS = 3
+"""Workers that may die of one call, after which it is not made again."""
+
+LONGEST_PAUSE_S = 30.0
+"""A worker is replaced at once, after 1 s, 2 s, 4 s and so on, at most this, if those before it
+died without an answer."""
 
 
 class WorkerActor(RolloutWorker):
     """A rollout worker as a Ray actor."""
 
-    def where(self) -> tuple[int, str]:
+    def where(self) -> Place:
         """Process id and node; answered once the worker is up."""
         return where()
 
     def _read(self, state: Stored) -> Arrays:
         """Read a state, which came as a reference in a list if the call was made before it was."""
-        return super()._read(ray.get(state[0]) if isinstance(state, list) else state)
+        if not isinstance(state, list):
+            return super()._read(state)
+        with during(WAITING):
+            return super()._read(ray.get(state[0]))
 
 
 @dataclass(eq=False)
@@ -78,6 +94,7 @@ class Request:
     answer: object = None
     error: BaseException | None = None
     done: bool = False
+    deaths: list[str] = field(default_factory=list)  # why workers that made it were lost
 
     def waits_for(self) -> Request | None:
         """The request that must be answered before this one can be."""
@@ -106,23 +123,43 @@ class Worker:
     """One actor and the calls it has in flight."""
 
     index: int
-    actor: RayObject
-    replaces: bool
-    pid: int | None = None  # None until it is up
-    node: str = ""
+    starts_at: float
+    losses: int = 0  # of those in its place before it, since one of them gave an answer
+    replaces: bool = False
+    actor: RayObject = None  # None until it starts
+    place: Place | None = None  # None until it is up
     requests: list[Request] = field(default_factory=list)
     since: float = 0.0  # it began, or last gave an answer
+    looked: Look = field(default_factory=Look)
+    told_s: float = 0.0  # how long it had been in a call of an environment that was told last
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, once it is up."""
+        return None if self.place is None else self.place.pid
+
+    @property
+    def node(self) -> str:
+        """Its node's address, once it is up."""
+        return "" if self.place is None else self.place.node
 
 
 class RayWorkers:
     """The workers of a run on Ray: `protocols.Workers` whose stored values are references.
 
     Args:
-        settings: how many workers, and when one counts as lost.
+        settings: how many workers, and how many may be lost.
+        environments: how long one of their calls may take.
     """
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        environments: EnvironmentSettings = EnvironmentSettings(),  # noqa: B008, it is frozen
+    ) -> None:
         self._settings = settings
+        self._environments = environments
+        self._watchers = Watchers()
         self._actor_class: RayObject = ray.remote(WorkerActor).options(
             num_cpus=1,
             max_restarts=0,
@@ -136,11 +173,12 @@ class RayWorkers:
         self._listening: dict[RayObject, tuple[Worker, Request | None]] = {}
         self._events: list[WorkerEvent] = []  # since `ready` was called last
         self._over: ClusterError | None = None  # why no call will be made any more
-        self._seconds: dict[str, deque[float]] = {}
         self._failures = self._bad_starts = 0
         self.total = self._needed = resolve_auto(settings.num)
         self._complete_at = time.monotonic()
-        self._workers = [self._spawn(index) for index in range(self.total)]
+        now = time.monotonic()
+        self._workers = [Worker(index, now, since=now) for index in range(self.total)]
+        self._spawn()
 
     def start(self, check: Callable[[], None] = lambda: None) -> None:
         """Wait until all workers are up; or some, while a cluster launches nodes for the rest.
@@ -213,7 +251,14 @@ class RayWorkers:
     def states(self) -> list[WorkerState]:
         """The call that each worker makes, and since when."""
         return [
-            WorkerState(w.index, w.pid, w.node, w.requests[0].call if w.requests else None, w.since)
+            WorkerState(
+                w.index,
+                w.pid,
+                w.node,
+                w.requests[0].call if w.requests else None,
+                w.since,
+                w.looked.doing if w.requests else None,
+            )
             for w in self._workers
         ]
 
@@ -237,7 +282,9 @@ class RayWorkers:
     def close(self) -> None:
         """End the workers."""
         for worker in self._workers:
-            ray.kill(worker.actor, no_restart=True)
+            if worker.actor is not None:
+                ray.kill(worker.actor, no_restart=True)
+        self._watchers.close()
         self._workers = []
         self._waiting.clear()
         self._listening.clear()
@@ -252,17 +299,24 @@ class RayWorkers:
                 raise no_room(f"workers.num: {self.total} rollout workers", self.total)
             self._needed = 1
 
-    def _spawn(self, index: int, *, replaces: bool = False) -> Worker:
-        worker = Worker(index, self._actor_class.remote(), replaces, since=time.monotonic())
-        self._listening[worker.actor.where.remote()] = (worker, None)
-        return worker
+    def _spawn(self) -> None:
+        """Start the workers whose time has come."""
+        now = time.monotonic()
+        for worker in self._workers:
+            if worker.actor is None and now >= worker.starts_at:
+                worker.actor, worker.since = self._actor_class.remote(), now
+                self._listening[worker.actor.where.remote()] = (worker, None)
 
     def _pump(self, timeout_s: float) -> None:
         """Wait shortly for answers, take those that came, and keep the workers busy."""
         if self._over is not None:
             raise self._over
         self._check_room()
+        self._spawn()
         self._dispatch()
+        if not self._listening:  # All workers are to be replaced, later.
+            time.sleep(timeout_s)
+            return
         ready, _ = ray.wait(list(self._listening), num_returns=1, timeout=timeout_s)
         if ready:
             everything = list(self._listening)
@@ -270,8 +324,7 @@ class RayWorkers:
         for ref in ready:
             if ref in self._listening:  # Not replaced meanwhile.
                 self._take(ref)
-        for worker in list(self._workers):
-            self._replace_if_overdue(worker)
+        self._look()
         self._dispatch()
 
     def _take(self, ref: RayObject) -> None:
@@ -288,23 +341,22 @@ class RayWorkers:
             return
         else:
             if request is None:
-                self._up(worker, *value)
+                self._up(worker, value)
             else:
                 request.answer = value
         del self._listening[ref]
-        now = time.monotonic()
         if request is not None:
             request.end()
             worker.requests.remove(request)
-            took = getattr(request.answer, "seconds", now - worker.since)
-            self._seconds.setdefault(request.call.name, deque(maxlen=100)).append(took)
-        worker.since = now
+            worker.losses, worker.told_s = 0, 0.0
+        worker.since = time.monotonic()
 
-    def _up(self, worker: Worker, pid: int, node: str) -> None:
-        worker.pid, worker.node = pid, node
+    def _up(self, worker: Worker, place: Place) -> None:
+        worker.place = place
+        self._watchers.attach(place)
         self._bad_starts = 0
         if worker.replaces:
-            detail: dict[str, object] = {"worker": worker.index, "pid": pid, "node": node}
+            detail = {"worker": worker.index, "pid": place.pid, "node": place.node}
             self._events.append(WorkerEvent("worker_replaced", detail))
 
     def _dispatch(self) -> None:
@@ -341,14 +393,41 @@ class RayWorkers:
             worker.since = time.monotonic()
         worker.requests.append(request)
 
-    def _replace_if_overdue(self, worker: Worker) -> None:
-        if not worker.requests:
+    def _look(self) -> None:
+        """Look at the processes of all workers, and replace those that cannot be waited for."""
+        up = {worker.place: worker for worker in self.up() if worker.place is not None}
+        for place, found in self._watchers.look(up).items():
+            worker = up[place]
+            worker.looked = found
+            if found.lost is not None:
+                self._replace(worker, found.lost)
+            elif worker.requests and found.doing is not None and found.doing.in_environment:
+                self._wait_for_environment(worker, found.doing, found.doing_s)
+
+    def _wait_for_environment(self, worker: Worker, doing: Doing, seconds: float) -> None:
+        """Tell that a call of an environment takes long, or end it where it takes too long."""
+        request, timeout_s = worker.requests[0], self._environments.timeout_s
+        if timeout_s is not None and seconds > timeout_s:
+            where = f"{request.call.family}, in {request.call.reproduction}"
+            self._fail(request, overdue(doing, seconds, timeout_s, where))
+            self._replace(worker, f"ended in {doing} after {seconds:.1f} s")
             return
-        past = self._seconds.get(worker.requests[0].call.name)
-        limit = max(self._settings.timeout_s, 5 * median(past) if past else 0.0)
-        silent = time.monotonic() - worker.since
-        if silent > limit:
-            self._replace(worker, f"hung: no answer for {silent:.1f} s")
+        if seconds < worker.told_s:  # It is another one.
+            worker.told_s = 0.0
+        if told(seconds, worker.told_s):
+            worker.told_s = seconds
+            waited = f"waiting in {doing} of {request.call.family} for {seconds:.0f} s"
+            detail: dict[str, object] = {"worker": worker.index, "message": waited}
+            self._events.append(WorkerEvent("environment_waited_for", detail))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Answer a call with an error, and those that need its answer."""
+        after = [other for other in self._requests.values() if other.before is request]
+        request.error = error
+        request.end()
+        self._waiting = deque(r for r in self._waiting if r is not request)
+        for other in after:
+            self._fail(other, error)
 
     def _replace(self, worker: Worker, reason: str) -> None:
         """Another actor in this one's place; its calls are made again."""
@@ -371,5 +450,27 @@ class RayWorkers:
                 f"workers.max_failures: {self._failures} workers were lost, the last one "
                 f"(process {worker.pid} on {worker.node}) because of {reason}"
             )
-        self._waiting.extendleft(reversed(worker.requests))
-        self._workers[worker.index] = self._spawn(worker.index, replaces=True)
+        if worker.requests and not worker.requests[0].done:
+            self._note_death(worker, worker.requests[0], reason)
+        self._waiting.extendleft(r for r in reversed(worker.requests) if not r.done)
+        losses = worker.losses
+        pause_s = min(LONGEST_PAUSE_S, 2.0 ** (losses - 1)) if losses else 0.0
+        now = time.monotonic()
+        self._workers[worker.index] = Worker(
+            worker.index, now + pause_s, losses + 1, replaces=True, since=now
+        )
+        self._spawn()
+
+    def _note_death(self, worker: Worker, request: Request, reason: str) -> None:
+        """Count the death of a worker for the call that it made; the third is the call's fault."""
+        doing = None if worker.place is None else self._watchers.last(worker.place).doing
+        in_environment = doing is not None and doing.in_environment
+        request.deaths.append(f"in {doing}" if in_environment else "outside environments")
+        if len(request.deaths) < MAX_DEATHS:
+            return
+        deaths = f"{MAX_DEATHS} workers died of one call ({request.call.reproduction})"
+        why = f"the last one {request.deaths[-1]}, because of {reason}"
+        if in_environment:
+            self._fail(request, EnvironmentFault(f"{request.call.family}: {deaths}, {why}"))
+        else:
+            self._fail(request, ClusterError(f"{deaths}, {why}; workers.num: 0 shows where"))

@@ -97,13 +97,15 @@ OLD_NAMES: dict[str, str] = {
     "target_rate": "tau",
     "teacher": "beta",
     "teacher_until": "beta_until",
-    "deadline_s": "timeout_s",
+    "deadline_s": "environments.timeout_s",
+    "timeout_s": "environments.timeout_s",
     "optimizer": "by",
     "lr": "by",
     "trainable": "by",
     "episodes_per_update": "by",
 }
-"""Former names of settings, with the current names, for error messages."""
+"""Former names of settings, with the current names, for error messages; a dotted name is of another
+section."""
 
 MOVED = {"belief_steps": "stepwise_pearl", "kept_noise": "stepwise_pearl"}
 """Settings that belong to another class than they did, and its short name."""

@@ -25,6 +25,12 @@ def message_of(error: ErrorDetails, owner: type[BaseModel] | None, key: str) -> 
     if kind == "extra_forbidden":
         if (name := OLD_NAMES.get(key)) in fields:
             return f"this setting was renamed to {BY if name == 'by' else name}"
+        if "." in (name or ""):
+            return (
+                f"this setting is gone: a worker or learner is lost when its process is dead, "
+                f"stopped or blocked, however long a call takes; {name} ends the calls of "
+                "environments that take longer"
+            )
         if key in MOVED:
             return f"this setting belongs to another type: {MOVED[key]}"
         hint = did_you_mean(key, fields)

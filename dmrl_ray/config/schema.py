@@ -87,10 +87,6 @@ class WorkerSettings(Settings):
     """Ray actors that collect rollouts; 0 runs everything in this process, without Ray. auto
     chooses by the measured time of a step when the run starts, and reports its choice."""
 
-    timeout_s: float = Field(default=60.0, gt=0)
-    """A worker that has not answered after max(this, 5 x the median time of an answer) is
-    replaced."""
-
     max_failures: int = Field(default=100, ge=0, le=LARGEST_NUMBER)
     """Number of workers that may be lost before the run stops."""
 
@@ -108,6 +104,11 @@ class EnvironmentSettings(Settings):
 
     max: Number = 10
     """Faults of environments in a run, after which it stops."""
+
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds after which a call of the task family or of an environment, such as a reset or a
+    step, ends the run with an error that names it. null waits for as long as it takes, and says
+    so."""
 
 
 class LearnerSettings(Settings):

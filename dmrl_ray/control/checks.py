@@ -76,6 +76,7 @@ def check(config: RunConfig) -> list[Part]:
     own: dict[str, Stage] = {}  # whose algorithm is no other library's
     if attempt("", lambda: own.update(_own(config))):
         attempt("", partial(_check_learners, config, own))
+        attempt("", partial(_check_environments, config, own))
         attempt("", partial(_check_shared, config, own))
     attempt("", partial(check_gpu, config))
     if problems:
@@ -174,6 +175,17 @@ def _check_learners(config: RunConfig, own: Mapping[str, Stage]) -> None:
     for name in () if trains else ("num", "device", "compile"):
         if not at_default(learners, name):
             raise ValueError(f"learners.{name}: no stage pretrains with it; leave it out")
+
+
+def _check_environments(config: RunConfig, own: Mapping[str, Stage]) -> None:
+    """See that the time of environments is watched where it is limited."""
+    timeout_s = config.environments.timeout_s
+    for name, stage in config.stages.items():
+        if timeout_s is not None and isinstance(stage, Pretrain) and name not in own:
+            raise ValueError(
+                f"environments.timeout_s: stage {name} plays environments in processes of RLlib, "
+                f"which are not watched, found {timeout_s:g}; leave it out"
+            )
 
 
 def _check_shared(config: RunConfig, own: Mapping[str, Stage]) -> None:

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from dmrl_ray.control.stages import run_stage
 from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
+from dmrl_ray.jobs.liveness import own_environments
 from dmrl_ray.jobs.messages import Call
 from dmrl_ray.jobs.protocols import map_calls
 from dmrl_ray.jobs.spec import Weights, job_spec, load_family
@@ -63,7 +64,7 @@ def run(
     """
     stop = StopRequest(display)
     with stop.caught():
-        with stop.abandoning():
+        with stop.abandoning(), _watched(config, display):
             check(config)
             warning = unrepeatable(config)
             config, placement = place(config, address)
@@ -115,7 +116,7 @@ def resume(
             check_unpickled(current, changed, own_config=config is not None)
         if changed:
             current.config = load_run_config(folder, as_overrides(changed))
-            with stop.abandoning():
+            with stop.abandoning(), _watched(current.config, display):
                 check(current.config)
         writer.keep = current.config.commit.keep
         for message in writer.recovery:
@@ -207,7 +208,8 @@ def _execute(run: Run) -> None:
     try:
         while True:
             try:
-                _run_stages(run)
+                with _watched(run.config, run.display):
+                    _run_stages(run)
                 return
             except JobLost as error:
                 rollbacks += 1
@@ -229,6 +231,12 @@ def _execute(run: Run) -> None:
         raise
     finally:
         run.close()
+
+
+def _watched(config: RunConfig, display: Display) -> AbstractContextManager[None]:
+    """Watch the environments that this process itself plays."""
+    family = f"task family {config.tasks.type!r}"
+    return own_environments(family, config.environments.timeout_s, display.message)
 
 
 def _note_end(run: Run, event: str, fault: EnvironmentFault | None = None, **detail: str) -> None:

@@ -97,7 +97,7 @@ class Run:
 
         # Workers begin first, as there are places that only learners may take.
         start = partial(self._starting_workers().start, self.check)
-        return RayLearners(spec, self.config.learners, self.config.workers, start, self.check)
+        return RayLearners(spec, self.config.learners, start, self.check)
 
     def _starting_workers(self) -> RayWorkers:
         """The workers on Ray, which may not be up yet."""
@@ -105,7 +105,7 @@ class Run:
 
         if self._workers is None:
             self.connect()
-            self._workers = RayWorkers(self.config.workers)
+            self._workers = RayWorkers(self.config.workers, self.config.environments)
         assert isinstance(self._workers, RayWorkers)
         return self._workers
 
@@ -269,7 +269,7 @@ class Run:
 
     def _on_worker_event(self, event: WorkerEvent) -> None:
         self.event(event.event, "", "", **event.detail)
-        self.display.message(f"{event.event}: {event.detail}")
+        self.display.message(f"{event.event}: {event.detail.get('message', event.detail)}")
 
     def close(self) -> None:
         """End the workers."""

@@ -12,6 +12,7 @@ from dmrl_ray.config.schema import Adapt, By
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.jobs.spec import JobSpec
 from dmrl_ray.rollout.rows import Steps
+from dmrl_ray.tasks.activity import Doing
 from dmrl_ray.types import Arrays, Columns, EnvironmentFault, Task
 
 Stored: TypeAlias = object
@@ -44,6 +45,33 @@ class Call(Generic[Result]):
         """The method's name."""
         return self.method.__name__
 
+    @property
+    def spec(self) -> JobSpec | None:
+        """The job that the call is of."""
+        found = (getattr(argument, "spec", argument) for argument in self.arguments)
+        return next((spec for spec in found if isinstance(spec, JobSpec)), None)
+
+    @property
+    def family(self) -> str:
+        """The task family, as messages name it."""
+        return f"task family {self.spec.tasks.type!r}" if self.spec is not None else "a task family"
+
+    @property
+    def reproduction(self) -> str:
+        """All that the answer depends on, in words: stage, job, seed, and which part of it."""
+        parts = [self.name]
+        if self.spec is not None:
+            parts += [f"stage {self.spec.stage}", f"job {self.spec.name}", f"seed {self.spec.seed}"]
+        call = self.arguments[0]
+        for name in ("shard", "iteration", "trial", "chunk"):
+            if (number := getattr(call, name, None)) is not None:
+                parts.append(f"{name} {number}")
+        tasks = getattr(call, "tasks", ()) or getattr(self.spec, "fixed_tasks", ())
+        if tasks:
+            more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
+            parts.append(f"tasks {', '.join(task.id for task in tasks[:3])}{more}")
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class Answer(Generic[Result]):
@@ -57,9 +85,9 @@ class Answer(Generic[Result]):
 
 @dataclass(frozen=True)
 class WorkerEvent:
-    """A worker was lost, or another one stands in its place."""
+    """A worker was lost, another one stands in its place, or an environment takes long."""
 
-    event: str  # worker_lost, worker_replaced
+    event: str  # worker_lost, worker_replaced, environment_waited_for
     detail: dict[str, object]
 
 
@@ -72,6 +100,7 @@ class WorkerState:
     node: str
     call: Call[object] | None  # None is idle
     since: float  # of `time.monotonic`, when it began this, or has been idle
+    doing: Doing | None = None  # within the call, when it was last looked at
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dmrl_ray.errors import ConfigError
 from dmrl_ray.networks.actor_critic import ActorCritic
 from dmrl_ray.rollout.device_sampler import DeviceSampler
 from dmrl_ray.rollout.sampler import Sampler
+from dmrl_ray.tasks.activity import CODES, during
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.tasks.faults import (
     RAISED,
@@ -262,7 +263,8 @@ def load_family(component: Component) -> TaskDistribution:
     kind, settings = _load("tasks", component, TaskDistribution), component.settings
     contain_exit()
     try:
-        family: TaskDistribution = kind(settings)
+        with during(CODES["__init__"]):
+            family: TaskDistribution = kind(settings)
     except EnvironmentFault:
         raise
     except ValueError as error:

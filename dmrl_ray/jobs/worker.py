@@ -49,7 +49,8 @@ from dmrl_ray.rollout.rows import (
     transition_rows,
 )
 from dmrl_ray.rollout.sampler import Sampler
-from dmrl_ray.tasks.faults import sample
+from dmrl_ray.tasks.activity import COMPUTING, WAITING, during, mine
+from dmrl_ray.tasks.faults import pass_signals, sample
 from dmrl_ray.types import (
     Arrays,
     Columns,
@@ -82,6 +83,7 @@ class RolloutWorker:
         self._samplers: dict[Key, tuple[int, Sampler]] = {}
         self._loaded: dict[Key, int] = {}
 
+    @during(COMPUTING)
     def collect(
         self, call: CollectCall, weights: Weights, state: Arrays
     ) -> tuple[CollectReport, Trial, Arrays]:
@@ -138,16 +140,19 @@ class RolloutWorker:
         )
         return report, trial, after
 
+    @during(COMPUTING)
     def evaluate(self, call: EvaluateCall, weights: Weights) -> Columns:
         """Rows of one trial on each of the call's tasks."""
         external = external_of(call.spec)
         if external is not None:
-            return external.play(call, weights.arrays)
+            with during(WAITING):  # for the library's own processes
+                return external.play(call, weights.arrays)
         sampler, trial = self._evaluate(call, weights)
         for _ in trial:  # Each is dropped when the next begins.
             pass
         return evaluation_rows(sampler, trial=call.trial) | _faults(sampler)
 
+    @during(COMPUTING)
     def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
         """The same rows, and every step."""
         sampler, trial = self._evaluate(call, weights)
@@ -161,6 +166,7 @@ class RolloutWorker:
         )
         return evaluation_rows(sampler, trial=call.trial) | _faults(sampler), steps
 
+    @during(COMPUTING)
     def evaluate_steps(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, SinceChange]:
         """The same rows with the number of the task in the call as trial, and every step's reward.
 
@@ -183,6 +189,7 @@ class RolloutWorker:
         agent = adaptation.begin(sampler, list(call.tasks))
         return sampler, adaptation.play(sampler, agent, episodes, frozen=call.frozen)
 
+    @during(COMPUTING)
     def adapt(self, call: AdaptCall, weights: Weights) -> tuple[Columns, list[SinceChange]]:
         """Play streams of changing tasks.
 
@@ -217,11 +224,12 @@ class RolloutWorker:
         episodes["trial"] = rows["environment"].astype(np.int64) // (sampler.num_envs // num)
         return episodes | _faults(sampler)
 
+    @during(COMPUTING)
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> TrainReport:
         """Do a small job whole: collect a shard and learn from it, `updates` times."""
         external = external_of(spec)
         if external is not None:
-            with closing(external):
+            with closing(external), during(WAITING):
                 return external.train(weights, updates)
         learner = Learner(spec)
         learner.load_weights(weights)
@@ -276,7 +284,8 @@ class RolloutWorker:
             try:
                 sampler.set_state(self._read(state))
             except EnvironmentFault as error:
-                return program.sampler(spec.rollout.num_envs), str(error)
+                pass_signals(error)
+                return self._made(program, spec.rollout.num_envs), str(error)
         return sampler, ""
 
     def _made(self, program: Program, num_envs: int) -> Sampler:
@@ -382,7 +391,8 @@ class LocalWorkers:
 
     def states(self) -> list[WorkerState]:
         """The call that this process makes, if it makes one, and since when."""
-        return [WorkerState(0, os.getpid(), "", self._call, self._since)]
+        doing = mine().read() if self._call is not None else None
+        return [WorkerState(0, os.getpid(), "", self._call, self._since, doing)]
 
     def put(self, value: object) -> Stored:
         """The value."""

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from dmrl_ray.tasks.activity import WAITING, during
+
 Average: TypeAlias = Callable[[Tensor], Tensor]
 
 PATIENCE_S = 600.0
@@ -80,17 +82,20 @@ class SharedMean:
         return torch.from_numpy(slots.mean(0))
 
     def _wait(self) -> None:
-        looks, end = 0, time.monotonic() + PATIENCE_S
-        while (self._counters < self._step).any():
-            looks += 1
-            if looks > SPINS:
+        for _ in range(SPINS):
+            if not (self._counters < self._step).any():
+                return
+        with during(WAITING):
+            end = time.monotonic() + PATIENCE_S
+            while (self._counters < self._step).any():
                 time.sleep(50e-6)
                 if time.monotonic() > end:
                     raise TimeoutError(f"no gradient from another learner within {PATIENCE_S} s")
 
 
 def _over_network(mine: Tensor) -> Tensor:
-    distributed.all_reduce(mine)
+    with during(WAITING):
+        distributed.all_reduce(mine)
     return mine / distributed.get_world_size()
 
 

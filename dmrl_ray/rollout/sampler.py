@@ -21,6 +21,7 @@ from dmrl_ray.networks.actor_critic import ActorCritic, Previous, mask_previous
 from dmrl_ray.networks.base import Memory, select_memory
 from dmrl_ray.rollout.episodes import Episodes, Open
 from dmrl_ray.rollout.finite import check_finite, diverged
+from dmrl_ray.tasks.activity import COMPUTING, STEP, mine
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import RAISED, answer_of, fault, first_obs
 from dmrl_ray.types import Array, Arrays, Columns, EnvironmentFault, Rollout, Task, tasks_from_array
@@ -161,9 +162,9 @@ class Sampler:
     def __init__(
         self, distribution: TaskDistribution, num_envs: int, *, memory_spans_trial: bool
     ) -> None:
-        self.distribution = distribution
-        self.num_envs = num_envs
+        self.distribution, self.num_envs = distribution, num_envs
         self.memory_spans_trial = memory_spans_trial
+        self._activity = mine()
         self.env = answer_of(distribution, distribution.make_vec, num_envs)
         space = distribution.action_space
         self._discrete = space.dtype is not None and np.issubdtype(space.dtype, np.integer)
@@ -248,6 +249,7 @@ class Sampler:
         self._task_index = np.arange(self.num_envs) * len(tasks) // self.num_envs
         self._pending_task_of = np.empty(self.num_envs, object)
         self._pending_task_of[:] = [tasks[i] for i in self._task_index.tolist()]
+        self._activity.first(tasks[0].id)
         self.fresh = False
         agents = None if one_agent else self._task_index
         self.episodes.assign(self._pending_task_of.tolist(), agents)
@@ -417,19 +419,17 @@ class Sampler:
         if not self._discrete:
             action = np.clip(action, -1.0, 1.0)
         try:
-            began = perf_counter()
+            began = self._activity.begin(STEP)
             obs, reward, terminated, truncated, info = self.env.step(action)
-            self.env_s += perf_counter() - began
+            self.env_s += self._activity.begin(COMPUTING) - began
             if obs.shape != storage.obs[t].shape:  # NumPy would broadcast some of the others.
                 raise ValueError(f"observations {obs.shape} instead of {storage.obs[t].shape}")
-            storage.obs[t + 1] = obs
-            storage.reward[t] = reward
+            storage.obs[t + 1], storage.reward[t] = obs, reward
             storage.terminated[t], storage.truncated[t] = terminated, truncated
             self.episodes.add_reward(reward)
             if "success" in info:
                 self.episodes.add_success(info["success"])
-            done = storage.done[t]
-            np.logical_or(terminated, truncated, out=done)
+            done = np.logical_or(terminated, truncated, out=storage.done[t])
             if not done.any():
                 return None
             ended = np.flatnonzero(done)

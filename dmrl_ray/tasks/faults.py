@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 
 from dmrl_ray.errors import ConfigError
+from dmrl_ray.tasks.activity import ACTIVITIES, CODES, mine
 from dmrl_ray.tasks.distribution import TaskDistribution, TaskVectorEnv
 from dmrl_ray.tasks.score import Reference
 from dmrl_ray.types import Array, EnvironmentFault, Split, Task
@@ -60,12 +61,17 @@ def answer_of(family: TaskDistribution, method: Callable[..., Any], *arguments: 
     Raises:
         EnvironmentFault: the method raised.
     """
+    activity = mine()
+    before = activity.what
+    activity.begin(CODES.get(getattr(method, "__name__", ""), len(ACTIVITIES) - 1))
     try:
         return method(*arguments)
     except EnvironmentFault:
         raise
     except RAISED as error:
         raise fault(family, method.__name__, error) from error
+    finally:
+        activity.begin(before)
 
 
 def pass_signals(error: BaseException) -> None:

@@ -30,7 +30,6 @@ from dmrl_ray.types import EnvironmentFault, storable
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = LearnerSettings(threads=1, device="cpu")
-PATIENT = WorkerSettings(timeout_s=60)
 
 
 class BrokenEnv(PointGoalVectorEnv):
@@ -126,7 +125,7 @@ def assert_same(answer, expected):
 def pool(ray_instance):
     from dmrl_ray.cluster.pool import RayWorkers
 
-    workers = RayWorkers(WorkerSettings(num=2, timeout_s=2, max_failures=100))
+    workers = RayWorkers(WorkerSettings(num=2, max_failures=100))
     yield workers
     workers.close()
 
@@ -180,14 +179,15 @@ def test_a_killed_worker_changes_nothing_where_iterations_are_in_flight_together
     assert_same(stored, [storable(state) for state in states])
 
 
-def test_a_hung_worker_is_replaced_after_the_timeout(workers):
+def test_a_stopped_worker_is_found_within_ten_seconds(workers):
     spec = make_spec("hung")
-    pid = workers.pids()[1]
+    pid, began = workers.pids()[1], time.monotonic()
     os.kill(pid, signal.SIGSTOP)
     answers = collect(workers, spec, 0, workers.put(first_weights(spec)), [{}, {}])
     assert_same([workers.fetch(trial) for _, trial, _ in answers], undisturbed(spec, 1)[0])
+    assert time.monotonic() - began < 10
     assert [event.event for event in workers.events] == ["worker_lost"]
-    assert re.match(r"hung: no answer for 2\.\d s", workers.events[0].detail["reason"])
+    assert re.match(r"stopped for \d\.\d s", workers.events[0].detail["reason"])
 
 
 def test_the_late_answer_of_a_replaced_worker_is_dropped(workers, monkeypatch):
@@ -304,7 +304,7 @@ def test_learners_that_find_no_room_say_what_is_missing(ray_instance, monkeypatc
 
     monkeypatch.setattr(ray_learners, "START_TIMEOUT_S", 0.5)
     with pytest.raises(ClusterError, match=r"needs 999 CPUs, cluster has \d+ \("):
-        ray_learners.RayLearners(make_spec("x"), LearnerSettings(threads=999), PATIENT)
+        ray_learners.RayLearners(make_spec("x"), LearnerSettings(threads=999))
 
 
 def test_what_ends_the_wait_for_workers_ends_the_learners_that_start_meanwhile(ray_instance):
@@ -315,7 +315,7 @@ def test_what_ends_the_wait_for_workers_ends_the_learners_that_start_meanwhile(r
 
     nowhere = LearnerSettings(threads=999)
     with pytest.raises(Interrupted):
-        RayLearners(make_spec("x"), nowhere, PATIENT, meanwhile=stopped)
+        RayLearners(make_spec("x"), nowhere, meanwhile=stopped)
 
 
 def test_a_cluster_too_small_for_either_is_told_to_lack_room_for_workers(
@@ -339,7 +339,7 @@ def test_two_learners_train_like_one(ray_instance, algorithm):
 
     spec = make_spec("two learners", algorithm, optimizer="sgd", lr=0.1)
     one = LocalLearners(spec)
-    two = RayLearners(spec, LearnerSettings(num=2, threads=1), PATIENT)
+    two = RayLearners(spec, LearnerSettings(num=2, threads=1))
     before = one.weights()
     for iteration in range(3):
         answers = collect(LocalWorkers(), spec, iteration, one.published(), [{}, {}])
@@ -358,7 +358,7 @@ def test_a_dead_learner_loses_the_job(ray_instance):
     from dmrl_ray.cluster.learners import RayLearners
 
     spec = make_spec("dead learner")
-    learners = RayLearners(spec, LearnerSettings(num=2, threads=1), PATIENT)
+    learners = RayLearners(spec, LearnerSettings(num=2, threads=1))
     trials = [
         trial for _, trial, _ in collect(LocalWorkers(), spec, 0, first_weights(spec), [{}, {}])
     ]
@@ -368,12 +368,12 @@ def test_a_dead_learner_loses_the_job(ray_instance):
     learners.close()
 
 
-def test_a_hung_learner_loses_the_job(ray_instance):
+def test_a_stopped_learner_loses_the_job(ray_instance):
     from dmrl_ray.cluster.learners import RayLearners
 
-    learners = RayLearners(make_spec("hung learner"), ONE_THREAD, WorkerSettings(timeout_s=1))
+    learners = RayLearners(make_spec("hung learner"), ONE_THREAD)
     os.kill(learners.pids()[0], signal.SIGSTOP)
-    with pytest.raises(JobLost, match="hung"):
+    with pytest.raises(JobLost, match=r"process \d+ on .* was lost: stopped for"):
         learners.get_state()
     learners.close()
 
@@ -392,7 +392,7 @@ def test_ray_trains_to_the_same_bits_as_one_process(workers, algorithm):
     from dmrl_ray.cluster.learners import RayLearners
 
     spec = make_spec(f"same {algorithm}", algorithm, "cartpole" if algorithm == "ppo" else "bandit")
-    on_ray = RayLearners(spec, ONE_THREAD, PATIENT)
+    on_ray = RayLearners(spec, ONE_THREAD)
     metrics, *state = train(workers, on_ray, spec)
     expected, *expected_state = train(LocalWorkers(), LocalLearners(spec), spec)
     assert_same(state, expected_state)
@@ -408,7 +408,7 @@ def test_learners_go_on_from_a_checkpoint(ray_instance):
     from dmrl_ray.cluster.learners import RayLearners
 
     spec = make_spec("checkpoint")
-    one, other = LocalLearners(spec), RayLearners(spec, ONE_THREAD, PATIENT)
+    one, other = LocalLearners(spec), RayLearners(spec, ONE_THREAD)
     trials = [t for _, t, _ in collect(LocalWorkers(), spec, 0, one.published(), [{}, {}])]
     one.update(0, trials)
     other.set_state(one.get_state(), one.version)

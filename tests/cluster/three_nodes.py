@@ -62,7 +62,7 @@ def mid_collect(cluster, nodes, workers):
 def lost_data(cluster, nodes, workers):
     """A node goes away with trials and states that no one has read yet."""
     spec = make_spec("lost data", tasks="cartpole", shards=3, num_envs=4000, num_steps=8)
-    learners = RayLearners(spec, LearnerSettings(threads=4, device="cpu"), WorkerSettings())
+    learners = RayLearners(spec, LearnerSettings(threads=4, device="cpu"))
     answers = collect(workers, spec, 0, learners.published(), [{}] * 3)
     by_node = {node_of(worker) for worker in workers.up()}
     node = nodes.pop(next(n for n in nodes if n in by_node))

@@ -126,6 +126,12 @@ CORPUS = {
         ("hidden: [32]", "size: 32"),
         "run.yaml:9:5: network.encoder.size: this setting was renamed to hidden_size",
     ),
+    "a deadline of calls, which there is no more": (
+        ("name: fine", "workers: {deadline_s: 60}"),
+        "run.yaml:1:11: workers.deadline_s: this setting is gone: a worker or learner is lost when "
+        "its process is dead, stopped or blocked, however long a call takes; "
+        "environments.timeout_s ends the calls of environments that take longer",
+    ),
     "a setting of another type": (
         ("inner_lr: 1e-3", "belief_steps: 1"),
         "run.yaml:12:3: algorithm.belief_steps: this setting belongs to another type: "

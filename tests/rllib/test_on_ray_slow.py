@@ -20,7 +20,7 @@ algorithm:
   minibatch_size: 100
   num_epochs: 2
   model: {fcnet_hiddens: [8]}
-workers: {num: 2, timeout_s: 120}
+workers: {num: 2}
 stages:
   multi: {type: pretrain, env_steps: 400, validation_tasks: 4}
   tuned: {type: finetune, init_from: multi, tasks: 3, updates: 1}
