@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, cast
 
 import gymnasium as gym
@@ -35,6 +36,10 @@ MAX_COMBINATIONS = 1_000_000
 """The maximum number of combinations of choices where some are held out."""
 
 
+RESETS = 3
+"""Resets that may fail one after the other, where episodes may be restarted."""
+
+
 class GymVectorEnv(TaskVectorEnv):
     """Gymnasium environments, stepped in a loop.
 
@@ -51,6 +56,7 @@ class GymVectorEnv(TaskVectorEnv):
         self.envs = [family.make_single(b) for b in range(num_envs)]
         self.next_params = np.zeros((num_envs, len(family.config.vary)))
         self.params = np.full_like(self.next_params, np.nan)  # differs from every task's
+        self.faults: list[EnvironmentFault] = []
         self.obs = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
@@ -65,10 +71,7 @@ class GymVectorEnv(TaskVectorEnv):
             changed = not np.array_equal(self.params[b], self.next_params[b])
             self.params[b] = self.next_params[b]
             values = self.family.values(self.params[b])
-            try:
-                self.obs[b] = self.envs[b].reset(values, seed, changed=changed)
-            except EnvironmentFault as fault:
-                raise self.name_episode(fault, b) from fault.__cause__
+            self.obs[b] = self.reset_single(b, values, seed, changed=changed)
 
     def observe(self) -> np.ndarray:
         """Returns the observations (B, *obs_shape)."""
@@ -87,12 +90,46 @@ class GymVectorEnv(TaskVectorEnv):
             try:
                 self.obs[b], reward[b], terminated[b], truncated[b], info = env.step(actions[b])
             except EnvironmentFault as fault:
-                raise self.name_episode(fault, b) from fault.__cause__
-            success[b] = success_of(info)
+                self.replace(b, fault)
+                truncated[b] = True
+            else:
+                success[b] = success_of(info)
         obs, infos = self.auto_reset(self.observe(), terminated | truncated)
         if not np.isnan(success).all():
             infos["success"] = success
         return obs, reward, terminated, truncated, infos
+
+    def reset_single(self, b: int, values: Values, seed: int, *, changed: bool) -> np.ndarray:
+        """Resets an environment; where episodes may be restarted, with other seeds after faults."""
+        params = self.params[b].copy()
+        for _ in range(RESETS):
+            try:
+                return self.envs[b].reset(values, seed, changed=changed)
+            except EnvironmentFault as fault:
+                self.replace(b, fault)
+                self.params[b], changed = params, True
+                seed = int(self.np_random.integers(2**31))
+        raise self.faults.pop()
+
+    def replace(self, b: int, fault: EnvironmentFault) -> None:
+        """Puts a new environment in the place of one that failed, if episodes may be restarted.
+
+        Raises:
+            EnvironmentFault: they may not.
+        """
+        named = self.name_episode(fault, b)
+        if self.family.on_fault == "stop":
+            raise named from fault.__cause__
+        self.faults.append(named)
+        with suppress(Exception):  # It is broken already.
+            close(self.envs[b].env)
+        self.envs[b] = self.family.make_single(b)
+        self.params[b] = np.nan  # The next reset sets the task.
+
+    def take_faults(self) -> list[EnvironmentFault]:
+        """Returns the faults since the last call after which episodes were restarted."""
+        faults, self.faults = self.faults, []
+        return faults
 
     def name_episode(self, fault: EnvironmentFault, b: int) -> EnvironmentFault:
         """Adds the task, the seed and the actions of the open episode of an environment."""
@@ -247,6 +284,7 @@ class GymEnv(TaskDistribution):
     family = "gym"
     fixed_length = False
     vectorized = False
+    restarts_episodes = True
 
     def __init__(self, config: Config):
         self.config = config
@@ -269,9 +307,7 @@ class GymEnv(TaskDistribution):
             raise ValueError(f"tasks.id: {config.id}: {error}, so wrap the environment") from None
         check_vary(env, config.id, config.apply, first)
         close(env)
-        external = self.make_single(0)
-        check_steps(external, config.id, config.apply, first)
-        close(external.env)
+        check_steps(self.make_single, config.id, config.apply, first)
 
     def make_vec(self, num_envs: int) -> GymVectorEnv:
         """Returns a vector environment that steps `num_envs` environments in a loop."""

@@ -95,6 +95,21 @@ class WorkerSettings(Settings):
     """Number of workers that may be lost before the run stops."""
 
 
+class EnvironmentSettings(Settings):
+    """The environments of all stages."""
+
+    read_with: ClassVar = {"max": ("on_error", ("restart_episode", "quarantine_task"))}
+
+    on_error: Literal["stop", "restart_episode", "quarantine_task"] = "stop"
+    """What an environment does to the run that raises or returns what it must not. restart_episode
+    cuts the episode there, as a time limit does, and begins another in a new environment;
+    quarantine_task also draws the task no more for training. Both are for families that step
+    environments one by one, such as `gym`."""
+
+    max: Number = 10
+    """Faults of environments in a run, after which it stops."""
+
+
 class LearnerSettings(Settings):
     """Learners, which train the policy."""
 
@@ -350,6 +365,7 @@ class RunConfig(Settings):
 
     rollout: RolloutSettings = RolloutSettings()
     workers: WorkerSettings = WorkerSettings()
+    environments: EnvironmentSettings = EnvironmentSettings()
     learners: LearnerSettings = LearnerSettings()
     commit: CommitSettings = CommitSettings()
 

@@ -36,7 +36,6 @@ from dmrl_ray.jobs.spec import (
     smoke_test,
 )
 from dmrl_ray.jobs.transfer import rllib_start
-from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import answer_of, first_obs, name_of, sample
 from dmrl_ray.types import SPLITS
 
@@ -84,13 +83,14 @@ def check(config: RunConfig) -> list[Part]:
     return max(held.values(), key=lambda parts: sum(p.about_bytes for p in parts), default=[])
 
 
-def unrepeatable(family: TaskDistribution) -> str | None:
+def unrepeatable(config: RunConfig) -> str | None:
     """A sentence on what it means that two plays of one seed differ, if they do.
 
     Raises:
         EnvironmentFault: the family breaks its contract within the first steps.
     """
-    stream = np.random.default_rng(0)
+    family, stream = load_family(config.tasks), np.random.default_rng(0)
+    family.on_fault = config.environments.on_error
     tasks = [task for split in SPLITS for task in sample(family, stream, 1, split)]
     env = answer_of(family, family.make_vec, len(tasks))
     family.action_space.seed(0)
@@ -138,6 +138,11 @@ def _check_stage(config: RunConfig, name: str) -> None:
     source = stage.init_from
     start = job_spec(config, source) if source in config.stages else None
     if check_external(spec, stage, start):
+        if config.environments.on_error != "stop":
+            raise ValueError(
+                f"environments.on_error: {spec.algorithm_name} steps environments by itself; use "
+                "stop"
+            )
         return
     program = build(spec)
     asked = None

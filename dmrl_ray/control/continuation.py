@@ -24,6 +24,7 @@ from dmrl_ray.store.commits import as_overrides
 SPEED_ALONE = (
     "workers.*",  # A shard is the same on any worker.
     "commit.*",  # A run continues exactly from any commit.
+    "environments.*",  # Nothing depends on them until an environment fails.
     "algorithm.*.memory_mb",  # What of recordings is kept in memory; the rest is read again.
     "stages.*.algorithm.*.memory_mb",
 )

@@ -27,7 +27,7 @@ from dmrl_ray.control.stages import run_stage
 from dmrl_ray.control.train_loop import evaluate as evaluate_policy
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
-from dmrl_ray.jobs.spec import job_spec, load_family
+from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.results.display import Display
 from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
 from dmrl_ray.store.tables import read_columns
@@ -56,7 +56,7 @@ def run(
         Interrupted: by Ctrl+C or SIGTERM, after a clean commit.
     """
     check(config)
-    warning = unrepeatable(load_family(config.tasks))
+    warning = unrepeatable(config)
     config, placement = place(config, address)
     with RunWriter.create(
         folder, resolved(config), facts(config), overwrite=overwrite, keep=config.commit.keep

@@ -18,7 +18,7 @@ from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.errors import Interrupted
 from dmrl_ray.jobs.learner import LocalLearners
-from dmrl_ray.jobs.messages import Answer, Call, CallId, Result, WorkerEvent
+from dmrl_ray.jobs.messages import FAULTS, Answer, Call, CallId, Result, WorkerEvent
 from dmrl_ray.jobs.protocols import Learners, Workers, answers, map_calls
 from dmrl_ray.jobs.spec import JobSpec, Weights, load_family
 from dmrl_ray.jobs.worker import LocalWorkers
@@ -27,7 +27,7 @@ from dmrl_ray.rollout.rows import task_rows
 from dmrl_ray.store.files import FileRecord
 from dmrl_ray.store.writer import RunWriter
 from dmrl_ray.tasks.distribution import TaskDistribution
-from dmrl_ray.types import Arrays, EnvironmentFault, Split, Task
+from dmrl_ray.types import Arrays, Columns, EnvironmentFault, Split, Task
 
 if TYPE_CHECKING:
     from dmrl_ray.cluster.pool import RayWorkers
@@ -133,6 +133,30 @@ class Run:
         detail = {"number": fault.number, "message": str(fault)} | fault.detail
         self.writer.add_event("environment_fault", self.next_stage(), "", detail)
 
+    def restarted(self, faults: Iterable[EnvironmentFault]) -> None:
+        """Count faults after which episodes were restarted.
+
+        Raises:
+            EnvironmentFault: there are more of them in the run than may be.
+        """
+        settings = self.config.environments
+        for fault in faults:
+            self.note_fault(fault)
+            task = fault.detail.get("task_id")
+            if settings.on_error == "quarantine_task" and task not in self.state["quarantined"]:
+                self.state["quarantined"].append(task)
+            if fault.number is not None and fault.number > settings.max:
+                raise EnvironmentFault(
+                    f"environments.max: {fault.number} faults of environments in this run, the "
+                    f"last one: {fault}",
+                    fault.detail,
+                )
+
+    def take_faults(self, rows: Columns) -> None:
+        """Count the faults of evaluated episodes, and take them from their rows."""
+        for faults in rows.pop(FAULTS, ()):
+            self.restarted(faults)
+
     def note_left_out(self, spec: JobSpec, left_out: Iterable[LeftOut]) -> None:
         """Say which data a job does not learn from, as an event and on the screen."""
         for found in left_out:
@@ -190,7 +214,8 @@ class Run:
         """Return to the newest commit; rows added since are dropped."""
         self.writer.discard()
         committed = self.writer.state
-        self.state = {"done": [], "jobs": {}, "versions": {}, "changed": {}, "faults": 0}
+        self.state = {"done": [], "jobs": {}, "versions": {}, "changed": {}}
+        self.state |= {"faults": 0, "quarantined": []}
         if committed is not None:
             self.state |= json.loads(json.dumps(committed))
         if job := self.state.pop("job", None):  # A folder may keep the job in progress alone.

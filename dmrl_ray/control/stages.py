@@ -92,6 +92,7 @@ def finetune(run: Run, name: str, stage: Finetune) -> None:
             job, rows = open_specs[i], report.episodes
             if job.name == specs[0].name:  # All learn from the same data.
                 run.note_left_out(job, report.left_out)
+            run.restarted(report.faults)
             for part in report.steps:
                 run.writer.add_steps(job, part)
             run.writer.add_episodes(job, rows)
@@ -202,6 +203,7 @@ def _add_met(
 ) -> tuple[int, float]:
     """Add an agent's episodes and regret to the tables; returns its steps and mean return."""
     for rows in parts:
+        run.take_faults(rows)
         run.writer.add_episodes(spec, rows)
     reward, regret = _joined(since, stage)
     _report_regret(run, spec, version, reward, regret)

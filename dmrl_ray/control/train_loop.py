@@ -142,8 +142,9 @@ class CollectAndUpdate:
         for env_steps in starts[len(in_flight) :]:
             before = in_flight[-1][1] if in_flight else self.states
             iteration = progress.updates + len(in_flight)
+            quarantined = tuple(self._run.state["quarantined"])
             calls = [
-                CollectCall(self._spec, shard, iteration, env_steps)
+                CollectCall(self._spec, shard, iteration, env_steps, quarantined)
                 for shard in range(self._spec.rollout.shards)
             ]
             on_workers = collect_calls(calls, self._learners.published(), before)
@@ -233,7 +234,9 @@ def evaluate(
             run.writer.add_steps(calls[i].spec, steps)
     else:
         parts = in_order(run, [Call(RolloutWorker.evaluate, (call, weights)) for call in calls])
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    run.take_faults(rows)
+    return rows
 
 
 def program_of(spec: JobSpec) -> Program | None:
@@ -373,6 +376,7 @@ def _record(
         if report.steps is not None:
             run.writer.add_steps(spec, report.steps)
         run.note_left_out(spec, report.left_out)
+        run.restarted(report.faults)
         if report.begun_again:
             run.event("episodes_begun_again", spec.stage, spec.name, reason=report.begun_again)
             run.display.message(f"open episodes begin again: {report.begun_again}")

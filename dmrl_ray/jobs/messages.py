@@ -12,10 +12,13 @@ from dmrl_ray.config.schema import Adapt, By
 from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.jobs.spec import JobSpec
 from dmrl_ray.rollout.rows import Steps
-from dmrl_ray.types import Arrays, Columns, Task
+from dmrl_ray.types import Arrays, Columns, EnvironmentFault, Task
 
 Stored: TypeAlias = object
 """A large value where it lies: in one process the value itself, on Ray a reference to it."""
+
+FAULTS = "faults"
+"""A column beside those of evaluated episodes: one cell a call, with its faults."""
 
 Result = TypeVar("Result")
 
@@ -79,6 +82,7 @@ class CollectCall:
     shard: int
     iteration: int
     env_steps: int  # of the job, before this iteration
+    quarantined: tuple[str, ...] = ()  # ids of tasks that are not drawn any more
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class CollectReport:
     tasks: dict[str, pa.Array]  # rows of those that are played and were not before
     steps: Steps | None = None  # where the job is recorded
     left_out: tuple[LeftOut, ...] = ()  # of data, from the collection of a job that is made first
+    faults: tuple[EnvironmentFault, ...] = ()  # after which episodes were restarted
     begun_again: str = ""  # why open episodes could not be continued, where they could not
 
 
@@ -130,4 +135,5 @@ class TrainReport:
     weights: Arrays  # at its end
     env_steps: int
     left_out: tuple[LeftOut, ...] = ()  # of data
+    faults: tuple[EnvironmentFault, ...] = ()  # after which episodes were restarted
     steps: tuple[Steps, ...] = ()  # in the order of learning, where the job is recorded

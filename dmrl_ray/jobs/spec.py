@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from dmrl_ray.config.schema import (
     RLLIB,
     By,
     Component,
+    EnvironmentSettings,
     Finetune,
     Pretrain,
     RolloutSettings,
@@ -50,6 +51,7 @@ class JobSpec:
     network: Component
     algorithm: Component
     rollout: RolloutSettings
+    environments: EnvironmentSettings = field(default_factory=EnvironmentSettings)
     evaluation_seed: int = 0  # the same for all runs of a study
     env_steps: int = 0  # the budget, for schedules ...
     updates: int = 0  # ... which is in updates where this is not 0
@@ -106,6 +108,7 @@ def job_spec(config: RunConfig, name: str) -> JobSpec:
         network=network or config.network,
         algorithm=algorithm or config.algorithm,
         rollout=rollout,
+        environments=config.environments,
         env_steps=getattr(stage, "env_steps", 0),
         updates=getattr(stage, "updates", 0),
         trainable=getattr(stage, "trainable", ("",)),
@@ -222,6 +225,12 @@ def _assemble(spec: JobSpec, distribution: TaskDistribution) -> Program:
             f"of {per_task} environments each; use a multiple of {per_task}"
         )
     _check_device(spec, distribution, kind)
+    distribution.on_fault = spec.environments.on_error
+    if distribution.on_fault != "stop" and not distribution.restarts_episodes:
+        raise ValueError(
+            f"environments.on_error: {name_of(distribution)} steps its environments together, so "
+            "that one of them cannot be replaced; use stop"
+        )
     return Program(distribution, policy, algorithm)
 
 

@@ -23,6 +23,7 @@ from dmrl_ray.data.dataset import LeftOut
 from dmrl_ray.jobs.external import external_of
 from dmrl_ray.jobs.learner import Learner
 from dmrl_ray.jobs.messages import (
+    FAULTS,
     AdaptCall,
     Answer,
     Call,
@@ -49,11 +50,23 @@ from dmrl_ray.rollout.rows import (
 )
 from dmrl_ray.rollout.sampler import Sampler
 from dmrl_ray.tasks.faults import sample
-from dmrl_ray.types import Arrays, Columns, EnvironmentFault, Rollout, Trial, random_stream
+from dmrl_ray.types import (
+    Arrays,
+    Columns,
+    EnvironmentFault,
+    Rollout,
+    Task,
+    Trial,
+    random_stream,
+)
 
 Key: TypeAlias = tuple[int | str, ...]
 SinceChange: TypeAlias = tuple[np.ndarray, np.ndarray]
 """Reward and regret (U, N) of every step since a change, of each task."""
+
+
+MAX_DRAWS = 100
+"""Times that tasks are drawn in place of those in quarantine."""
 
 
 class RolloutWorker:
@@ -75,12 +88,7 @@ class RolloutWorker:
         sampler, begun_again = self._sampler(spec, program, shard, iteration, state)
         algorithm = program.algorithm
         num_envs = spec.rollout.num_envs
-        tasks = list(spec.fixed_tasks) or sample(
-            program.distribution,
-            random_stream(spec.seed, *spec.key, "tasks", shard, iteration),
-            num_envs // algorithm.envs_per_task,
-            spec.split,
-        )
+        tasks = list(spec.fixed_tasks) or _sample(call, program)
         # A job on fixed tasks continues to learn from them; else each trial's agents are new.
         task_updates = iteration if spec.fixed_tasks else 0
         stream = random_stream(spec.seed, *spec.key, "collect", shard, iteration)
@@ -120,6 +128,7 @@ class RolloutWorker:
             task_rows(met),
             recorded,
             _left_out(algorithm) if shard == iteration == 0 else (),
+            tuple(sampler.env.take_faults()),
             begun_again,
         )
         return report, trial, after
@@ -132,7 +141,7 @@ class RolloutWorker:
         sampler, trial = self._evaluate(call, weights)
         for _ in trial:  # Each is dropped when the next begins.
             pass
-        return evaluation_rows(sampler, trial=call.trial)
+        return evaluation_rows(sampler, trial=call.trial) | _faults(sampler)
 
     def evaluate_recorded(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, Steps]:
         """The same rows, and every step."""
@@ -145,7 +154,7 @@ class RolloutWorker:
             open_before=None,
             step_is_episode=sampler.memory_spans_trial,
         )
-        return evaluation_rows(sampler, trial=call.trial), steps
+        return evaluation_rows(sampler, trial=call.trial) | _faults(sampler), steps
 
     def evaluate_steps(self, call: EvaluateCall, weights: Weights) -> tuple[Columns, SinceChange]:
         """The same rows with the number of the task in the call as trial, and every step's reward.
@@ -201,7 +210,7 @@ class RolloutWorker:
         episodes["change"] = change
         episodes["env_steps"] = rows["step"].astype(np.int64)
         episodes["trial"] = rows["environment"].astype(np.int64) // (sampler.num_envs // num)
-        return episodes
+        return episodes | _faults(sampler)
 
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> TrainReport:
         """Do a small job whole: collect a shard and learn from it, `updates` times."""
@@ -214,6 +223,7 @@ class RolloutWorker:
         parts: list[Columns] = []
         steps: list[Steps] = []
         left_out: tuple[LeftOut, ...] = ()
+        faults: tuple[EnvironmentFault, ...] = ()
         state: Arrays = {}
         env_steps = 0
         for iteration in range(updates + 1):
@@ -222,6 +232,7 @@ class RolloutWorker:
             report.episodes["env_steps"] += env_steps
             parts.append(report.episodes)
             left_out += report.left_out
+            faults += report.faults
             if report.steps is not None:
                 steps.append(report.steps)
             if iteration < updates:
@@ -229,7 +240,7 @@ class RolloutWorker:
             env_steps += report.env_steps
         rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._forget(spec)
-        return TrainReport(rows, learner.weights(), env_steps, left_out, tuple(steps))
+        return TrainReport(rows, learner.weights(), env_steps, left_out, faults, tuple(steps))
 
     def _program(self, spec: JobSpec, weights: Weights, device: str | None = None) -> Program:
         key = spec.key if device is None else (*spec.key, device)
@@ -270,6 +281,31 @@ class RolloutWorker:
         for cache in (self._programs, self._samplers, self._loaded):
             for key in [k for k in cache if k[: len(spec.key)] == spec.key]:
                 del cache[key]
+
+
+def _sample(call: CollectCall, program: Program) -> list[Task]:
+    """The tasks of an iteration; other ones are drawn in place of those in quarantine."""
+    spec, family = call.spec, program.distribution
+    stream = random_stream(spec.seed, *spec.key, "tasks", call.shard, call.iteration)
+    n = spec.rollout.num_envs // program.algorithm.envs_per_task
+    tasks = sample(family, stream, n, spec.split)
+    for _ in range(MAX_DRAWS):
+        out = [i for i, task in enumerate(tasks) if task.id in call.quarantined]
+        if not out:
+            return tasks
+        for i, task in zip(out, sample(family, stream, len(out), spec.split), strict=True):
+            tasks[i] = task
+    raise EnvironmentFault(
+        f"environments.on_error: of {n} tasks drawn {MAX_DRAWS} times some are always among the "
+        f"{len(call.quarantined)} in quarantine; repair the environment, or use restart_episode"
+    )
+
+
+def _faults(sampler: Sampler) -> Columns:
+    """The faults after which episodes were restarted, as a column that `Run.take_faults` takes."""
+    column = np.empty(1, object)
+    column[0] = sampler.env.take_faults()
+    return {FAULTS: column}
 
 
 def _left_out(algorithm: Algorithm) -> tuple[LeftOut, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from dmrl_ray.config.schema import Settings
-from dmrl_ray.types import SPLITS, Array, Arrays, Reference, Split, Task
+from dmrl_ray.types import SPLITS, Array, Arrays, EnvironmentFault, Reference, Split, Task
 
 
 class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
@@ -172,6 +172,10 @@ class TaskVectorEnv(VectorEnv[Any, Any, Any], ABC):
         """
         raise NotImplementedError
 
+    def take_faults(self) -> list[EnvironmentFault]:
+        """Returns the faults since the last call after which episodes were restarted."""
+        return []
+
     def get_state(self) -> Arrays:
         """Returns copies of everything the open episodes depend on, except the random stream."""
         state = {name: self._host(getattr(self, name)) for name in self.state_fields}
@@ -216,6 +220,12 @@ class TaskDistribution(ABC):
 
     vectorized: bool = True
     """Whether a step of many environments costs little more than one of a few."""
+
+    restarts_episodes: bool = False
+    """Whether environments go on after a fault if `on_fault` says so."""
+
+    on_fault: Literal["stop", "restart_episode", "quarantine_task"] = "stop"
+    """What environments of `make_vec` do after a fault: stop raises it."""
 
     on_device: bool = False
     """Whether the environments of `make_vec` can be moved to a device, which requires

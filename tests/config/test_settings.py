@@ -28,6 +28,7 @@ from dmrl_ray.config.schema import (
     Adapt,
     CommitSettings,
     ContinuedTraining,
+    EnvironmentSettings,
     Evaluate,
     Finetune,
     LearnerSettings,
@@ -369,6 +370,7 @@ def run_sections() -> Iterator[Section]:
     yield Section("run", RunConfig, "", config, values, only=(*NOT_NESTED,))
     yield Section("rollout", RolloutSettings, "rollout", config)
     yield Section("workers", WorkerSettings, "workers", config)
+    yield Section("environments", EnvironmentSettings, "environments", config)
     yield Section("learners", LearnerSettings, "learners", config)
     yield Section("commit", CommitSettings, "commit", config)
 
@@ -395,6 +397,7 @@ UNSEEN = {
     "workers.num": "spreads the same work over more processes",
     "workers.timeout_s": "says when a worker that does not answer is replaced, on Ray",
     "workers.max_failures": "says when a run that loses workers stops, on Ray",
+    "environments.max": "counts faults, of gym alone: tests/control/test_environments.py",
     "learners.threads": "changes the last bits, of large networks",
     "learners.compile": "compiles for seconds: tests/algorithms/test_gradients.py",
     "commit.every_s": "says when a run is durable",

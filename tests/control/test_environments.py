@@ -1,5 +1,6 @@
 """Runs in environments that others wrote and that do what environments should not."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from dmrl_ray.envs.cartpole import CartPole, CartPoleVectorEnv
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
 from dmrl_ray.tasks.distribution import make_tasks
+from dmrl_ray.types import EnvironmentFault
 
 CONFIG = """
 tasks: {type: gym, id: Unsteady-v0}
@@ -46,7 +48,7 @@ class Unsteady(gym.Env):
         unsteady = {
             "": self.np_random.normal(),
             "global": np.random.normal(),  # noqa: NPY002
-            "clock": time.perf_counter(),
+            "clock": time.perf_counter() % 1,
             "kept": self.steps,
         }
         return np.array([unsteady[self.broken]], np.float32)
@@ -109,6 +111,68 @@ class Fragile(gym.Env):
 
 gym.register("Fragile-v0", Fragile, max_episode_steps=20)
 FRAGILE = "tasks={type: gym, id: Fragile-v0, vary: {wind: [0.5, 1.5]}}"
+
+
+def fragile_run(folder, *settings, fails=True):
+    changes = [FRAGILE, "stages.train.env_steps=960", *settings]
+    if fails:
+        with pytest.raises(EnvironmentFault) as caught:
+            run(folder, *changes)
+        return str(caught.value)
+    return run(folder, *changes)
+
+
+@pytest.mark.parametrize("on_error", ["restart_episode", "quarantine_task"])
+def test_an_environment_that_fails_now_and_then_does_not_end_a_run(on_error, tmp_path):
+    # With an average of half a step an action, and of wind, some episodes of 20 steps pass 14.
+    change = f"environments={{on_error: {on_error}, max: 1000}}"
+    out = fragile_run(tmp_path / "out", change, "seed=3", fails=False)
+    faults = [json.loads(detail) for detail in events(out, "environment_fault")]
+    assert [fault["number"] for fault in faults] == [*range(1, len(faults) + 1)]
+    assert len(faults) > 2
+    cut = sorted(length for length in load(out)["length"] if length < 20)
+    assert cut == sorted(fault["step"] for fault in faults if fault["step"] < 20)
+    again = fragile_run(tmp_path / "again", change, "seed=3", fails=False)
+    assert load(again)["return"].tolist() == load(out)["return"].tolist()
+    assert "it did not show again" not in call_reproduce(out, 1)
+
+
+def call_reproduce(out, number):
+    answer = CliRunner().invoke(cli.app, ["reproduce", str(out), str(number)])
+    assert answer.exit_code == 5
+    return answer.stdout
+
+
+def test_a_task_in_quarantine_is_not_drawn_any_more(tmp_path):
+    change = "tasks={type: gym, id: Fragile-v0, vary: {wind: {choices: [0.0, 9.0]}}}"
+    settings = ["environments={on_error: quarantine_task, max: 50}", "stages.train.env_steps=960"]
+    out = run(tmp_path / "out", change, *settings, "stages.train.validation_tasks=1")
+    frame = load(out).merge(load(out, table="tasks"), on=["run_id", "task_id", "split"])
+    late = frame[(frame["split"] == "train") & (frame["env_steps"] > 100)]
+    assert set(late["param.wind"]) == {0.0}
+    assert 9.0 in set(frame["param.wind"])
+
+
+def test_more_faults_than_may_be_end_the_run(tmp_path):
+    change = "environments={on_error: restart_episode, max: 2}"
+    message = fragile_run(tmp_path / "out", change)
+    assert message.startswith("environments.max: 3 faults of environments in this run, the last")
+
+
+def test_a_run_that_a_fault_ended_can_be_told_to_restart_episodes(tmp_path):
+    out = tmp_path / "out"
+    fragile_run(out)
+    changes = ["environments={on_error: restart_episode, max: 1000}"]
+    controller.resume(out, overrides=changes, display=Display(quiet=True))
+    assert events(out, "run_finished")
+
+
+def test_environments_that_step_together_cannot_be_restarted_one_by_one(call):
+    answer = call(
+        "config", "config.yaml", "tasks=cartpole", "environments.on_error=restart_episode"
+    )
+    assert answer.exit_code == 2
+    assert "environments.on_error: task family 'cartpole' steps its environments" in answer.stderr
 
 
 class BreakingEnv(CartPoleVectorEnv):

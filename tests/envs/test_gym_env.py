@@ -343,3 +343,22 @@ def test_a_restored_episode_has_the_same_observation():
     copy.set_state(env.get_state())
     np.testing.assert_array_equal(copy.observe(), obs)
     assert not np.array_equal(obs[0], obs[1])
+
+
+def test_an_environment_whose_reset_fails_is_replaced_until_it_has_failed_three_times():
+    toy = family("Toy-v0", kwargs={"fault": "raises", "when": 15})
+    toy.on_fault = "restart_episode"
+    env = started(toy)
+    seeds, (first, second) = [e.seed for e in env.envs], env.envs
+    first.env.unwrapped.when = 0
+    env.reset()
+    (fault,) = env.take_faults()
+    assert env.envs[0] is not first
+    assert env.envs[1] is second
+    assert fault.detail["environment"] == fault.detail["step"] == 0
+    assert fault.detail["episode_seed"] not in (*seeds, env.envs[0].seed)
+    toy.config.kwargs["when"] = toy._kwargs["when"] = 0
+    second.env.unwrapped.when = 0
+    with pytest.raises(EnvironmentFault, match=r"environment 1, .* step 0: reset raised"):
+        env.reset()
+    assert len(env.take_faults()) == 2
