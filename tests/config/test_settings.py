@@ -397,6 +397,7 @@ UNSEEN = {
     "workers.num": "spreads the same work over more processes",
     "workers.timeout_s": "says when a worker that does not answer is replaced, on Ray",
     "workers.max_failures": "says when a run that loses workers stops, on Ray",
+    "environments.max": "counts faults, of gym alone: tests/control/test_environments.py",
     "learners.threads": "changes the last bits, of large networks",
     "learners.compile": "compiles for seconds: tests/algorithms/test_gradients.py",
     "commit.every_s": "says when a run is durable",
