@@ -22,7 +22,7 @@ from dmrl_ray.config.loading import resolved
 from dmrl_ray.config.paths import JOB_VARIABLE
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.checks import check, unrepeatable
-from dmrl_ray.control.continuation import change, changes, check_unpickled
+from dmrl_ray.control.continuation import change, changes, check_state, check_unpickled
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
@@ -108,6 +108,7 @@ def resume(
     """
     stop = StopRequest(display)
     with stop.caught(), RunWriter.open(folder) as writer:
+        check_state(writer)
         before = load_run_config(writer.folder)
         current = Run(before, writer, display, address, stop)
         changed = changes(before, config or load_run_config(folder, overrides), current.state)
