@@ -119,6 +119,8 @@ class _State(BaseModel):
     jobs: dict[str, _Progress | list[str]] = {}  # of training, of fine-tuning
     versions: dict[str, Step] = {}
     changed: dict[str, object] = {}
+    faults: Step = 0
+    quarantined: list[str] = []
     job: _Progress | list[str] | None = None
 
 
@@ -130,6 +132,7 @@ class _Progress(BaseModel):
     best_score: float | None
     best_version: Step
     seconds: float
+    validation_due: bool = False
 
 
 def check_state(writer: RunWriter) -> None:
