@@ -29,7 +29,7 @@ from dmrl_ray.control.stages import run_stage
 from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
-from dmrl_ray.jobs.messages import Call
+from dmrl_ray.jobs.messages import FAULTS, Call
 from dmrl_ray.jobs.protocols import map_calls
 from dmrl_ray.jobs.spec import Weights, job_spec, load_family
 from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker
@@ -169,6 +169,7 @@ def evaluate(
         map_calls(LocalWorkers(), [Call(RolloutWorker.evaluate, (call, policy)) for call in calls])
     )
     rows = {key: np.concatenate([played[i][key] for i in range(len(calls))]) for key in played[0]}
+    rows.pop(FAULTS, None)  # They are counted in runs alone.
     rows["env_steps"][:] = _env_steps(folder, name, policy.version)
     return pd.DataFrame(rows).assign(
         run_id=run.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed
