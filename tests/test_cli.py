@@ -203,7 +203,7 @@ def test_runs_of_one_second_have_folders_of_their_own(here, controller):
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(here, controller):
-    controller.run = raises(ValueError("no"))
+    controller.run = raises(ConfigError("no"))
     assert call("run", "run.yaml", "name=new").exit_code == 2
     assert not list((here / "runs").glob("new*"))
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmrl_ray.config.loading import expanded, plain
 from dmrl_ray.config.schema import RLLIB, Pretrain, RunConfig
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.data.sources import recordings_of
-from dmrl_ray.errors import ConfigError, IncompatibleSettings
+from dmrl_ray.errors import ConfigError, CorruptRun, IncompatibleSettings
 from dmrl_ray.jobs.external import ExternalAlgorithm
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.store.commits import as_overrides
+from dmrl_ray.store.writer import RunWriter
 
 SPEED_ALONE = (
     "workers.*",  # A shard is the same on any worker.
@@ -102,6 +105,50 @@ def _shown(value: Any) -> str:
         value = value["type"]
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+Step = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _State(BaseModel):
+    """The state of a run in its commits, as `Run` has it."""
+
+    model_config = ConfigDict(strict=True)
+
+    done: list[str] = []
+    jobs: dict[str, _Progress | list[str]] = {}  # of training, of fine-tuning
+    versions: dict[str, Step] = {}
+    changed: dict[str, object] = {}
+    faults: Step = 0
+    quarantined: list[str] = []
+    job: _Progress | list[str] | None = None
+
+
+class _Progress(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    updates: Step
+    env_steps: Step
+    best_score: float | None
+    best_version: Step
+    seconds: float
+    validation_due: bool = False
+
+
+def check_state(writer: RunWriter) -> None:
+    """See that the state in the newest commit is one of a run.
+
+    Raises:
+        CorruptRun: it is not.
+    """
+    try:
+        _State.model_validate(writer.state or {})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("state", *first["loc"])))[:80]
+        raise CorruptRun(
+            f"{writer.folder}: commit {writer.number} is damaged: {where}: {first['msg']}"
+        ) from error
 
 
 def check_unpickled(run: Run, changed: Mapping[str, Any], *, own_config: bool) -> None:

@@ -22,7 +22,7 @@ from dmrl_ray.config.loading import resolved
 from dmrl_ray.config.paths import JOB_VARIABLE
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.checks import check, unrepeatable
-from dmrl_ray.control.continuation import change, changes, check_unpickled
+from dmrl_ray.control.continuation import change, changes, check_state, check_unpickled
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.control.stages import run_stage
@@ -30,7 +30,7 @@ from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
 from dmrl_ray.jobs.liveness import own_environments
-from dmrl_ray.jobs.messages import Call
+from dmrl_ray.jobs.messages import FAULTS, Call
 from dmrl_ray.jobs.protocols import map_calls
 from dmrl_ray.jobs.spec import Weights, job_spec, load_family
 from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker
@@ -109,6 +109,7 @@ def resume(
     """
     stop = StopRequest(display)
     with stop.caught(), RunWriter.open(folder) as writer:
+        check_state(writer)
         before = load_run_config(writer.folder)
         current = Run(before, writer, display, address, stop)
         changed = changes(before, config or load_run_config(folder, overrides), current.state)
@@ -169,6 +170,7 @@ def evaluate(
         map_calls(LocalWorkers(), [Call(RolloutWorker.evaluate, (call, policy)) for call in calls])
     )
     rows = {key: np.concatenate([played[i][key] for i in range(len(calls))]) for key in played[0]}
+    rows.pop(FAULTS, None)  # They are counted in runs alone.
     rows["env_steps"][:] = _env_steps(folder, name, policy.version)
     return pd.DataFrame(rows).assign(
         run_id=run.run_id, stage=name, algorithm=spec.algorithm_name, seed=config.seed

@@ -23,6 +23,10 @@ GRACE_S = 3.0
 """Time to end in good order after the cluster was lost."""
 
 
+class _Abandon(KeyboardInterrupt):
+    """Raised at any point of code that is left; compilers go on after an `Exception`."""
+
+
 class StopRequest:
     """Whether a run was asked to stop.
 
@@ -101,7 +105,7 @@ class StopRequest:
         try:
             self.check()
             yield
-        except Exception as error:
+        except BaseException as error:
             if self.number is None or isinstance(error, Interrupted):
                 raise
             raise Interrupted(self.number) from error
@@ -116,6 +120,6 @@ class StopRequest:
         self.number = number
         name = signal.Signals(number).name
         if self._abandons:
-            raise Interrupted(number)
+            raise _Abandon
         awaited = f" when {self.waits_for} has ended" if self.waits_for else ""
         self._display.urgent(f"{name}: stopping{awaited}; a second signal stops at once")

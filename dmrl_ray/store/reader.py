@@ -34,7 +34,7 @@ class RunReader:
         """Updates that made a policy."""
         versions = self._commit.state.get("versions") if self._commit is not None else None
         version = versions.get(name, 0) if isinstance(versions, dict) else 0
-        return version if isinstance(version, int) else 0
+        return version if isinstance(version, int) and 0 <= version < 2**63 else 0
 
     def load(self, name: str) -> Arrays:
         """The arrays of a checkpoint file.

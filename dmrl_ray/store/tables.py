@@ -184,9 +184,13 @@ def read_part(path: Path, table: str, columns: Sequence[str] | None = None) -> p
     if missing := [name for name in names if name not in file.schema_arrow.names]:
         raise ConfigError(f"{path}: lacks the columns {', '.join(missing)}")
     try:
-        return file.read(names, use_threads=False).select(names).replace_schema_metadata()
+        rows = file.read(names, use_threads=False).select(names).replace_schema_metadata()
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{path}: is damaged: {error}") from error
+    for name in _COLUMNS[table].keys() & set(names) - _NULLABLE:
+        if rows[name].null_count:
+            raise ConfigError(f"{path}: column {name!r} has cells without a value")
+    return rows
 
 
 def _open(path: Path) -> BinaryIO:

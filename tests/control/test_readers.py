@@ -219,3 +219,19 @@ def test_names_of_others_are_shown_escaped(run):
     assert r"\x1b]0;owned\x9b2J\u202e" in answer.stdout
     (run / "checkpoints" / "a\x1b[2J").touch()
     assert r"checkpoints/a\x1b[2J" in call("verify", run).output
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"done": 0}, {"jobs": None}, {"jobs": {"train": 1}}, {"versions": {"a": -1}}, {"changed": []}],
+    ids=str,
+)
+def test_an_odd_state_with_its_right_checksum_is_damage(run, odd):
+    path = max((run / "commits").iterdir())
+    record = json.loads(path.read_bytes())
+    del record["sha256"]
+    record["state"] |= odd
+    path.write_bytes(seal(record))
+    for command in ("report", "evaluate"):
+        assert call(command, run).exit_code in (0, 2)
+    refused(call("resume", run), 4, f"is damaged: state.{next(iter(odd))}")
