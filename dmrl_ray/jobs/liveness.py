@@ -221,7 +221,7 @@ def own_environments(
         over.set()
         thread.join()
         if raises:
-            signal.signal(signal.SIGURG, before)
+            signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Activity(_Memory):
     """
 
     def __init__(self) -> None:
-        self._file = os.memfd_create(_NAME)
+        self._file = os.memfd_create(f"{_NAME}-{os.getpid()}")
         os.ftruncate(self._file, _SIZE)
         super().__init__(self._file)
         self.owner: object = None
@@ -170,7 +170,7 @@ class ActivityOf(_Memory):
         folder = f"/proc/{pid}/fd"
         for name in os.listdir(folder):
             path = f"{folder}/{name}"
-            if f"memfd:{_NAME} " in os.readlink(path):
+            if f"memfd:{_NAME}-{pid} " in os.readlink(path):  # It may have opened others', too.
                 file = os.open(path, os.O_RDWR)
                 break
         else:

@@ -1,5 +1,7 @@
 """Workers that are hung are replaced, those that are busy are not, and what kills them is named."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -77,6 +79,18 @@ def test_a_worker_that_is_blocked_outside_environments_is_replaced_and_its_call_
         r"iteration 3\), the last one outside environments, because of blocked without CPU time",
     ):
         collect(workers(), "Blocked", events)
+
+
+def test_a_worker_of_another_node_is_looked_at_from_there(workers):
+    pool, events = workers(), []
+    pool._watchers._here = "another node"
+    pid = pool.pids()[0]
+    os.kill(pid, signal.SIGSTOP)
+    collect(pool, "PointGoal", events)
+    assert events[0].detail["reason"].startswith("stopped for")
+    (worker,) = pool.up()
+    os.kill(worker.pid, signal.SIGKILL)
+    assert pool._watchers.last(worker.place).doing.what == "idle"
 
 
 def test_a_call_of_an_environment_that_takes_longer_than_it_may_is_named(workers):

@@ -46,6 +46,26 @@ def test_a_process_without_notes_is_said_to_have_none():
         process.kill()
 
 
+READER = """
+import os
+from dmrl_ray.tasks.activity import COMPUTING, ActivityOf, mine
+other = ActivityOf({})
+lower = open("/dev/null")  # so that the number of its own file is above the other's
+mine().begin(COMPUTING)
+print(ActivityOf(os.getpid()).read().what, other.read().what)
+"""
+
+
+def test_the_notes_of_a_process_that_reads_others_are_its_own():
+    command = [sys.executable, "-c", IN_A_CALL.format("time.sleep(60)")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        reader = [sys.executable, "-c", READER.format(process.pid)]
+        answer = subprocess.run(reader, cwd=ROOT, capture_output=True, text=True)
+        process.kill()
+    assert answer.stdout == "computing reset\n"
+
+
 def test_what_was_done_before_is_noted_again():
     with during(COMPUTING):
         notes = ActivityOf(os.getpid())
