@@ -38,7 +38,7 @@ the number of seeds; and the numbers of tasks and starts per seed."""
 _STARTS_OF = ("run_id", "seed", "stage", "split", "algorithm", "greedy")
 _IN_A_START = ("trial", "episode", "adaptation_step")
 
-_HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
+_HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet(\.hidden)?")
 _READERS = 4
 
 

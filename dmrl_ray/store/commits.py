@@ -3,13 +3,13 @@
 A run folder::
 
     config.yaml   run.json   lock
-    commits/00000012.json       commit 12: state, checkpoint files in use, the table parts it added
+    commits/00000012.json       commit 12: state, checkpoint files in use, the parts of the tables
     checkpoints/NAME-00000012.safetensors
     episodes/part-00000012-0000-4f0c8a21d3b5e697.parquet      and the other tables
-    */_*                        not part of the run: being written, set aside, or played again since
+    */_*                        not part of the run: being written, set aside, or replaced since
 
-A commit record carries its own checksum and that of the record before it, so it stays small and
-still vouches for everything back to commit 1.
+A commit record carries its own checksum and that of the record before it, and names every file of
+the run as it was then. So the records before the newest few are not needed, and are deleted.
 
 ``config.yaml`` is what the run was started with, and never written again. What has been changed
 since is in the state of every later commit, as ``{"stages.train.env_steps": 2000000}``.
@@ -22,7 +22,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -31,7 +31,7 @@ from dmrl_ray.config.schema import RunConfig
 from dmrl_ray.errors import ConfigError, CorruptRun
 from dmrl_ray.store.files import FileRecord, LocalFiles, difference
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Json: TypeAlias = dict[str, object]
 _NAME = re.compile(r"(\d{8})\.json")
 _TRIES = 5
@@ -51,15 +51,12 @@ class Commit:
     keep: int  # the files of this many commits, this one included, are on disk
     state: Json
     files: dict[str, FileRecord]  # checkpoint files in use, by name
-    parts: list[FileRecord]  # table parts that this commit added
-    removed: list[str] = field(default_factory=list)  # paths of all that it or one before left out
+    parts: list[FileRecord]  # of all tables, sorted by path, which is the order of their rows
     sha256: str = ""  # of this commit's own file; not stored in it
 
     def to_bytes(self) -> bytes:
         record = {field.name: getattr(self, field.name) for field in fields(self)}
         del record["sha256"]
-        if not self.removed:
-            del record["removed"]
         record["files"] = {name: asdict(file) for name, file in self.files.items()}
         record["parts"] = [asdict(part) for part in self.parts]
         return seal({"format_version": FORMAT_VERSION, **record})
@@ -101,18 +98,18 @@ def read_sealed(path: Path, indent: int | None = None) -> tuple[Json, str]:
     if version != FORMAT_VERSION:
         raise ConfigError(
             f"{path}: has format version {version}, and this dmrl_ray reads {FORMAT_VERSION}; "
-            "install the version that wrote it: its tables have other columns"
+            "install the version that wrote it: its tables and commits are others"
         )
     return record, hashlib.sha256(data).hexdigest()
 
 
 @dataclass
 class History:
-    """The commits of a run folder, and what is wrong with each."""
+    """The commits that a run folder still has, and what is wrong with each."""
 
     folder: Path
-    commits: dict[int, Commit]  # records that can be read
-    problems: dict[int, list[str]]  # by number, for every number up to the last
+    commits: dict[int, Commit]  # records that can be read, by number
+    problems: dict[int, list[str]]  # of all records and their parts, by number
 
     @classmethod
     def read(cls, folder: Path) -> History:
@@ -120,11 +117,9 @@ class History:
         names = [_NAME.fullmatch(name) for name in LocalFiles(folder).list("commits")]
         paths = {int(m[1]): folder / "commits" / m[0] for m in names if m}
         history = cls(folder, {}, {})
-        for number in range(1, max(paths, default=0) + 1):
+        checked: dict[FileRecord, str | None] = {}
+        for number in sorted(paths):
             problems = history.problems[number] = []
-            if number not in paths:
-                problems.append(f"{commit_path(folder, number)}: is missing")
-                continue
             try:
                 commit = Commit.read(paths[number])
             except CorruptRun as error:
@@ -134,30 +129,36 @@ class History:
             if commit.number != number or (before and before.sha256 != commit.previous_sha256):
                 problems.append(f"{paths[number]}: does not follow commit {number - 1}")
             history.commits[number] = commit
-            problems += part_problems(folder, commit)
+            for part in commit.parts:
+                if part not in checked:
+                    checked[part] = part_problem(folder, part)
+                if problem := checked[part]:
+                    problems.append(problem)
         return history
+
+    @property
+    def last(self) -> int:
+        """The number of the newest commit, 0 if there is none yet."""
+        return max(self.problems, default=0)
 
     def newest_complete(self) -> int:
         """The commit to continue from; 0 if there is none yet.
 
-        That is the newest whose files and whole past agree. Where damage lies further back than
-        the checkpoints that are kept, going back cannot repair it; then the newest that is itself
-        complete.
+        That is the newest without a problem, apart from those that all commits before it share:
+        going back would not repair them.
 
         Raises:
             CorruptRun: no commit is complete.
         """
         if not self.problems:
             return 0
-        last = len(self.problems)
-        keep = self.commits[max(self.commits)].keep if self.commits else 0
-        sound = next((n - 1 for n, found in self.problems.items() if found), last)
-        for candidates in (range(sound, max(0, last - keep), -1), reversed(self.commits)):
-            for number in candidates:
-                if not self.problems[number] and not self.file_problems(number):
-                    return number
-        why = "; ".join([*self.problems[last], *self.file_problems(last)])
-        raise CorruptRun(f"{self.folder}: none of its {last} commits is complete: {why}")
+        for number in reversed(self.commits):
+            before = [set(self.problems[n]) for n in self.commits if n < number]
+            lost = set(self.problems[number])
+            if all(lost <= others for others in before) and not self.file_problems(number):
+                return number
+        why = "; ".join([*self.problems[self.last], *self.file_problems(self.last)])
+        raise CorruptRun(f"{self.folder}: none of its {self.last} commits is complete: {why}")
 
     def file_problems(self, number: int) -> list[str]:
         """Faults of the checkpoint files of a commit."""
@@ -175,25 +176,30 @@ def commit_name(number: int) -> str:
     return f"commits/{number:08d}.json"
 
 
-def part_problems(folder: Path, commit: Commit) -> list[str]:
-    """Faults of the table parts of a commit, visible already or still hidden."""
-    found = []
-    for part in commit.parts:
-        problem = difference(folder, part)
-        if problem and difference(folder, hidden(part)):
-            found.append(problem)
-    return found
+def part_problem(folder: Path, part: FileRecord) -> str | None:
+    """The fault of a table part, visible already or still hidden."""
+    problem = difference(folder, part)
+    return problem if problem and difference(folder, hidden(part)) else None
 
 
 def hidden(part: FileRecord) -> FileRecord:
-    """A part before its commit, or after one has removed it."""
+    """A part before its commit, or after one has left it out."""
     return FileRecord(hidden_path(part.path), part.size_bytes, part.sha256)
+
+
+HIDDEN = ".hidden"
+"""Ends the names of files in a table's folder that a pattern such as *.parquet must not find."""
 
 
 def hidden_path(part: str) -> str:
     """The path of a part under a name that readers skip."""
     table, name = part.split("/")
-    return f"{table}/_{name}"
+    return f"{table}/_{name}{HIDDEN}"
+
+
+def visible_name(name: str) -> str:
+    """The name of a part whose name may be a hidden one."""
+    return name.removeprefix("_").removesuffix(HIDDEN)
 
 
 def committed_parts(run: Path, table: str) -> list[Path]:
@@ -201,17 +207,22 @@ def committed_parts(run: Path, table: str) -> list[Path]:
 
     So the tables of a run agree with each other at any moment, also after a kill.
     """
-    parts = {part.name: part for part in (run / table).glob("part-*.parquet")}
-    with suppress(CorruptRun):
-        newest = newest_commit(run)
-        for removed in newest.removed if newest is not None else ():
-            if removed.startswith(f"{table}/"):
-                parts.pop(removed.removeprefix(f"{table}/"), None)
-        for part in map(hidden, newest.parts if newest is not None else ()):
+    commit = newest_readable(run)
+    found = []
+    for part in commit.parts if commit is not None else ():
+        if part.path.startswith(f"{table}/"):
             path = run / part.path
-            if path.parent.name == table and path.name[1:] not in parts:
-                parts[path.name[1:]] = path
-    return [parts[name] for name in sorted(parts)]
+            other = run / hidden_path(part.path)
+            found.append(other if other.exists() and not path.exists() else path)
+    return found
+
+
+def newest_readable(run: Path) -> Commit | None:
+    """The newest commit of a run whose record is not damaged; None if there is none."""
+    for path in sorted((run / "commits").glob("[0-9]*.json"), reverse=True):
+        with suppress(CorruptRun):
+            return Commit.read(path)
+    return None
 
 
 def newest_commit(run: Path) -> Commit | None:
@@ -300,13 +311,10 @@ def _all_problems(folder: Path) -> Iterator[str]:
             raise
         yield str(error)
     history = History.read(folder)
-    for found in history.problems.values():
-        yield from found
-    last = len(history.problems)
-    kept = history.commits[last].keep if last in history.commits else 1
+    yield from dict.fromkeys(p for found in history.problems.values() for p in found)
     seen: set[FileRecord] = set()
-    for number in range(last, max(0, last - kept), -1):
-        files = set(history.commits[number].files.values()) if number in history.commits else set()
+    for commit in reversed(history.commits.values()):
+        files = set(commit.files.values())
         yield from (p for f in files - seen if (p := difference(folder, f)))
         seen |= files
     named = {part.path for commit in history.commits.values() for part in commit.parts}

@@ -14,16 +14,27 @@ import re
 import shutil
 import socket
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from dmrl_ray.errors import ConfigError, FolderInUse
-from dmrl_ray.store.commits import FORMAT_VERSION, Commit, History, Json, commit_path, seal
+from dmrl_ray.store.commits import (
+    FORMAT_VERSION,
+    HIDDEN,
+    Commit,
+    History,
+    Json,
+    commit_path,
+    hidden_path,
+    part_problem,
+    seal,
+    visible_name,
+)
 from dmrl_ray.store.files import (
     atomic_file,
     make_folder,
-    sha256_of,
     storage_errors,
     sync_folder,
 )
@@ -32,7 +43,7 @@ from dmrl_ray.store.tables import SCHEMAS
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _FOLDERS = ("commits", "checkpoints", *SCHEMAS)
 _OWN_NAMES = {"run.json", "config.yaml", "lock", *_FOLDERS}
-_PART = re.compile(r"(_?)part-(\d{8})-\d{4}-([0-9a-f]{16})\.parquet")
+_PART = re.compile(r"part-\d{8}-\d{4}-[0-9a-f]{16}\.parquet")
 _SET_ASIDE = "_rejected-"
 
 
@@ -163,78 +174,74 @@ def recover(folder: Path) -> tuple[list[Commit], list[str]]:
     """Bring a locked run folder to its newest complete commit.
 
     Returns:
-        The commits whose checkpoints are kept, newest first (none if the run has no commit yet),
-        and a message for everything that was found damaged.
+        The commits that are kept, newest first and without the parts that are lost for good (none
+        if the run has no commit yet), and a message for everything that was found damaged.
     """
     for name in _FOLDERS:
         make_folder(folder / name)
     history = History.read(folder)
     number = history.newest_complete()
     messages = _messages(history, number)
+    kept = [history.commits[n] for n in sorted(history.commits, reverse=True) if n <= number]
+    lost = {part for commit in kept[:1] for part in commit.parts if part_problem(folder, part)}
+    kept = [replace(c, parts=[part for part in c.parts if part not in lost]) for c in kept]
     with storage_errors(folder):
-        _set_commits_aside(folder, range(len(history.problems), number, -1))
+        for commit in kept[kept[0].keep :] if kept else ():
+            os.unlink(commit_path(folder, commit.number))
+        _set_commits_aside(folder, history.problems.keys() - {commit.number for commit in kept})
+        kept = kept[: kept[0].keep] if kept else kept
         for table in SCHEMAS:
-            _tidy_table(folder / table, history, number)
-        keep = history.commits[number].keep if number else 0
-        kept = [history.commits[n] for n in range(number, 0, -1) if n in history.commits][:keep]
+            _tidy_table(folder / table, kept)
         _tidy_checkpoints(folder, kept)
     return kept, messages
 
 
 def _messages(history: History, number: int) -> list[str]:
     messages = []
-    for n in range(len(history.problems), number, -1):
-        why = "; ".join([*history.problems[n], *history.file_problems(n)])
-        why = why or "an earlier commit is not complete"
-        messages.append(f"commit {n} is set aside: {why}")
-    if messages:
+    for n in sorted(history.problems, reverse=True):
+        if n > number or n not in history.commits:
+            why = "; ".join([*history.problems[n], *history.file_problems(n)])
+            messages.append(f"commit {n} is set aside: {why}")
+    if history.last > number:
         messages.append(f"continuing from commit {number}")
-    for n in range(1, number + 1):
-        messages += [f"lost for good, in commit {n}: {p}" for p in history.problems[n]]
-    return messages
+    return messages + [f"lost for good: {p}" for p in history.problems.get(number, ())]
 
 
-def _set_commits_aside(folder: Path, numbers: range) -> None:
-    for number in numbers:  # newest first: what is left is always a run of commits from 1
-        path = commit_path(folder, number)
-        if path.exists():
-            _set_aside(path)
+def _set_commits_aside(folder: Path, numbers: Collection[int]) -> None:
+    for number in sorted(numbers, reverse=True):  # so that what is left is a history
+        _set_aside(commit_path(folder, number))
     for path in (folder / "commits").glob("_*.tmp"):
         os.unlink(path)
     sync_folder(folder / "commits")
 
 
 def _set_aside(path: Path) -> None:
-    target = path.with_name(_SET_ASIDE + path.name)
+    target = path.with_name(f"{_SET_ASIDE}{path.name}{HIDDEN}")
     attempt = 1
     while target.exists():
         attempt += 1
-        target = path.with_name(f"{_SET_ASIDE}{attempt}-{path.name}")
+        target = path.with_name(f"{_SET_ASIDE}{attempt}-{path.name}{HIDDEN}")
     os.rename(path, target)
 
 
-def _tidy_table(folder: Path, history: History, number: int) -> None:
-    commits = [history.commits[n] for n in range(1, number + 1) if n in history.commits]
-    named = {part.path for commit in commits for part in commit.parts}
-    removed = commits[-1].removed if commits else ()
-    damaged = any(history.problems[n] for n in range(1, number + 1))
+def _tidy_table(folder: Path, kept: list[Commit]) -> None:
+    """The newest commit's parts are visible, those of commits before it hidden, others gone."""
+    named = {part.path for commit in kept[:1] for part in commit.parts}
+    older = {part.path for commit in kept[1:] for part in commit.parts} - named
     for path in folder.glob("_*.tmp"):
         os.unlink(path)
     for path in sorted(folder.iterdir()):
-        match = _PART.fullmatch(path.name)
-        if not match:
+        name = visible_name(path.name)
+        part = f"{folder.name}/{name}"
+        if not _PART.fullmatch(name):
             continue
-        is_hidden, visible = bool(match[1]), path.with_name(path.name.removeprefix("_"))
-        if f"{folder.name}/{visible.name}" in removed:
-            if not is_hidden:
-                os.rename(path, path.with_name(f"_{path.name}"))
-            continue
-        # A damaged record cannot vouch for its parts; the checksum in their names does.
-        stays = f"{folder.name}/{visible.name}" in named
-        stays |= damaged and not is_hidden and int(match[2]) <= number
-        if stays and (not damaged or sha256_of(path).startswith(match[3])):
+        is_hidden = path.name != name
+        if part in named:
             if is_hidden:
-                os.rename(path, visible)
+                os.rename(path, folder / name)
+        elif part in older:
+            if not is_hidden:
+                os.rename(path, folder.parent / hidden_path(part))
         elif is_hidden:
             os.unlink(path)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -173,6 +173,25 @@ def schema_of(table: str) -> pa.Schema:
     return SCHEMAS[table]
 
 
+def as_parquet(table: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> pa.Buffer:
+    """Rows of a table, piece by piece, as a Parquet file."""
+    unlike = _UNLIKE.get(table)
+    out = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        out,
+        schema,
+        use_dictionary=unlike is None or [n for n in schema.names if n not in unlike],
+        compression="zstd",
+        write_page_checksum=True,
+    ) as writer:
+        for rows in pieces:
+            group = None
+            if "obs" in schema.names:
+                group = max(1, ROW_GROUP_BYTES * rows.num_rows // max(1, rows.nbytes))
+            writer.write_table(rows, row_group_size=group)
+    return out.getvalue()
+
+
 class TableBuffer:
     """Rows of one table since the last commit."""
 
@@ -236,21 +255,7 @@ class TableBuffer:
             [f.with_type(column.type) for f, column in zip(fields, columns, strict=True)],
             {**self.schema.metadata, **metadata},
         )
-        table = pa.Table.from_arrays(columns, schema=schema)
-        group = None
-        if "obs" in self._types:
-            group = max(1, ROW_GROUP_BYTES * self.num_rows // max(1, table.nbytes))
-        unlike = _UNLIKE.get(self._name)
-        out = pa.BufferOutputStream()
-        pq.write_table(
-            table,
-            out,
-            row_group_size=group,
-            use_dictionary=unlike is None or [n for n in schema.names if n not in unlike],
-            compression="zstd",
-            write_page_checksum=True,
-        )
-        return out.getvalue()
+        return as_parquet(self._name, schema, [pa.Table.from_arrays(columns, schema=schema)])
 
     def _column(self, field: pa.Field) -> pa.Array:
         chunks = [(rows, cells.get(field.name)) for rows, cells in self._chunks]
