@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.store.commits import committed_parts
+from dmrl_ray.store.commits import committed_parts, visible_name
 from dmrl_ray.store.parquet import open_parquet
 from dmrl_ray.store.tables import HISTORY, IN_HISTORY, open_part
 
 CONTENT = ("obs", "action", "reward", "terminated", "truncated", "next_obs")
 KEYS = ("episode", "trial", "history", "task_id")
+_TELLING = (*IN_HISTORY, "environment", "policy_version", "reward")
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ class ParquetSource(Source):
 class Recorded(ParquetSource):
     """Transitions tables of run folders.
 
+    A part that is merged with others while it is read from is read from the merged one.
+
     Args:
         runs: run folders, or glob patterns.
         stage: the recorded stage; None takes all.
@@ -234,8 +237,48 @@ class Recorded(ParquetSource):
                 "record: true"
             )
         self._stage = stage
+        self._contents: dict[int, list[tuple[int, object]]] = {}
         known = ("task_id", "split", *HISTORY, *IN_HISTORY, *CONTENT)
         super().__init__(paths, {name: name for name in known})
+
+    def file(self, number: int) -> Any:
+        try:
+            file = super().file(number)
+        except FileNotFoundError as error:
+            if number not in self._contents:
+                raise ConfigError(f"{self.paths[number]}: is no longer in the run") from error
+            file = self._from_merged(number)
+            self._opened = (number, file)
+        if number not in self._contents:
+            self._contents[number] = _contents(file)
+        return file
+
+    def _from_merged(self, number: int) -> Any:
+        """Returns the part as it was, made of its rows in the part that it was merged into."""
+        path, name = self.paths[number], _place_of(self.paths[number])
+        run = path.parents[1]
+        now = sorted(committed_parts(run, "transitions"), key=_place_of)
+        holder = next((part for part in now if _place_of(part) >= name), None)
+        if holder is None:
+            raise ConfigError(f"{path}: is no longer in the run")
+        before = max((p for p in map(_place_of, now) if p < name), default="")
+        mates = [i for i, p in enumerate(self.paths) if p.parents[1] == run]
+        mates = [i for i in mates if before < _place_of(self.paths[i]) < name]
+        row = sum(rows for i in mates for rows, _ in self._contents[i])
+        file = self.open(holder)
+        self._check(holder, file.schema_arrow)
+        try:
+            table, out = file.read(use_threads=False), pa.BufferOutputStream()
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(f"{holder}: is damaged: {error}") from error
+        with pq.ParquetWriter(out, table.schema, compression="none") as writer:
+            for rows, _ in self._contents[number]:
+                writer.write_table(table.slice(row, rows), row_group_size=rows)
+                row += rows
+        part = pq.ParquetFile(pa.BufferReader(out.getvalue()))
+        if _contents(part) != self._contents[number]:
+            raise ConfigError(f"{path}: is no longer in the run as it was")
+        return part
 
     def pieces(self, block: int) -> np.ndarray:
         table = self.table(block, ("task_id", *HISTORY, *IN_HISTORY))
@@ -277,6 +320,22 @@ class Recorded(ParquetSource):
 
     def open(self, path: Path) -> pq.ParquetFile:
         return open_part(path, "transitions")
+
+
+def _place_of(part: Path) -> str:
+    """Returns the part of a name that says where the rows stand in the table."""
+    return visible_name(part.name)[: len("part-00000001-0000")]
+
+
+def _contents(file: Any) -> list[tuple[int, object]]:
+    """Returns the number of rows of each row group, and the ranges of its numbers."""
+    found: list[tuple[int, object]] = []
+    for i in range(file.num_row_groups):
+        group = file.metadata.row_group(i)
+        columns = [group.column(j) for j in range(group.num_columns)]
+        known = [c.statistics for c in columns if c.path_in_schema in _TELLING and c.statistics]
+        found.append((group.num_rows, [(s.min, s.max) for s in known]))
+    return found
 
 
 def _pixels(field: pa.Field) -> bool:

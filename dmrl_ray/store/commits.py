@@ -3,13 +3,13 @@
 A run folder::
 
     config.yaml   run.json   lock
-    commits/00000012.json       commit 12: state, checkpoint files in use, the table parts it added
+    commits/00000012.json       commit 12: state, checkpoint files in use, the parts of the tables
     checkpoints/NAME-00000012.safetensors
     episodes/part-00000012-0000-4f0c8a21d3b5e697.parquet      and the other tables
-    */_*                        not part of the run: being written, set aside, or played again since
+    */_*                        not part of the run: being written, set aside, or replaced since
 
-A commit record carries its own checksum and that of the record before it, so it stays small and
-still vouches for everything back to commit 1.
+A commit record carries its own checksum and that of the record before it, and names every file of
+the run as it was then. So the records before the newest few are not needed, and are deleted.
 
 ``config.yaml`` is what the run was started with, and never written again. What has been changed
 since is in the state of every later commit, as ``{"stages.train.env_steps": 2000000}``.
@@ -21,12 +21,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dmrl_ray.config.loading import parse_config
 from dmrl_ray.config.schema import RunConfig
@@ -35,7 +34,7 @@ from dmrl_ray.errors import ConfigError, CorruptRun
 from dmrl_ray.store.files import FileRecord, LocalFiles, difference, open_inside
 from dmrl_ray.store.tables import SCHEMAS
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Json: TypeAlias = dict[str, object]
 MAX_RECORD_BYTES = 64 << 20
 _NAME = re.compile(r"(\d{8})\.json")
@@ -43,7 +42,10 @@ _PART_NAME = re.compile(r"part-(?:(\d{8})-)?.*\.parquet")
 SET_ASIDE = "_rejected-"
 """Begins the names of files that were found damaged, or missing (then they are empty)."""
 
-_ANY_NAME = re.compile(rf"(?:{SET_ASIDE}(?:\d+-)?)?(\d{{8}})\.json")
+HIDDEN = ".hidden"
+"""Ends the names of files in a table's folder that a pattern such as *.parquet must not find."""
+
+_SET_ASIDE_NAME = re.compile(rf"{SET_ASIDE}(?:\d+-)?(\d{{8}})\.json{re.escape(HIDDEN)}")
 _TRIES = 5
 
 Read = TypeVar("Read")
@@ -58,18 +60,17 @@ class Commit:
     writer: str  # host:pid:random of the process that wrote it
     config_sha256: str
     previous_sha256: str | None  # of the file of commit number - 1
-    keep: int  # the files of this many commits, this one included, are on disk
+    keep: Annotated[
+        int, Field(gt=0)
+    ]  # the files of this many commits, this one included, are on disk
     state: Json
     files: dict[str, FileRecord]  # checkpoint files in use, by name
-    parts: list[FileRecord]  # table parts that this commit added
-    removed: list[str] = field(default_factory=list)  # paths of all that it or one before left out
+    parts: list[FileRecord]  # of all tables, sorted by path, which is the order of their rows
     sha256: str = ""  # of this commit's own file; not stored in it
 
     def to_bytes(self) -> bytes:
         record = {field.name: getattr(self, field.name) for field in fields(self)}
         del record["sha256"]
-        if not self.removed:
-            del record["removed"]
         record["files"] = {name: asdict(file) for name, file in self.files.items()}
         record["parts"] = [asdict(part) for part in self.parts]
         return seal({"format_version": FORMAT_VERSION, **record})
@@ -138,79 +139,92 @@ def read_sealed(folder: Path, name: str, indent: int | None = None) -> tuple[Jso
     if version != FORMAT_VERSION:
         raise ConfigError(
             f"{path}: has format version {str(version)[:20]}, and this dmrl_ray reads "
-            f"{FORMAT_VERSION}; install the version that wrote it: its tables have other columns"
+            f"{FORMAT_VERSION}; install the version that wrote it: its tables and commits differ"
         )
     return record, hashlib.sha256(data).hexdigest()
 
 
 @dataclass
 class History:
-    """The commits of a run folder, and what is wrong with each.
+    """The commits that a run folder still has, and what is wrong with each.
 
-    Attributes:
-        highest: number of the last commit that there ever was, those set aside included.
+    A commit deletes the records before the newest few. Stopped while it does, it leaves some that
+    count no more: files that they name may be gone.
     """
 
     folder: Path
-    commits: dict[int, Commit]  # records that can be read
-    problems: dict[int, list[str]]  # by number, for every number up to the last
-    highest: int
+    commits: dict[int, Commit]  # records that can be read, by number
+    problems: dict[int, list[str]]  # of all records and their parts, by number
+    replaced: dict[int, Commit]  # that count no more, by number
 
     @classmethod
     def read(cls, folder: Path) -> History:
         """Read and check all records and all table parts they name."""
-        numbers = commit_numbers(folder)
-        history = cls(folder, {}, {}, highest_number(folder))
-        for number in range(1, max(numbers, default=0) + 1):
-            problems = history.problems[number] = []
-            if number not in numbers:
-                problems.append(f"{commit_path(folder, number)}: is missing")
-                continue
+        history = cls(folder, {}, {}, {})
+        for number in sorted(commit_numbers(folder)):
+            history.problems[number] = []
             try:
-                commit = Commit.read(commit_path(folder, number))
+                history.commits[number] = Commit.read(commit_path(folder, number))
             except CorruptRun as error:
-                problems.append(str(error))
-                continue
+                history.problems[number].append(str(error))
+        history._leave_out_replaced()
+        checked: dict[FileRecord, str | None] = {}
+        for number, commit in history.commits.items():
+            problems = history.problems[number]
             before = history.commits.get(number - 1)
             if commit.number != number or (before and before.sha256 != commit.previous_sha256):
                 path = commit_path(folder, number)
                 problems.append(f"{path}: does not follow commit {number - 1}")
-            history.commits[number] = commit
-            problems += part_problems(folder, commit)
+            for part in commit.parts:
+                if part not in checked:
+                    checked[part] = part_problem(folder, part)
+                if problem := checked[part]:
+                    problems.append(problem)
+        for number in history._missing():
+            history.problems[number] = [f"{commit_path(folder, number)}: is missing"]
         return history
+
+    def _leave_out_replaced(self) -> None:
+        keep = self.commits[max(self.commits)].keep if self.commits else 1
+        for number in sorted(self.commits)[:-keep]:
+            self.replaced[number] = self.commits.pop(number)
+            del self.problems[number]
+
+    def _missing(self) -> list[int]:
+        """The numbers of records that no commit can have deleted, and that are not there."""
+        if not self.commits:
+            return []
+        first, oldest = min(self.problems), max(n - c.keep for n, c in self.commits.items())
+        set_aside = _numbers(self.folder, _SET_ASIDE_NAME)
+        # What a commit deleted that cannot be read any more is not known.
+        if max(set_aside, default=0) >= first or len(self.commits) <= self.last - first:
+            oldest = max(oldest, first)
+        expected = set(range(max(0, oldest) + 1, self.last))
+        return sorted(expected - self.problems.keys() - set_aside)
+
+    @property
+    def last(self) -> int:
+        """The number of the newest commit, 0 if there is none yet."""
+        return max(self.problems, default=0)
 
     def newest_complete(self) -> int:
         """The commit to continue from; 0 if there is none yet.
 
-        That is the newest whose files and whole past agree. Where damage lies further back than
-        the checkpoints that are kept, going back cannot repair it; then the newest that is itself
-        complete.
+        That is the newest without a problem, apart from those that all commits before it share:
+        going back would not repair them.
 
         Raises:
             CorruptRun: no commit is complete.
         """
         if not self.problems:
             return 0
-        last = len(self.problems)
-        keep = self.commits[max(self.commits)].keep if self.commits else 0
-        sound = next((n - 1 for n, found in self.problems.items() if found), last)
-        for candidates in (range(sound, max(0, last - keep), -1), reversed(self.commits)):
-            for number in candidates:
-                if not self.problems[number] and not self.file_problems(number):
-                    return number
-        why = "; ".join([*self.problems[last], *self.file_problems(last)])
-        raise CorruptRun(f"{self.folder}: none of its {last} commits is complete: {why}")
-
-    def kept(self) -> list[int]:
-        """The commits whose checkpoints no later commit has deleted, newest first."""
-        keep = {number: commit.keep for number, commit in self.commits.items()}
-        usual = keep[max(keep)] if keep else 1
-        oldest, found = self.highest - usual, []
-        for number in range(len(self.problems), 0, -1):
-            oldest = max(oldest, number - keep.get(number, usual))
-            if number > oldest:
-                found.append(number)
-        return found
+        for number in reversed(self.commits):
+            before = [set(self.problems[n]) for n in self.commits if n < number]
+            lost = set(self.problems[number])
+            if all(lost <= others for others in before) and not self.file_problems(number):
+                return number
+        why = "; ".join([*self.problems[self.last], *self.file_problems(self.last)])
+        raise CorruptRun(f"{self.folder}: none of its {self.last} commits is complete: {why}")
 
     def file_problems(self, number: int) -> list[str]:
         """Faults of the checkpoint files of a commit."""
@@ -228,26 +242,29 @@ def commit_name(number: int) -> str:
     return f"commits/{number:08d}.json"
 
 
-def part_problems(folder: Path, commit: Commit) -> list[str]:
-    """Faults of the table parts of a commit, visible already or still hidden."""
-    found = []
-    for part in commit.parts:
-        problem = difference(folder, part)
-        # A writer may rename it between two looks.
-        if problem and difference(folder, hidden(part)) and difference(folder, part):
-            found.append(problem)
-    return found
+def part_problem(folder: Path, part: FileRecord) -> str | None:
+    """The fault of a table part, visible already or still hidden."""
+    problem = difference(folder, part)
+    # A writer may rename it between two looks.
+    if problem and difference(folder, hidden(part)) and difference(folder, part):
+        return problem
+    return None
 
 
 def hidden(part: FileRecord) -> FileRecord:
-    """A part before its commit, or after one has removed it."""
+    """A part before its commit, or after one has left it out."""
     return FileRecord(hidden_path(part.path), part.size_bytes, part.sha256)
 
 
 def hidden_path(part: str) -> str:
     """The path of a part under a name that readers skip."""
     table, name = part.split("/")
-    return f"{table}/_{name}"
+    return f"{table}/_{name}{HIDDEN}"
+
+
+def visible_name(name: str) -> str:
+    """The name of a part whose name may be a hidden one."""
+    return name.removeprefix("_").removesuffix(HIDDEN)
 
 
 def commit_numbers(folder: Path) -> set[int]:
@@ -256,14 +273,12 @@ def commit_numbers(folder: Path) -> set[int]:
     Raises:
         CorruptRun: they cannot be listed.
     """
-    names = [_NAME.fullmatch(name) for name in _names(folder, "commits")]
+    return _numbers(folder, _NAME)
+
+
+def _numbers(folder: Path, pattern: re.Pattern[str]) -> set[int]:
+    names = [pattern.fullmatch(name) for name in _names(folder, "commits")]
     return {int(match[1]) for match in names if match}
-
-
-def highest_number(folder: Path) -> int:
-    """The number of the last commit that there ever was, those set aside included."""
-    names = [_ANY_NAME.fullmatch(name) for name in _names(folder, "commits")]
-    return max((int(match[1]) for match in names if match), default=0)
 
 
 def _names(run: Path, folder: str) -> list[str]:
@@ -295,46 +310,35 @@ def _parts_now(run: Path, table: str) -> list[Path]:
     newest = newest_commit(run)
     if newest is None:
         return []
-    named, unreadable = _named_parts(run, newest.number, newest.sha256)
     names = _names(run, table)
-    there = set(names)
-    removed = {part.removeprefix(f"{table}/") for part in newest.removed}
-    wanted = [part.removeprefix(f"{table}/") for part in named if part.startswith(f"{table}/")]
-    found = {}
-    for name in wanted:
-        if name in removed:
+    there, found = set(names), {}
+    for part in newest.parts:
+        name = part.path.removeprefix(f"{table}/")
+        if name == part.path:
             continue
-        if name in there or f"_{name}" in there:
-            found[name] = name if name in there else f"_{name}"
-        elif f"{SET_ASIDE}{name}" not in there:
+        other = hidden_path(part.path).removeprefix(f"{table}/")
+        if name in there or other in there:
+            found[name] = name if name in there else other
+        elif f"{SET_ASIDE}{name}{HIDDEN}" not in there:
             raise CorruptRun(f"{run / table / name}: is missing, though a commit names it")
     for name in names:
         match = _PART_NAME.fullmatch(name)
-        if not match or name in found or name in removed:
-            continue
-        number = int(match[1] or 0)
-        if number > newest.number:
-            continue  # It is of a commit that came since.
-        if number not in unreadable:
-            raise CorruptRun(f"{run / table / name}: belongs to no commit; move it elsewhere")
-        found[name] = name  # A damaged record cannot vouch for it; the checksum in its name does.
+        # It may be of a commit that came since, or of one before.
+        if match and name not in found and int(match[1] or 0) <= newest.number:
+            _require_named(run, f"{table}/{name}")
     return [run / table / found[name] for name in sorted(found)]
 
 
-@lru_cache(maxsize=16)
-def _named_parts(run: Path, number: int, sha256: str) -> tuple[list[str], set[int]]:
-    """The parts that commits up to one named, and the commits that cannot be read.
-
-    The checksum of that commit vouches for all before it.
-    """
-    parts: list[str] = []
-    unreadable = set()
-    for n in range(1, number + 1):
+def _require_named(run: Path, part: str) -> None:
+    """Raise CorruptRun if no commit names a part, and all that could can be read."""
+    for number in commit_numbers(run):
         try:
-            parts += [part.path for part in Commit.read(commit_path(run, n)).parts]
+            commit = Commit.read(commit_path(run, number))
         except CorruptRun:
-            unreadable.add(n)
-    return parts, unreadable
+            return
+        if any(part == named.path for named in commit.parts):
+            return
+    raise CorruptRun(f"{run / part}: belongs to no commit; move it elsewhere")
 
 
 def newest_commit(run: Path) -> Commit | None:
@@ -343,8 +347,15 @@ def newest_commit(run: Path) -> Commit | None:
     Raises:
         CorruptRun: it is damaged.
     """
-    numbers = commit_numbers(run)
-    return Commit.read(commit_path(run, max(numbers))) if numbers else None
+    number = max(commit_numbers(run), default=0)
+    while number:
+        try:
+            return Commit.read(commit_path(run, number))
+        except CorruptRun:
+            read, number = number, max(commit_numbers(run), default=0)
+            if number == read:  # and not replaced meanwhile
+                raise
+    return None
 
 
 def read_committed(runs: Iterable[Path], table: str, read: Callable[[list[Path]], Read]) -> Read:
@@ -432,11 +443,14 @@ def verify(folder: Path) -> list[str]:
     Raises:
         ConfigError: `folder` is not a run, or of a newer version.
     """
-    for _ in range(_TRIES):
-        before = commit_numbers(folder)
-        found = list(_all_problems(folder))
-        if before == commit_numbers(folder):  # A commit in between deletes checkpoints.
+    before, found = commit_numbers(folder), list(_all_problems(folder))
+    for _ in range(_TRIES if found else 0):
+        now = commit_numbers(folder)
+        if now == before:
             break
+        # A commit that came meanwhile has deleted files; what lasts is a problem.
+        again = set(_all_problems(folder))
+        before, found = now, [problem for problem in found if problem in again]
     return found
 
 
@@ -448,14 +462,14 @@ def _all_problems(folder: Path) -> Iterator[str]:
             raise
         yield str(error)
     history = History.read(folder)
-    for found in history.problems.values():
-        yield from found
+    yield from dict.fromkeys(p for n in sorted(history.problems) for p in history.problems[n])
     seen: set[FileRecord] = set()
-    for number in history.kept():
-        files = set(history.commits[number].files.values()) if number in history.commits else set()
+    for commit in reversed(history.commits.values()):
+        files = set(commit.files.values())
         yield from (p for f in files - seen if (p := difference(folder, f)))
         seen |= files
-    named = {part.path for commit in history.commits.values() for part in commit.parts}
+    commits = [*history.replaced.values(), *history.commits.values()]
+    named = {part.path for commit in commits for part in commit.parts}
     for table in SCHEMAS:
         for name in _names(folder, table):
             if _PART_NAME.fullmatch(name) and f"{table}/{name}" not in named:

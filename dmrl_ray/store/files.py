@@ -81,6 +81,9 @@ class Files(Protocol):
     def delete(self, path: str) -> None:
         """Delete a file, if there is one and it can be deleted."""
 
+    def sync(self, folder: str) -> None:
+        """See that what was deleted in a folder stays so."""
+
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -294,6 +297,10 @@ class LocalFiles:
         """Unlink, if possible."""
         with suppress(OSError):
             os.unlink(self.folder / path)
+
+    def sync(self, folder: str) -> None:
+        """Sync the folder."""
+        sync_folder(self.folder / folder)
 
     def __str__(self) -> str:
         """The folder, for messages."""

@@ -15,27 +15,31 @@ import re
 import shutil
 import socket
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from dmrl_ray.errors import ConfigError, FolderInUse, StorageError
 from dmrl_ray.store.commits import (
     FORMAT_VERSION,
+    HIDDEN,
     SET_ASIDE,
     Commit,
     History,
     Json,
     commit_path,
+    hidden_path,
+    part_problem,
     seal,
+    visible_name,
 )
 from dmrl_ray.store.files import (
+    FileRecord,
     atomic_file,
     make_folder,
     names_inside,
-    open_inside,
     refuse_links,
-    sha256_of,
     storage_errors,
     sync_folder,
     synced_file,
@@ -45,9 +49,7 @@ from dmrl_ray.store.tables import SCHEMAS
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _FOLDERS = ("commits", "checkpoints", *SCHEMAS)
 _OWN_NAMES = {"run.json", "config.yaml", "lock", *_FOLDERS}
-_PART = re.compile(r"(_?)part-(\d{8})-\d{4}-([0-9a-f]{16})\.parquet")
-
-
+_PART = re.compile(r"part-\d{8}-\d{4}-[0-9a-f]{16}\.parquet")
 _CHECKPOINT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*-(\d{8})(?:-\d+)?\.(?:safetensors|npz)")
 _TEMPORARY = re.compile(r"_.+\.\d+\.tmp")
 
@@ -198,8 +200,8 @@ def recover(folder: Path) -> tuple[list[Commit], list[str]]:
     """Bring a locked run folder to its newest complete commit.
 
     Returns:
-        The commits whose checkpoints are kept, newest first (none if the run has no commit yet),
-        and a message for everything that was found damaged.
+        The commits that are kept, newest first and without the parts that are lost for good (none
+        if the run has no commit yet), and a message for everything that was found damaged.
     """
     refuse_links(folder, _OWN_NAMES)
     for name in _FOLDERS:
@@ -207,84 +209,78 @@ def recover(folder: Path) -> tuple[list[Commit], list[str]]:
     history = History.read(folder)
     number = history.newest_complete()
     messages = _messages(history, number)
+    numbers = [n for n in sorted(history.commits, reverse=True) if n <= number]
+    keep = history.commits[number].keep if number else 0
+    kept = [history.commits[n] for n in numbers[:keep]]
+    lost = {part for commit in kept[:1] for part in commit.parts if part_problem(folder, part)}
+    kept = [replace(c, parts=[part for part in c.parts if part not in lost]) for c in kept]
     with storage_errors(folder):
-        _set_commits_aside(folder, range(len(history.problems), number, -1))
-        for table in SCHEMAS:
-            _tidy_table(folder / table, history, number)
-        keep = history.commits[number].keep if number else 0
-        kept = [history.commits[n] for n in range(number, 0, -1) if n in history.commits][:keep]
         _tidy_checkpoints(folder, history, kept)
+        for n in sorted([*history.replaced, *numbers[keep:]]):
+            os.unlink(commit_path(folder, n))
+        _set_commits_aside(folder, history.problems.keys() - set(numbers))
+        for table in SCHEMAS:
+            _tidy_table(folder / table, kept, lost)
     return kept, messages
 
 
 def _messages(history: History, number: int) -> list[str]:
     messages = []
-    for n in range(len(history.problems), number, -1):
-        why = "; ".join([*history.problems[n], *history.file_problems(n)])
-        why = why or "an earlier commit is not complete"
-        messages.append(f"commit {n} is set aside: {why}")
-    if messages:
+    for n in sorted(history.problems, reverse=True):
+        if n > number or n not in history.commits:
+            why = "; ".join([*history.problems[n], *history.file_problems(n)])
+            messages.append(f"commit {n} is set aside: {why}")
+    if history.last > number:
         messages.append(f"continuing from commit {number}")
-    for n in range(1, number + 1):
-        messages += [f"lost for good, in commit {n}: {p}" for p in history.problems[n]]
-    return messages
+    return messages + [f"lost for good: {p}" for p in history.problems.get(number, ())]
 
 
-def _set_commits_aside(folder: Path, numbers: range) -> None:
-    for number in numbers:  # newest first: what is left is always a run of commits from 1
-        path = commit_path(folder, number)
-        if path.exists():
-            _set_aside(path)
+def _set_commits_aside(folder: Path, numbers: Collection[int]) -> None:
+    for number in sorted(numbers, reverse=True):  # so that what is left is a history
+        _set_aside(commit_path(folder, number))
     _delete_temporary(folder / "commits")
     sync_folder(folder / "commits")
 
 
 def _set_aside(path: Path) -> None:
-    target = path.with_name(SET_ASIDE + path.name)
+    """Give a file a name that says that it was found damaged; an empty one, if it is missing."""
+    target = path.with_name(f"{SET_ASIDE}{path.name}{HIDDEN}")
     attempt = 1
     while target.exists():
         attempt += 1
-        target = path.with_name(f"{SET_ASIDE}{attempt}-{path.name}")
-    os.rename(path, target)
+        target = path.with_name(f"{SET_ASIDE}{attempt}-{path.name}{HIDDEN}")
+    if path.exists():
+        os.rename(path, target)
+    elif attempt == 1:
+        with synced_file(target):
+            pass
 
 
-def _tidy_table(folder: Path, history: History, number: int) -> None:
-    commits = [history.commits[n] for n in range(1, number + 1) if n in history.commits]
-    named = {part.path for commit in commits for part in commit.parts}
-    removed = commits[-1].removed if commits else ()
-    damaged = any(history.problems[n] for n in range(1, number + 1))
+def _tidy_table(folder: Path, kept: list[Commit], lost: Collection[FileRecord]) -> None:
+    """The newest commit's parts are visible, those of commits before it hidden, others gone."""
+    named = {part.path for commit in kept[:1] for part in commit.parts}
+    older = {part.path for commit in kept[1:] for part in commit.parts} - named
     _delete_temporary(folder)
     for path in sorted(folder.iterdir()):
-        match = _PART.fullmatch(path.name)
-        if not match:
+        name = visible_name(path.name)
+        part = f"{folder.name}/{name}"
+        if not _PART.fullmatch(name):
             continue
-        is_hidden, visible = bool(match[1]), path.with_name(path.name.removeprefix("_"))
-        if f"{folder.name}/{visible.name}" in removed:
-            if not is_hidden:
-                os.rename(path, path.with_name(f"_{path.name}"))
-            continue
-        # A damaged record cannot vouch for its parts; the checksum in their names does.
-        stays = f"{folder.name}/{visible.name}" in named
-        stays |= damaged and not is_hidden and int(match[2]) <= number
-        if stays and (not damaged or _is_whole(path, match[3])):
+        is_hidden = path.name != name
+        if part in named:
             if is_hidden:
-                os.rename(path, visible)
+                os.rename(path, folder / name)
+        elif part in older:
+            if not is_hidden:
+                os.rename(path, folder.parent / hidden_path(part))
         elif is_hidden:
             os.unlink(path)
         else:
             _set_aside(path)
-    for part in sorted(named.difference(removed)):
-        path = folder.parent / part
-        lost = path.with_name(f"{SET_ASIDE}{path.name}")
-        if path.parent == folder and not path.exists() and not lost.exists():
-            with synced_file(lost):  # Readers know by it that the loss was told.
-                pass
+    for file in lost:
+        if file.path.startswith(f"{folder.name}/"):
+            _set_aside(folder.parent / file.path)  # Readers know by it that the loss was told.
     sync_folder(folder)
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    with open_inside(path.parents[1], f"{path.parent.name}/{path.name}") as file:
-        return sha256_of(file).startswith(sha256)
 
 
 def _delete_temporary(folder: Path) -> None:
@@ -298,13 +294,14 @@ def _tidy_checkpoints(folder: Path, history: History, kept: list[Commit]) -> Non
     checkpoints = folder / "checkpoints"
     _delete_temporary(checkpoints)
     in_use = _checkpoints_of(kept)
-    named = _checkpoints_of(history.commits.values())
+    named = _checkpoints_of([*history.replaced.values(), *history.commits.values()])
     newest = kept[0].number if kept else 0
     for path in checkpoints.iterdir():
         match = _CHECKPOINT.fullmatch(path.name)
         is_own = path.name in named or (match is not None and int(match[1]) >= newest)
         if is_own and path.name not in in_use:
             os.unlink(path)
+    sync_folder(checkpoints)  # before the records by which these files were known
 
 
 def _checkpoints_of(commits: Iterable[Commit]) -> set[str]:
@@ -315,13 +312,13 @@ def _checkpoints_of(commits: Iterable[Commit]) -> set[str]:
 def files_of_others(folder: Path) -> list[Path]:
     """Files and links in a run folder that are not of the run; they are left alone."""
     history = History.read(folder)
-    named = _checkpoints_of(history.commits.values())
+    named = _checkpoints_of([*history.replaced.values(), *history.commits.values()])
     found = [path for path in folder.iterdir() if path.name not in _OWN_NAMES]
     found += [folder / name for name in _OWN_NAMES if (folder / name).is_symlink()]
     for name in names_inside(folder, "checkpoints"):
         match = _CHECKPOINT.fullmatch(name)
         # Those above the newest commit may be in use by the next one.
-        if name not in named and not (match and int(match[1]) > len(history.problems)):
+        if name not in named and not (match and int(match[1]) > history.last):
             found.append(folder / "checkpoints" / name)
     for table in SCHEMAS:
         names = names_inside(folder, table)

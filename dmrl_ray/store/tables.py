@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -122,7 +122,7 @@ _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
 """Other types that a column may have, by the task family; the same in all rows of a run."""
 
 
-_HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet")
+_HASH = re.compile(r"_?part-\d{8}-\d{4}-([0-9a-f]{16})\.parquet(?:\.hidden)?")
 
 HISTORY = ("run_id", "stage", "job", "environment")
 """Columns of transitions that say whose history a row belongs to ..."""
@@ -219,6 +219,25 @@ def schema_of(table: str) -> pa.Schema:
     return SCHEMAS[table]
 
 
+def as_parquet(table: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> pa.Buffer:
+    """Rows of a table, piece by piece, as a Parquet file."""
+    unlike = _UNLIKE.get(table)
+    out = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        out,
+        schema,
+        use_dictionary=unlike is None or [n for n in schema.names if n not in unlike],
+        compression="zstd",
+        write_page_checksum=True,
+    ) as writer:
+        for rows in pieces:
+            group = None
+            if "obs" in schema.names:
+                group = max(1, ROW_GROUP_BYTES * rows.num_rows // max(1, rows.nbytes))
+            writer.write_table(rows, row_group_size=group)
+    return out.getvalue()
+
+
 class TableBuffer:
     """Rows of one table since the last commit."""
 
@@ -282,21 +301,7 @@ class TableBuffer:
             [f.with_type(column.type) for f, column in zip(fields, columns, strict=True)],
             {**self.schema.metadata, **metadata},
         )
-        table = pa.Table.from_arrays(columns, schema=schema)
-        group = None
-        if "obs" in self._types:
-            group = max(1, ROW_GROUP_BYTES * self.num_rows // max(1, table.nbytes))
-        unlike = _UNLIKE.get(self._name)
-        out = pa.BufferOutputStream()
-        pq.write_table(
-            table,
-            out,
-            row_group_size=group,
-            use_dictionary=unlike is None or [n for n in schema.names if n not in unlike],
-            compression="zstd",
-            write_page_checksum=True,
-        )
-        return out.getvalue()
+        return as_parquet(self._name, schema, [pa.Table.from_arrays(columns, schema=schema)])
 
     def _column(self, field: pa.Field) -> pa.Array:
         chunks = [(rows, cells.get(field.name)) for rows, cells in self._chunks]

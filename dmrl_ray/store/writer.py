@@ -2,12 +2,14 @@
 
 A commit, in this order, so that a stop at any moment leaves the commit whole or absent::
 
-    rows -> _part-N-I-HASH.parquet (hidden, fsync)    checkpoint files (saved before, fsync)
+    rows -> _part-N-I-HASH.parquet.hidden (fsync)     checkpoint files (saved before, fsync)
                           \\                         /
               commits/N.json (fsync, link: put-if-absent, fsync)        <- the commit point
                                      |
-    _part-N-I-HASH.parquet -> part-N-I-HASH.parquet (visible to readers); the reverse, if removed
-    checkpoint files that no kept commit names are deleted
+    _part-N-I-HASH.parquet.hidden -> part-N-I-HASH.parquet; the reverse, if it is left out
+    files that no kept commit names are deleted; then the records before the kept ones
+
+Small parts of a commit before are merged, as further rows, in the first step (`compaction`).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dmrl_ray.errors import FolderInUse
+from dmrl_ray.store import compaction
 from dmrl_ray.store.commits import (
     Commit,
     Json,
@@ -37,6 +40,7 @@ from dmrl_ray.store.commits import (
     hidden,
     hidden_path,
     run_facts,
+    visible_name,
 )
 from dmrl_ray.store.files import (
     FileRecord,
@@ -45,6 +49,7 @@ from dmrl_ray.store.files import (
     is_numeric,
     load_arrays,
     save_arrays,
+    storage_errors,
 )
 from dmrl_ray.store.run_folder import FolderLock, local_path, make_run, recover
 from dmrl_ray.store.tables import (
@@ -111,11 +116,13 @@ class RunWriter:
         self._previous_sha256: str | None = None
         self._buffers = {table: TableBuffer(table) for table in SCHEMAS}
         self._tasks: tuple[set[int], dict[str, set[int]]] | None = None  # see `_known`
+        self._parts: list[FileRecord] = []  # of the newest commit
         self._spilled: list[FileRecord] = []  # parts for the next commit, written already
-        self._forgotten: list[str] = []  # parts that are not in the next commit
-        self._removed: list[str] = []  # parts that are not in the newest commit
+        self._forgotten: set[str] = set()  # parts that are not in the next commit
+        self._unmerged: set[str] = set()  # tables with parts that cannot be merged
         self._renames: list[tuple[str, str]] = []  # of parts, committed but not yet done
-        self._kept: list[set[str]] = []  # paths that the newest commits name, newest first
+        self._kept: dict[int, set[str]] = {}  # paths that the newest commits name, by number
+        self._left_out: set[str] = set()  # parts that only commits before the newest name
         self._saved: dict[str, int] = {}  # checkpoint files on disk: number of the commit to come
 
     @classmethod
@@ -167,9 +174,11 @@ class RunWriter:
         self.number, self._previous_sha256 = newest.number, newest.sha256
         self.state, self.files = newest.state, newest.files
         self._epoch = newest.epoch + 1
-        self._removed = newest.removed
-        self._kept = [{file.path for file in commit.files.values()} for commit in kept]
-        self._saved = dict.fromkeys(set().union(*self._kept), 0)
+        self._parts = newest.parts
+        self._kept = {c.number: {f.path for f in (*c.files.values(), *c.parts)} for c in kept}
+        self._saved = {file.path: 0 for commit in kept for file in commit.files.values()}
+        self._left_out = {part.path for commit in kept for part in commit.parts}
+        self._left_out -= {part.path for part in newest.parts}
 
     def add(self, table: str, columns: Mapping[str, Cells]) -> None:
         """Buffer rows, column by column; single values stand in all rows.
@@ -281,8 +290,8 @@ class RunWriter:
     def forget(self, stages: Collection[str]) -> None:
         """Leave out all rows of these stages so far, from the next commit on.
 
-        Parts that hold them stay in the folder under a hidden name, so that a commit before can
-        still be gone back to; what they hold of other stages is written again.
+        Parts that hold them stay in the folder under a hidden name for as long as a commit is kept
+        that names them; what they hold of other stages is written again.
         """
         for stage in stages:
             self._known()[1].pop(stage, None)
@@ -292,7 +301,7 @@ class RunWriter:
                 gone = pc.is_in(rows["stage"], pa.array(stages, pa.string()))
                 if not pc.any(gone).as_py():
                     continue
-                self._forgotten.append(f"{table}/{path.name.removeprefix('_')}")
+                self._forgotten.add(f"{table}/{visible_name(path.name)}")
                 if not pc.all(gone).as_py():
                     rows = rows.filter(pc.invert(gone))
                     buffer = TableBuffer(table)
@@ -344,27 +353,45 @@ class RunWriter:
         for file in files.values():
             assert (self.folder / file.path).is_file(), f"{file.path} is not on disk"
         state = json.loads(json.dumps(state))
-        parts = self._write_parts(number)
-        record = self._record(number, state, files, self._spilled + parts)
-        data = record.to_bytes()
+        left_out = set(self._forgotten)
+        written: list[FileRecord] = []
         won = False
         try:
+            left_out |= self._merge(written)
+            self._write_parts(number, written)
+            stay = [part for part in self._parts if part.path not in left_out]
+            parts = sorted(stay + self._spilled + written, key=lambda part: part.path)
+            data = self._record(number, state, files, parts).to_bytes()
             won = self._files.put_if_absent(commit_name(number), data)
         finally:
             if not won:
-                self._delete([hidden(part).path for part in parts])
-        if not won:
+                self._delete([hidden(part).path for part in written])
+        if not won or self._is_outrun(number, written):
             raise FolderInUse(f"{self.folder}: another process has written commit {number}")
         self.number, self.state, self.files = number, state, dict(files)
         self._previous_sha256 = hashlib.sha256(data).hexdigest()
         for buffer in self._buffers.values():
             buffer.clear()
-        self._renames += [(hidden(part).path, part.path) for part in record.parts]
-        self._renames += [(part, hidden_path(part)) for part in self._forgotten]
-        self._removed, self._spilled, self._forgotten = record.removed, [], []
+        self._renames += [(hidden(part).path, part.path) for part in self._spilled + written]
+        self._renames += [(part, hidden_path(part)) for part in sorted(left_out)]
+        self._parts, self._spilled, self._forgotten = parts, [], set()
+        self._left_out |= left_out
+        named = {file.path for file in (*files.values(), *parts)}
+        self._kept = {number: named, **self._kept}
         self._publish()
         self._prune()
         return number
+
+    def _is_outrun(self, number: int, written: list[FileRecord]) -> bool:
+        """Whether a commit just written is undone, as another process is past this number."""
+        name, newest = commit_name(number), ""
+        try:
+            with storage_errors(self.folder / "commits"):
+                newest = max(n for n in self._files.list("commits") if n[0].isdigit())
+        finally:
+            if f"commits/{newest}" != name:
+                self._delete([name, *(hidden(part).path for part in written)])
+        return f"commits/{newest}" != name
 
     def _record(
         self, number: int, state: Json, files: Mapping[str, FileRecord], parts: list[FileRecord]
@@ -379,26 +406,38 @@ class RunWriter:
             state=state,
             files=dict(files),
             parts=parts,
-            removed=self._removed + self._forgotten,
         )
 
-    def _write_parts(self, number: int) -> list[FileRecord]:
-        parts: list[FileRecord] = []
+    def _merge(self, written: list[FileRecord]) -> set[str]:
+        """Write parts of the newest commit again as one; returns the paths of these parts."""
+        stay = [part for part in self._parts if part.path not in self._forgotten]
+        parts = compaction.most_mergeable(stay, except_of=self._unmerged)
+        if not parts:
+            return set()
+        table, last = parts[-1].path.split("/")
         try:
-            for table, buffer in self._buffers.items():
-                if buffer.num_rows:
-                    parts.append(self._write_part(table, number, buffer))
-        except BaseException:
-            self._delete([hidden(part).path for part in parts])
-            raise
-        return parts
+            data = compaction.merged(self.folder, parts, {"dmrl.writer": self._name})
+        except (ValueError, OSError) as error:  # Readers tell it, too; the run goes on.
+            self._unmerged.add(table)
+            logger.warning("parts are not merged: %s", error)
+            return set()
+        # Named as the last of them, so that the rows stay where they were.
+        written.append(self._put_part(table, last[: len("part-00000001-0000")], memoryview(data)))
+        return {part.path for part in parts}
+
+    def _write_parts(self, number: int, written: list[FileRecord]) -> None:
+        for table, buffer in self._buffers.items():
+            if buffer.num_rows:
+                written.append(self._write_part(table, number, buffer))
 
     def _write_part(self, table: str, number: int, buffer: TableBuffer) -> FileRecord:
         data = memoryview(buffer.to_parquet({"dmrl.writer": self._name}))
         order = len(self._spilled)  # Readers sort by name, and rows shall come as they were added.
+        return self._put_part(table, f"part-{number:08d}-{order:04d}", data)
+
+    def _put_part(self, table: str, begin: str, data: memoryview) -> FileRecord:
         digest = hashlib.sha256(data).hexdigest()
-        name = f"part-{number:08d}-{order:04d}-{digest[:16]}.parquet"
-        part = FileRecord(f"{table}/{name}", data.nbytes, digest)
+        part = FileRecord(f"{table}/{begin}-{digest[:16]}.parquet", data.nbytes, digest)
         self._files.put(hidden(part).path, data)
         return part
 
@@ -408,12 +447,17 @@ class RunWriter:
             self._renames.pop(0)
 
     def _prune(self) -> None:
-        self._kept = [{file.path for file in self.files.values()}, *self._kept][: self.keep]
-        named = set().union(*self._kept)
-        old = [path for path, n in self._saved.items() if path not in named and n < self.number]
-        self._delete(old)
-        for path in old:
-            del self._saved[path]
+        kept = {number: self._kept[number] for number in list(self._kept)[: self.keep]}
+        named = set().union(*kept.values())
+        saved = {p for p, n in self._saved.items() if p not in named and n < self.number}
+        parts = self._left_out - named
+        self._delete([*saved, *map(hidden_path, parts)])
+        if saved:
+            self._files.sync("checkpoints")  # Files are known by a record, so it goes last.
+        self._delete([commit_name(n) for n in sorted(self._kept.keys() - kept.keys())])
+        self._kept = kept
+        self._saved = {path: n for path, n in self._saved.items() if path not in saved}
+        self._left_out -= parts
 
     def _delete(self, paths: list[str]) -> None:
         for path in paths:  # What is left over is deleted when the run is opened next.
@@ -422,7 +466,7 @@ class RunWriter:
     def discard(self) -> None:
         """Drop the rows that were not committed, and keep those that were to be forgotten."""
         self._delete([hidden(part).path for part in self._spilled])
-        self._spilled, self._forgotten = [], []
+        self._spilled, self._forgotten = [], set()
         self._tasks = None
         for buffer in self._buffers.values():
             buffer.clear()

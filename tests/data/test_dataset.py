@@ -14,6 +14,7 @@ from dmrl_ray.data.dataset import Dataset
 from dmrl_ray.data.files import Recorded
 from dmrl_ray.data.sources import DataSettings, External, Minari, source_of
 from dmrl_ray.errors import ConfigError
+from dmrl_ray.store import compaction
 from dmrl_ray.store.writer import RunWriter
 from tests.jobs.test_worker import RECURRENT, make_spec
 from tests.rollout.test_recording import make_record, recorded
@@ -44,6 +45,36 @@ def answers():
 @pytest.fixture(scope="module")
 def folder(answers, tmp_path_factory):
     return write(tmp_path_factory.mktemp("data") / "run", answers)
+
+
+def sampled(data, seed=0):
+    rollout = data.windows(np.random.default_rng(seed), 8, 40)
+    return [rollout.obs, rollout.action, rollout.reward, rollout.final_obs]
+
+
+def test_parts_that_are_merged_while_they_are_read_from_are_read_on(answers, tmp_path, monkeypatch):
+    folder = write(tmp_path / "run", answers)
+    expected = sampled(opened(folder))
+    data = opened(folder, memory_bytes=1)
+    monkeypatch.setattr(compaction, "TIER", 3)
+    with RunWriter.open(folder) as writer:
+        for _ in range(5):  # Six parts become one, and the commits that name them are no more.
+            writer.commit({}, {})
+    assert len(list((folder / "transitions").iterdir())) == 1
+    for before, after in zip(expected, sampled(data), strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
+def test_parts_that_are_gone_while_they_are_read_from_are_not_taken_for_others(answers, tmp_path):
+    folder = write(tmp_path / "run", answers)
+    data = opened(folder, memory_bytes=1)
+    with RunWriter.open(folder) as writer:
+        writer.forget(["seen"])
+        writer.add("transitions", {**answers[0][0], "stage": "other", "job": "other"})
+        for _ in range(4):
+            writer.commit({}, {})
+    with pytest.raises(ValueError, match="is no longer in the run"):
+        sampled(data)
 
 
 def history(answers, b, field):

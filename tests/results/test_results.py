@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import dmrl_ray
 from dmrl_ray.results.intervals import policy_interval, t_interval
 from dmrl_ray.results.reading import SUMMARY, adaptation, load, over_experience, paired, starts
-from dmrl_ray.store.commits import seal
+from dmrl_ray.store.commits import Commit
+from dmrl_ray.store.files import FileRecord
 from dmrl_ray.store.tables import SCHEMAS
 from dmrl_ray.store.writer import RunWriter
 
@@ -54,19 +56,13 @@ def part(folder):
 
 
 def rewrite(folder, table):
-    """Replace a run's only part by another table, in the commit too."""
+    """Replace a run's only part by another table, as if it had been committed."""
     part(folder).unlink()
-    pq.write_table(table, folder / "episodes" / "part-x.parquet")
-    name_part(folder, "episodes/part-x.parquet")
-
-
-def name_part(folder, path):
-    """Have a run's only commit name another part."""
-    commit = folder / "commits" / "00000001.json"
-    record = {**json.loads(commit.read_bytes())}
-    del record["sha256"]
-    record["parts"] = [{**record["parts"][0], "path": path}]
-    commit.write_bytes(seal(record))
+    path = folder / "episodes" / "part-x.parquet"
+    pq.write_table(table, path)
+    record = folder / "commits" / "00000001.json"
+    written = FileRecord.of(f"episodes/{path.name}", path.read_bytes())
+    record.write_bytes(replace(Commit.read(record), parts=[written]).to_bytes())
 
 
 def test_rows_come_back_as_they_were_added(tmp_path):
@@ -177,18 +173,16 @@ def test_every_flipped_bit_of_a_part_is_found(tmp_path):
 
 def test_page_checksums_are_written_for_readers_that_know_no_names(tmp_path):
     path = part(make_run(tmp_path / "run", {"return": np.random.default_rng(0).random(50)}))
-    name_part(tmp_path / "run", "episodes/part-x.parquet")
     data = path.read_bytes()
-    unnamed = path.rename(path.with_name("part-x.parquet"))
     returns = SCHEMAS["episodes"].names.index("return")
-    column = pq.ParquetFile(unnamed).metadata.row_group(0).column(returns)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(returns)
     end = column.dictionary_page_offset + column.total_compressed_size
     for bit in range(8 * (end - 16), 8 * end):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        unnamed.write_bytes(flipped)
-        with pytest.raises(ValueError, match=r"part-x\.parquet: is damaged"):
-            load(tmp_path / "run")
+        path.write_bytes(flipped)
+        with pytest.raises(OSError, match="CRC checksum"):
+            pq.ParquetFile(path, page_checksum_verification=True).read()
 
 
 HOSTILE = {

@@ -3,7 +3,7 @@
 The killing is done by a light process of its own (this file run as a script), because forking one
 that has loaded torch is slow. An audit hook counts the operations: open for writing, rename, link,
 remove, mkdir, truncate; fsync is wrapped. With loss of power, files and names that were not synced
-are torn and undone before the kill.
+are torn and undone before the kill. The second commit merges parts, which the third deletes.
 """
 
 import json
@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import dmrl_ray.store.compaction as compaction_module
 import dmrl_ray.store.writer as writer_module
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import verify
+from dmrl_ray.store.commits import Commit, hidden_path, verify
 from dmrl_ray.store.writer import RunWriter
 
 STEPS = 3
@@ -68,7 +69,8 @@ def add_rows(writer, step):
         changing = {"trial": trial, "return": trial / 7, "task_id": [f"t{n}" for n in trial]}
         where = {"algorithm": "ppo", "split": "train", "greedy": False, **same}
         writer.add("episodes", {**zeros, **where, **changing})
-    add_steps(writer, step)
+    for half in range(2):
+        add_steps(writer, step, half)
     writer.add("metrics", {**same, "name": ["loss", "norm"], "value": [step / 3, np.nan]})
     if step == 0:
         writer.add("metrics", {**same, "stage": "old", "name": "loss", "value": 1.0})
@@ -76,14 +78,15 @@ def add_rows(writer, step):
         writer.forget(["old"])
 
 
-def add_steps(writer, step):
+def add_steps(writer, step, half):
     vectors = pa.array(np.zeros((3, 4), np.float32).tolist(), pa.list_(pa.float32()))
     zeros = dict.fromkeys(
         ["environment", "episode", "t", "policy_version", "adaptation_step", "action"], 0
     )
     ends = {"terminated": False, "truncated": False, "log_prob": 0.0}
     where = {"stage": "s", "job": f"j{step}", "task_id": "t", "split": "train"}
-    changing = {"trial": np.arange(3), "reward": np.arange(3) / 7 + step, "obs": vectors}
+    rows = np.arange(3) + 3 * half
+    changing = {"trial": rows, "reward": rows / 7 + step, "obs": vectors}
     writer.add("transitions", {**zeros, **ends, **where, **changing})
 
 
@@ -201,7 +204,7 @@ def check_prefix(folder, expected, committed):
     if not (folder / "run.json").exists():
         assert committed == 0
         return
-    commits = len(list((folder / "commits").glob("[0-9]*.json")))
+    commits = max((commit.number for commit in commits_of(folder)), default=0)
     assert commits >= committed
     for table, rows in rows_of(folder).items():
         per_step = len(expected[table]) // STEPS
@@ -209,11 +212,19 @@ def check_prefix(folder, expected, committed):
     assert (load(folder, "metrics")["stage"] == "old").sum() == (0 < commits < STEPS)
 
 
+def commits_of(folder):
+    paths = sorted((folder / "commits").glob("[0-9]*.json"))
+    return [Commit.read(path) for path in paths]
+
+
 def check_finished(folder, expected):
     assert verify(folder) == []
     assert all(rows.equals(expected[table]) for table, rows in rows_of(folder).items())
-    left = [path.name[:14] for path in folder.rglob("_*")]
-    assert left == ["_part-00000001"], "what was forgotten, for going back"
+    before, newest = ({part.path for part in c.parts} for c in commits_of(folder))
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("_*")}
+    assert left == {hidden_path(part) for part in before - newest}, "for going back"
+    assert {path.split("/")[0] for path in left} >= {"metrics"}, "something was forgotten"
+    assert len({part for part in newest if "transitions" in part}) == STEPS, "two became one"
     assert len(list((folder / "checkpoints").iterdir())) == 2 + 1, "last: 2, best: 1"
 
 
@@ -261,7 +272,7 @@ def campaigns(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kill_before_any_file_operation_loses_and_doubles_no_row(campaigns, kind):
-    out, err = campaigns[kind].communicate(timeout=250)
+    out, err = campaigns[kind].communicate(timeout=600)
     assert campaigns[kind].returncode == 0, err[-3000:]
     counts = json.loads(out)
     assert counts["points"] > 80, "the hook sees the operations"
@@ -269,6 +280,7 @@ def test_a_kill_before_any_file_operation_loses_and_doubles_no_row(campaigns, ki
 
 
 if __name__ == "__main__":
+    compaction_module.TIER = 2
     writer_module.SPILL_BYTES = 40  # Three vectors of four numbers are more.
     seeds = {kind: seed for seed, kind in enumerate(KINDS)}
     campaign(Path(sys.argv[1]), seeds[sys.argv[2]] or None)

@@ -155,6 +155,21 @@ def test_of_two_writers_that_escaped_the_lock_one_commits(tmp_path, zombie_is_fi
     assert verify(folder) == []
 
 
+def test_a_writer_whose_number_is_free_again_commits_nothing(tmp_path):
+    folder = make_run(tmp_path / "run", 2)
+    zombie = RunWriter.open(folder)
+    zombie.close()
+    continue_run(folder, 8)
+    assert not (folder / "commits" / "00000003.json").exists(), "its record is deleted"
+    add(zombie, 100)
+    with pytest.raises(FolderInUse, match="has written commit 3"):
+        zombie.commit({"step": 3}, {"last": zombie.save("last", {"w": np.ones(3)})})
+    assert list(folder.rglob("_*")) == []
+    assert continue_run(folder, 8) == []
+    assert values(folder) == list(range(32))
+    assert verify(folder) == []
+
+
 def test_a_flipped_bit_of_a_commit_record_is_found(tmp_path):
     path = make_run(tmp_path / "run", 1) / "commits" / "00000001.json"
     data = path.read_bytes()
@@ -190,21 +205,40 @@ def test_damage_two_commits_back_goes_back_two(tmp_path):
     folder = make_run(tmp_path / "run", 4)
     damage(next((folder / "metrics").glob("part-00000003*")), bit=99)
     messages = continue_run(folder, 4)
-    assert messages[0] == "commit 4 is set aside: an earlier commit is not complete"
+    assert [m.split(":")[0] for m in messages[:2]] == [
+        f"commit {n} is set aside" for n in (4, 3)
+    ], "both name the part"
     assert messages[2] == "continuing from commit 2"
     assert values(folder) == list(range(16))
 
 
-@pytest.mark.parametrize("what", ["commits/00000001.json", "metrics/part-00000001-*.parquet"])
-def test_damage_further_back_than_the_checkpoints_is_told_and_the_run_goes_on(tmp_path, what):
+def test_damage_further_back_than_the_commits_kept_is_told_and_the_run_goes_on(tmp_path):
     folder = make_run(tmp_path / "run", 6)
-    (path,) = folder.glob(what)
+    (path,) = (folder / "metrics").glob("part-00000001-*.parquet")
     damage(path, bit=1000)
     (message,) = continue_run(folder, 7)
-    assert message.startswith("lost for good, in commit 1: ")
-    # The rows of a damaged record are known by the checksum in their part's name.
-    lost = 4 if path.suffix == ".parquet" else 0
-    assert values(folder) == list(range(lost, 28))
+    assert message == f"lost for good: {path}: its sha256 is not the committed one"
+    assert values(folder) == list(range(4, 28))
+    assert path.with_name(f"_rejected-{path.name}.hidden").exists()
+
+
+def test_rows_that_are_lost_for_good_do_not_keep_a_run_from_going_back(tmp_path):
+    folder = make_run(tmp_path / "run", 6)
+    damage(next((folder / "metrics").glob("part-00000001-*")), bit=1000)
+    continue_run(folder, 7)
+    damage(next((folder / "checkpoints").glob("last-00000007*")), bit=5)
+    assert continue_run(folder, 8)[1] == "continuing from commit 6"
+    assert values(folder) == list(range(4, 32))
+
+
+def test_a_damaged_record_before_the_newest_is_no_harm(tmp_path):
+    folder = make_run(tmp_path / "run", 4)
+    damage(folder / "commits" / "00000003.json", bit=99)
+    assert len(verify(folder)) == 1
+    (message,) = continue_run(folder, 8)
+    assert message.startswith("commit 3 is set aside: ")
+    assert values(folder) == list(range(32))
+    assert verify(folder) == []
 
 
 def test_going_back_never_costs_more_than_the_commits_that_are_kept(tmp_path):
@@ -215,7 +249,7 @@ def test_going_back_never_costs_more_than_the_commits_that_are_kept(tmp_path):
             writer.commit({"step": number + 1}, {})
     damage(next((tmp_path / "run" / "metrics").glob("part-00000003*")), bit=99)
     (message,) = continue_run(tmp_path / "run", 8)
-    assert message.startswith("lost for good, in commit 3: ")
+    assert message.startswith("lost for good: ")
 
 
 def test_a_record_of_another_history_is_no_past(tmp_path):
@@ -287,10 +321,10 @@ def test_rows_that_were_to_be_forgotten_come_back_with_the_commit_before(tmp_pat
     assert verify(folder) == []
 
 
-def test_damage_far_back_brings_no_forgotten_row_back(tmp_path):
+def test_damage_of_an_older_record_brings_no_forgotten_row_back(tmp_path):
     folder = mixed_run(tmp_path / "run")
     forget(folder)
-    continue_run(folder, 8)
+    continue_run(folder, 4)
     damage(folder / "commits" / "00000003.json", bit=99)
     continue_run(folder, 8)
     assert values(folder) == [50, 100, *range(8, 32)]
@@ -388,7 +422,7 @@ def test_what_was_told_as_lost_does_not_keep_readers_from_the_rest(tmp_path):
     with pytest.raises(CorruptRun, match=r"part-00000001.*: is missing, though a commit names it"):
         load(folder, "metrics")
     (message,) = continue_run(folder, 7)
-    assert message.startswith("lost for good, in commit 1: ")
+    assert message.startswith("lost for good: ")
     assert values(folder) == list(range(4, 28))
 
 
@@ -397,7 +431,7 @@ ODD = {
     "parts": {"parts": [{"path": "metrics/x", "size_bytes": {}, "sha256": "0"}]},
     "no list": {"parts": 3},
     "number": {"number": "one"},
-    "removed": {"removed": [[]]},
+    "keep": {"keep": 0},
     "state": {"state": []},
 }
 
