@@ -119,7 +119,7 @@ class Run:
         return sorted(found, key=lambda answer: answer.id.number)
 
     def restart_workers(self) -> None:
-        """After a loss that no single worker explains: begin again with new ones."""
+        """Replace all workers, after a job was lost."""
         if self._workers is not None:
             self._workers.close()
             self._workers = None

@@ -141,7 +141,7 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     program = build(spec)
     restarted, figures = spec.name, []
     if stage.change == "ignore":
-        met = _meet_streams(run, spec, program, stage, weights, tasks)
+        met = _play_streams(run, spec, program, stage, weights, tasks)
         figures.append(_add_met(run, spec, stage, policy.version, *met))
         restarted = f"{spec.name}.restarted"
     for job, frozen in ((restarted, False), (f"{spec.name}.unadapted", True)):
@@ -161,10 +161,10 @@ def adapt(run: Run, name: str, stage: Adapt) -> None:
     run.display.update(name, sum(steps), return_=returns[0])
 
 
-def _meet_streams(
+def _play_streams(
     run: Run, spec: JobSpec, program: Program, stage: Adapt, weights: Stored, tasks: list[Task]
 ) -> tuple[list[Columns], list[SinceChange]]:
-    """Episode rows of the agent that no change is announced to, and its steps since each."""
+    """Episode rows of the agent that gets no signal of task changes, and its steps since each."""
     copies = program.adaptation(stage.by).envs_per_task
     streams = [tuple(tasks[i :: stage.streams]) for i in range(stage.streams)]
     episodes = stage.tasks_per_stream * stage.episodes_per_task

@@ -5,12 +5,12 @@
      shard and        +-- trial (large) -----------)---> learner: update --> weights v + 1
      iteration)       +-- shard state -----------> next iteration's call
 
-The driver waits for reports and metrics only; trials, weights and shard states pass by it as
-references. With ``max_policy_lag: 0`` an iteration begins when the update before it has ended, and
-results are gathered by shard number, so that the run is the same whatever the number of workers.
+The driver waits for reports and metrics only; trials, weights and shard states pass through it
+as references. With ``max_policy_lag: 0`` an iteration begins when the update before it has ended,
+and results are gathered by shard number, so that the run is the same for any number of workers.
 With a lag of n there are n more iterations in flight, one behind the other, begun as soon as the
 weights are there that they may act with, so that workers wait neither for an update nor for each
-other. The bound holds by counting, and so does what a run does: iteration i acts with weights v if
+other. The bound on the lag is kept by counting updates: iteration i acts with weights v if
 it was begun after v updates, which is never before update i - n.
 
 Where the time between two updates' ends went is in metrics of the later one, in seconds:
@@ -247,7 +247,7 @@ def evaluate(
 
 
 def program_of(spec: JobSpec) -> Program | None:
-    """The program of a job, made to be asked; None if its algorithm is another library's."""
+    """A job's program, to query its properties; None for algorithms of other libraries."""
     return build(spec) if external_of(spec) is None else None
 
 

@@ -1,10 +1,9 @@
 """The memory of a run, estimated before any of it is taken.
 
-Counted is what the learner's process surely holds at one time: its weights with their gradients
-and moments, the rollouts of an iteration, replay, the parameters of each task, the memory of a
-shard's environments, lists of tasks: what would fit is never refused. Activations, copies on the
-way and checkpoints take about as much again, which is displayed; the programs, 0.4 GB, come on
-top.
+It is a lower bound on what the learner's process holds at one time: its weights with their
+gradients and moments, the rollouts of an iteration, replay, the parameters of each task, the memory
+of a shard's environments, lists of tasks. So nothing that fits is refused. Activations, copies and
+checkpoints take about as much again, which is displayed; the programs, 0.4 GB, come on top.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class AdaptCall:
 
 @dataclass(frozen=True)
 class CollectReport:
-    """The small answer of a collection, which the driver reads; the trial itself travels apart."""
+    """The small answer of a collection, read by the driver; the trial is passed by reference."""
 
     episodes: Columns  # whose env_steps count from where the shard's collection began
     env_steps: int
@@ -151,7 +151,7 @@ class CollectReport:
     inference_s: float  # of them, in the policy
     tasks: dict[str, pa.Array]  # rows of those that are played and were not before
     steps: Steps | None = None  # where the job is recorded
-    left_out: tuple[LeftOut, ...] = ()  # of data, from the collection of a job that is made first
+    left_out: tuple[LeftOut, ...] = ()  # of data; reported once, by shard 0 in iteration 0
     faults: tuple[EnvironmentFault, ...] = ()  # after which episodes were restarted
     begun_again: str = ""  # why open episodes could not be continued, where they could not
 

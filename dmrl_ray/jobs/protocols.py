@@ -39,7 +39,7 @@ class Workers(Protocol):
         """Workers that are up."""
 
     def submit(self, call: Call[Result]) -> CallId:
-        """Have a call made; it is made until it is answered once."""
+        """Submit a call; it is retried until it is answered once."""
 
     def ready(
         self, ids: Sequence[CallId], timeout_s: float

@@ -190,9 +190,9 @@ def build(spec: JobSpec, device: str | None = None) -> Program:
 
 
 def outline(spec: JobSpec) -> Program:
-    """A job's program to be measured: its tensors have shapes and take no memory.
+    """Build a job's program on the meta device, to estimate its size.
 
-    Where a network cannot be made so, it is made as it is.
+    A network that cannot be built there is built with real tensors.
 
     Raises:
         ValueError: as `build`.

@@ -226,7 +226,7 @@ class RolloutWorker:
 
     @during(COMPUTING)
     def train(self, spec: JobSpec, weights: Arrays, updates: int) -> TrainReport:
-        """Do a small job whole: collect a shard and learn from it, `updates` times."""
+        """Run a fine-tuning job in this worker: collect and update, `updates` times."""
         external = external_of(spec)
         if external is not None:
             with closing(external), during(WAITING):

@@ -1,8 +1,7 @@
 """Rollouts on a device: environments, policy and storage are tensors there, and so is the rollout.
 
-While one lasts, the host says what to do next and asks for nothing: every answer would have to wait
-for all the work queued before it. It need not ask when episodes end, because all of them have one
-length. Their statistics are fetched once, at the end.
+During a rollout the host only enqueues work and never synchronises with the device. It knows when
+episodes end, as all of them have one length, and fetches their statistics once, at the end.
 """
 
 from __future__ import annotations

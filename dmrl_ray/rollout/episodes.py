@@ -25,10 +25,10 @@ class Episodes:
 
     An episode's number counts from the start of its environment's trial. Experience is the steps
     and episodes of an agent on a task before an episode began, in all environments in which it
-    acts. It is kept in accounts, one for each task of each agent.
+    acts. Counters are kept for each task of each agent, in accounts.
 
     Attributes:
-        playing: (B,) bool, environments whose steps count: they have episodes left to play.
+        playing: (B,) bool, environments with episodes left to play; the others are masked.
         unlimited: no quota of episodes is set.
     """
 
@@ -66,8 +66,8 @@ class Episodes:
         Args:
             tasks: of the environments.
             agent: (B,) whose experience is kept until a trial begins; None is one agent in all
-                environments, whose tasks are without number: the account of a task ends when no
-                environment plays it.
+                environments, whose stream of tasks is unbounded: the account of a task ends when
+                no environment plays it.
         """
         if agent is None:
             agent = np.zeros(self.num_envs, np.int64)

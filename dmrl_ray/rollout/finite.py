@@ -52,8 +52,8 @@ def diverged(update: int | None = None, adaptation_step: np.ndarray | int = 0) -
     """The error of a policy whose actions are not finite, although all that it observed is.
 
     Args:
-        update: of the learner before it acted, where that is known.
-        adaptation_step: likewise; the message names the largest of any environment.
+        update: number of the last update of the policy, if known.
+        adaptation_step: of each environment, if known; the message reports the largest.
     """
     after = "" if update is None else f" after update {update}"
     sizes = "algorithm.lr"

@@ -172,8 +172,8 @@ def since_change(
     regrets of an episode's steps add up to the regret of its return.
 
     Returns:
-        (U, N) each: step u, task n, mean over the environments that play the task; NaN where none
-        made this step, or the oracle's return is not known.
+        (U, N) each: step u, task n, mean over the environments that play the task; NaN where no
+        environment reached step u, or the oracle's return is not known.
     """
     mask, reward, done = (
         np.concatenate(parts)

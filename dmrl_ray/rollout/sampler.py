@@ -292,7 +292,7 @@ class Sampler:
             with_value: False leaves `value` and `next_value` empty (T, 0).
             greedy: overrides the setting of `start`.
             beta: record the expert's action at every step; in this share of the environments the
-                expert acts, too. The environment must remember (`TaskVectorEnv`).
+                expert acts, too. Requires environments that track their belief (`TaskVectorEnv`).
 
         Raises:
             EnvironmentFault: the family raised, or an observation or reward is not finite.

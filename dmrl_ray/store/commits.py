@@ -289,7 +289,7 @@ def _names(run: Path, folder: str) -> list[str]:
 
 
 def committed_parts(run: Path, table: str) -> list[Path]:
-    """The files of a table as the newest commit has it, though it be not followed by renames yet.
+    """The files of a table as of the newest commit, also if its renames are pending.
 
     So the tables of a run agree with each other at any moment, also after a kill.
 

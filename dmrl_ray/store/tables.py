@@ -115,8 +115,8 @@ _NULLABLE = {
 }
 """Not every family knows success, nor both ends of a score; nor every library experience."""
 
-_UNLIKE = {"tasks": ("task_id", "params"), "trained_on": ("task_id",)}
-"""Columns without a dictionary in Parquet, as hardly a cell is like another."""
+_HIGH_CARDINALITY = {"tasks": ("task_id", "params"), "trained_on": ("task_id",)}
+"""Columns without a dictionary in Parquet, as their values are nearly unique."""
 
 _OTHER_TYPE = {"obs": _IMAGE, "next_obs": _IMAGE, "action": _VECTOR}
 """Other types that a column may have, by the task family; the same in all rows of a run."""
@@ -221,7 +221,7 @@ def schema_of(table: str) -> pa.Schema:
 
 def as_parquet(table: str, schema: pa.Schema, pieces: Iterable[pa.Table]) -> pa.Buffer:
     """Rows of a table, piece by piece, as a Parquet file."""
-    unlike = _UNLIKE.get(table)
+    unlike = _HIGH_CARDINALITY.get(table)
     out = pa.BufferOutputStream()
     with pq.ParquetWriter(
         out,
