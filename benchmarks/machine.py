@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from dmrl_ray.config.machine import usable_cores
+
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -16,7 +18,7 @@ def machine() -> dict[str, object]:
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
     return {
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
     }

@@ -13,17 +13,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 
+from dmrl_ray.cluster.shipping import Shipment, shipment
+from dmrl_ray.config.machine import usable_cores
 from dmrl_ray.config.paths import JOB_VARIABLE, find_cluster
 from dmrl_ray.config.schema import RunConfig, resolve_auto
-from dmrl_ray.errors import ClusterError, Interrupted, JobLost
+from dmrl_ray.errors import ClusterError, ConfigError, Interrupted, JobLost
 from dmrl_ray.jobs.protocols import POLL_S
 from dmrl_ray.tasks.activity import mine
+
+logger = logging.getLogger(__name__)
 
 RayObject: TypeAlias = Any
 """An actor, a reference, or what a call of an actor returns: Ray gives none of them a type."""
@@ -37,18 +45,19 @@ PATIENCE_S = {"here": 3.0, "cluster": 30.0}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Read when NumPy is imported. Learners set their own number of threads afterwards."""
 
-NOT_SHIPPED = [
-    "runs",
-    ".git",
-    ".venv",
-    "venv",
-    "__pycache__",
-    "*.parquet",
-    ".env",
-    "*.pem",
-    "*.key",
-]
-"""Parts of the working directory that no node of a cluster needs, or that none must see."""
+GROWTH_S = 8.0
+"""Time for an autoscaler to notice that more nodes are needed."""
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes that a path of a Unix socket can have."""
+
+_NO_NETWORK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_enable_metrics_collection": "0",  # Its port would be open on all interfaces.
+}
+"""Has Ray's processes listen on the loopback alone."""
+
+_sent: list[Shipment] = []  # to the cluster, by this process
 
 
 def connect(
@@ -139,6 +148,9 @@ def cause_of(error: RayError) -> Exception:
     cause: Exception = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayError):
         cause = JobLost(f"data or a process of the job was lost: {first_sentence(cause)}")
+    elif isinstance(cause, ImportError) and any(sent.left_out for sent in _sent):
+        (sent,) = _sent
+        cause = ClusterError(f"{first_sentence(cause)}; of {sent.folder} was {sent.without}")
     cause.__cause__ = error
     return cause
 
@@ -161,6 +173,35 @@ def no_room(what: str, cpus: int, gpus: int = 0) -> ClusterError:
     )
 
 
+def wait_for_room(config: RunConfig, check: Callable[[], None], *, learners: bool) -> None:
+    """Wait until the cluster has CPUs for all workers and learners, or launches nodes for them.
+
+    Args:
+        config: the run's; its actors have been asked for.
+        check: is called while waiting; what it raises ends the wait.
+        learners: whether there are learners beside the workers.
+
+    Raises:
+        ClusterError: it has too few, and does not grow.
+    """
+    workers, threads = resolve_auto(config.workers.num), resolve_auto(config.learners.threads)
+    beside = config.learners.num * threads if learners else 0
+    end = time.monotonic() + GROWTH_S
+    while workers + beside > (has := int(ray.cluster_resources().get("CPU", 0))):
+        check()
+        if nodes_are_coming():
+            return
+        if time.monotonic() > end:
+            also = f" and {config.learners.num} learners of {threads} threads" if beside else ""
+            most = has - beside
+            advice = f"set workers.num: {most}" if most > 0 else "set fewer learners.threads"
+            raise ClusterError(
+                f"workers.num: {workers} rollout workers{also} need {workers + beside} CPUs, and "
+                f"the cluster has {has}; {advice}, or add nodes"
+            )
+        time.sleep(POLL_S)
+
+
 def nodes_are_coming() -> bool:
     """Whether an autoscaler is launching nodes."""
     from ray.autoscaler.v2.sdk import get_cluster_status
@@ -178,14 +219,40 @@ def _start_here(config: RunConfig) -> None:
         # Ray's ports are open to the network. It asks for a token by itself, and given one here
         # it leaves no token file behind.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    _check_socket_paths()
     learners = config.learners.num * resolve_auto(config.learners.threads)
-    cpus = max(os.cpu_count() or 1, resolve_auto(config.workers.num) + learners + 1)
+    cpus = max(usable_cores(), resolve_auto(config.workers.num) + learners + 1)
     # Environment variables that Ray's daemons inherit cost nothing; a runtime_env would keep the
     # workers from using processes that Ray has started in advance (1.0 s against 1.6 s each).
     # Ray's niceness of 15 made learning 3 times slower beside other busy processes.
     paths = os.pathsep.join(_own_paths())
-    with _environment({**ONE_THREAD, "PYTHONPATH": paths, "RAY_worker_niceness": "0"}):
+    variables = {"PYTHONPATH": paths, "RAY_worker_niceness": "0", **_NO_NETWORK}
+    with _environment({**ONE_THREAD, **variables}), _on_loopback():
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_QUIET)
+
+
+def _check_socket_paths() -> None:
+    """Raise ConfigError where sockets in the temporary folder would have too long a path."""
+    root = get_default_ray_temp_dir()
+    now = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
+    longest = len(os.path.join(root, now, "sockets", "plasma_store").encode())
+    if longest > LONGEST_SOCKET_PATH:
+        raise ConfigError(
+            f"{root}: is {longest - LONGEST_SOCKET_PATH} characters too long for the temporary "
+            "folder of Ray, whose sockets lie in it; set RAY_TMPDIR=/tmp, or another short path, "
+            "or run with workers.num=0"
+        )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray take the loopback as the address of this machine, as it does on macOS."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _join(address: str, *, inside_job: bool) -> None:
@@ -194,9 +261,11 @@ def _join(address: str, *, inside_job: bool) -> None:
             "env_vars": {k: v for k, v in ONE_THREAD.items() if k not in os.environ}
         }
     else:
+        _sent[:] = [shipment(Path.cwd())]
+        logger.info("sent to the cluster: %s", _sent[0])
         runtime_env = {
-            "working_dir": os.getcwd(),
-            "excludes": NOT_SHIPPED,
+            "working_dir": str(_sent[0].folder),
+            "excludes": _sent[0].excludes,
             "env_vars": dict(ONE_THREAD),
         }
     try:

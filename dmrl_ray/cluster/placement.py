@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
 
+from dmrl_ray.config.machine import usable_cores
 from dmrl_ray.config.paths import find_cluster
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.errors import ConfigError
@@ -39,7 +39,7 @@ def place(config: RunConfig, address: str | None) -> tuple[RunConfig, str]:
     Raises:
         ConfigError: a learner asks for a GPU that is not there.
     """
-    why, cores = [], len(os.sched_getaffinity(0))
+    why, cores = [], usable_cores()
     workers, learners = config.workers, config.learners
     if workers.num == "auto":
         number, because = _workers(config, address, cores)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from dmrl_ray.cluster.placement import place
 from dmrl_ray.config.components import did_you_mean
 from dmrl_ray.config.loading import resolved
+from dmrl_ray.config.machine import usable_cores
 from dmrl_ray.config.paths import JOB_VARIABLE
 from dmrl_ray.config.schema import Pretrain, RunConfig
 from dmrl_ray.control.checks import check, unrepeatable
@@ -199,7 +200,7 @@ def facts(config: RunConfig) -> dict[str, object]:
         "git": _git(),
         "host": platform.node(),
         "machine": platform.machine(),
-        "cpus": os.cpu_count(),
+        "cpus": usable_cores(),
         "ray_job_id": _ray_job_id(),
     }
 

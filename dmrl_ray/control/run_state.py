@@ -75,7 +75,7 @@ class Run:
         if self._workers is None and self.config.workers.num == 0:
             self._workers = LocalWorkers(self.check)
         elif self._workers is None:
-            self._starting_workers().start(self.check)
+            self._start(self._starting_workers(), learners=False)
         assert self._workers is not None
         return self._workers
 
@@ -96,8 +96,14 @@ class Run:
         from dmrl_ray.cluster.learners import RayLearners
 
         # Workers begin first, as there are places that only learners may take.
-        start = partial(self._starting_workers().start, self.check)
+        start = partial(self._start, self._starting_workers(), learners=True)
         return RayLearners(spec, self.config.learners, start, self.check)
+
+    def _start(self, workers: RayWorkers, *, learners: bool) -> None:
+        from dmrl_ray.cluster.connection import wait_for_room
+
+        wait_for_room(self.config, self.check, learners=learners)
+        workers.start(self.check)
 
     def _starting_workers(self) -> RayWorkers:
         """The workers on Ray, which may not be up yet."""

@@ -76,13 +76,13 @@ class Files(Protocol):
         """The names of the files in a folder, sorted."""
 
     def rename(self, path: str, other: str) -> None:
-        """Give a file another name in its folder; may be repeated."""
+        """Give a file another name in its folder, durably after `sync`; may be repeated."""
 
     def delete(self, path: str) -> None:
         """Delete a file, if there is one and it can be deleted."""
 
     def sync(self, folder: str) -> None:
-        """See that what was deleted in a folder stays so."""
+        """See that what was renamed or deleted in a folder stays so."""
 
 
 @contextmanager
@@ -283,7 +283,7 @@ class LocalFiles:
         return names_inside(self.folder, folder)
 
     def rename(self, path: str, other: str) -> None:
-        """Rename durably."""
+        """Rename, unless it is done already."""
         before, after = self.folder / path, self.folder / other
         with storage_errors(after):
             try:
@@ -291,7 +291,6 @@ class LocalFiles:
             except FileNotFoundError:
                 if not after.exists():
                     raise
-        sync_folder(after.parent)
 
     def delete(self, path: str) -> None:
         """Unlink, if possible."""

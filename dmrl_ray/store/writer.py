@@ -442,9 +442,11 @@ class RunWriter:
         return part
 
     def _publish(self) -> None:
-        while self._renames:
-            self._files.rename(*self._renames[0])
-            self._renames.pop(0)
+        for path, other in self._renames:
+            self._files.rename(path, other)
+        for folder in sorted({path.split("/")[0] for path, _ in self._renames}):
+            self._files.sync(folder)
+        self._renames.clear()
 
     def _prune(self) -> None:
         kept = {number: self._kept[number] for number in list(self._kept)[: self.keep]}

@@ -318,17 +318,15 @@ def test_what_ends_the_wait_for_workers_ends_the_learners_that_start_meanwhile(r
         RayLearners(make_spec("x"), nowhere, meanwhile=stopped)
 
 
-def test_a_cluster_too_small_for_either_is_told_to_lack_room_for_workers(
-    ray_instance, tmp_path, monkeypatch
-):
-    from dmrl_ray.cluster import pool
+def test_a_cluster_too_small_for_both_is_told_at_once(ray_instance, tmp_path, monkeypatch):
+    from dmrl_ray.cluster import connection
 
-    monkeypatch.setattr(pool, "START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connection, "GROWTH_S", 0.5)
     meta = "stages: {meta: {type: pretrain, env_steps: 1}}"
     text = f"{{tasks: bandit, workers: {{num: 9}}, learners: {{threads: 99}}, {meta}}}"
     with RunWriter.create(tmp_path / "run", text, {}) as writer:
         run = Run(parse_config(text, "run.yaml"), writer, Display(quiet=True), None)
-        with pytest.raises(ClusterError, match=r"workers\.num: 9 rollout workers not up"):
+        with pytest.raises(ClusterError, match=r"workers\.num: 9 .* need 108 CPUs, and .* has \d"):
             run.learners(make_spec("x"))
         run.close()
 
