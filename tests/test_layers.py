@@ -167,3 +167,8 @@ def test_an_algorithm_is_at_most_two_classes_below_the_contract():
         if not name.startswith("rllib:"):
             lineage = import_class(name, "algorithm").__mro__
             assert lineage.index(Algorithm) <= 2, [kind.__name__ for kind in lineage]
+
+
+def test_no_two_test_files_have_one_name():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))

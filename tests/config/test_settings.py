@@ -396,7 +396,7 @@ UNSEEN = {
     "run.name": "names the folder",
     "workers.num": "spreads the same work over more processes",
     "workers.max_failures": "says when a run that loses workers stops, on Ray",
-    "environments.max": "counts faults, of gym alone: tests/control/test_environments.py",
+    "environments.max": "counts faults, of gym alone: tests/control/test_restarted_episodes.py",
     "environments.timeout_s": "says when a long call is an error: tests/jobs/test_liveness.py",
     "learners.threads": "changes the last bits, of large networks",
     "learners.compile": "compiles for seconds: tests/algorithms/test_gradients.py",
