@@ -26,7 +26,7 @@ from dmrl_ray.control.checks import check, unrepeatable
 from dmrl_ray.control.continuation import change, changes, check_state, check_unpickled
 from dmrl_ray.control.held_out import evaluation_tasks
 from dmrl_ray.control.run_state import Run
-from dmrl_ray.control.stages import run_stage
+from dmrl_ray.control.stages import run_stages
 from dmrl_ray.control.stop import StopRequest
 from dmrl_ray.control.train_loop import evaluation_calls, program_of
 from dmrl_ray.errors import ConfigError, Interrupted, JobLost, StorageError
@@ -212,7 +212,7 @@ def _execute(run: Run) -> None:
         while True:
             try:
                 with _watched(run.config, run.display):
-                    _run_stages(run)
+                    run_stages(run)
                 return
             except JobLost as error:
                 rollbacks += 1
@@ -250,22 +250,6 @@ def _note_end(run: Run, event: str, fault: EnvironmentFault | None = None, **det
     run.event(event, run.next_stage(), **detail)
     with suppress(StorageError):
         run.commit()
-
-
-def _run_stages(run: Run) -> None:
-    if len(run.state["done"]) == len(run.config.stages):
-        run.display.message("all stages are done already")
-        return
-    for name in run.config.stages:
-        if name in run.state["done"]:
-            continue
-        run.event("stage_started", name)
-        run_stage(run, name)
-        run.state["done"].append(name)
-        run.event("stage_finished", name)
-        run.commit()
-    run.event("run_finished")
-    run.commit()
 
 
 def _ray_job_id() -> str | None:

@@ -35,6 +35,23 @@ from dmrl_ray.rollout.rows import mean_of_known
 from dmrl_ray.types import Columns, Task
 
 
+def run_stages(run: Run) -> None:
+    """Run the stages that are not done yet, in the order of the config."""
+    if len(run.state["done"]) == len(run.config.stages):
+        run.display.message("all stages are done already")
+        return
+    for name in run.config.stages:
+        if name in run.state["done"]:
+            continue
+        run.event("stage_started", name)
+        run_stage(run, name)
+        run.state["done"].append(name)
+        run.event("stage_finished", name)
+        run.commit()
+    run.event("run_finished")
+    run.commit()
+
+
 def run_stage(run: Run, name: str) -> None:
     """Run one stage to its end, from the newest commit if that is inside it."""
     stage = run.config.stages[name]
