@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import verify
+from dmrl_ray.store.commit_records import verify
 from dmrl_ray.store.writer import RunWriter
 
 JOB = {"stage": "train", "job": "train"}

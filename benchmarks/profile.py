@@ -22,7 +22,7 @@ from dmrl_ray.config.paths import find_run
 from dmrl_ray.config.schema import Pretrain
 from dmrl_ray.jobs.spec import job_spec
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import load_run_config
+from dmrl_ray.store.commit_records import load_run_config
 
 Shares: TypeAlias = dict[str, dict[str, float]]
 """Fractions of time, by process, then by activity."""

@@ -269,7 +269,7 @@ def verify(run: RunName, verbose: Verbose = False) -> None:
     with report_errors(verbose):
         folder = _find_run(run)
         from dmrl_ray.errors import CorruptRun
-        from dmrl_ray.store.commits import verify as problems_of
+        from dmrl_ray.store.commit_records import verify as problems_of
         from dmrl_ray.store.run_folder import files_of_others
 
         problems = problems_of(folder)

@@ -19,7 +19,7 @@ from dmrl_ray.config.loading import parse_config
 from dmrl_ray.control import controller
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import newest_commit
+from dmrl_ray.store.commit_records import newest_commit
 from dmrl_ray.store.files import LocalFiles, load_arrays
 from dmrl_ray.types import Arrays
 from tests.matrix_family import EPISODES

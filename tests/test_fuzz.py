@@ -26,7 +26,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from dmrl_ray import __main__ as cli
-from dmrl_ray.store.commits import seal
+from dmrl_ray.store.commit_records import seal
 
 CONFIG = """\
 tasks: {type: point_goal, horizon: 5}

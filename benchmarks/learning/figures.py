@@ -13,7 +13,7 @@ from dmrl_ray.config.schema import Evaluate, Finetune, Pretrain, RunConfig
 from dmrl_ray.jobs.spec import job_spec, load_family
 from dmrl_ray.results.intervals import method_interval
 from dmrl_ray.results.reading import load, starts
-from dmrl_ray.store.commits import load_run_config
+from dmrl_ray.store.commit_records import load_run_config
 
 KEPT = ["stage", "seed", "task_id", "trial", "adaptation_step", "episode", "return"]
 """Columns of the Parquet file of a result."""

@@ -21,7 +21,7 @@ from dmrl_ray.data.sources import recordings_of
 from dmrl_ray.errors import ConfigError, CorruptRun, IncompatibleSettings
 from dmrl_ray.jobs.external import ExternalAlgorithm
 from dmrl_ray.jobs.spec import job_spec
-from dmrl_ray.store.commits import as_overrides
+from dmrl_ray.store.commit_records import as_overrides
 from dmrl_ray.store.writer import RunWriter
 
 SPEED_ALONE = (

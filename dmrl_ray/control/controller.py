@@ -36,7 +36,7 @@ from dmrl_ray.jobs.protocols import map_calls
 from dmrl_ray.jobs.spec import Weights, job_spec, load_family
 from dmrl_ray.jobs.worker import LocalWorkers, RolloutWorker
 from dmrl_ray.results.display import Display
-from dmrl_ray.store.commits import as_overrides, committed_parts, load_run_config
+from dmrl_ray.store.commit_records import as_overrides, committed_parts, load_run_config
 from dmrl_ray.store.reader import RunReader
 from dmrl_ray.store.tables import read_part
 from dmrl_ray.store.writer import RunWriter

@@ -19,7 +19,7 @@ from dmrl_ray.errors import ConfigError
 from dmrl_ray.jobs.spec import load_family
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import load_run_config
+from dmrl_ray.store.commit_records import load_run_config
 
 
 def find_fault(folder: Path, number: int | None) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.store.commits import committed_parts, visible_name
+from dmrl_ray.store.commit_records import committed_parts, visible_name
 from dmrl_ray.store.parquet import open_parquet
 from dmrl_ray.store.tables import HISTORY, IN_HISTORY, open_part
 

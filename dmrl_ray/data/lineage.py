@@ -21,7 +21,7 @@ from dmrl_ray.config.yaml_text import parse
 from dmrl_ray.data.files import Recorded
 from dmrl_ray.data.sources import DataSettings
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.store.commits import config_text, read_committed, run_facts, settings_changed
+from dmrl_ray.store.commit_records import config_text, read_committed, run_facts, settings_changed
 from dmrl_ray.store.tables import read_part
 
 

@@ -22,7 +22,7 @@ from dmrl_ray.results.intervals import (
     method_interval,
     policy_interval,
 )
-from dmrl_ray.store.commits import read_committed
+from dmrl_ray.store.commit_records import read_committed
 from dmrl_ray.store.tables import HISTORY, IN_HISTORY, read_part, schema_of
 
 MEASURES = ("return", "score", "success")

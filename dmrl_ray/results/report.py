@@ -24,7 +24,7 @@ from dmrl_ray.results import reading as results
 from dmrl_ray.results.display import short
 from dmrl_ray.results.intervals import policy_interval
 from dmrl_ray.results.report_tables import UNKNOWN, adaptation, table
-from dmrl_ray.store.commits import run_facts, settings_changed
+from dmrl_ray.store.commit_records import run_facts, settings_changed
 
 ADAPTATION = "Adaptation on {} tasks, by episodes and steps of the task before"
 STREAM_WINDOWS = 3

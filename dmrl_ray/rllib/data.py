@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dmrl_ray.data.files import Block, Recorded
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.store.commits import load_run_config, run_facts
+from dmrl_ray.store.commit_records import load_run_config, run_facts
 from dmrl_ray.store.files import atomic_folder
 
 

@@ -28,7 +28,7 @@ from dmrl_ray.networks.actor_critic import ActorCritic, Previous
 from dmrl_ray.networks.base import Memory
 from dmrl_ray.networks.heads import SquashedGaussianHead
 from dmrl_ray.rllib.observations import ObservationBuilder
-from dmrl_ray.store.commits import load_run_config
+from dmrl_ray.store.commit_records import load_run_config
 from dmrl_ray.store.files import atomic_folder
 from dmrl_ray.store.reader import RunReader
 from dmrl_ray.tasks.distribution import TaskDistribution

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dmrl_ray.errors import ConfigError
-from dmrl_ray.store.commits import Commit, newest_commit, run_facts
+from dmrl_ray.store.commit_records import Commit, newest_commit, run_facts
 from dmrl_ray.store.files import FileRecord, LocalFiles, load_arrays
 from dmrl_ray.types import Arrays
 

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dmrl_ray.errors import ConfigError, FolderInUse, StorageError
-from dmrl_ray.store.commits import (
+from dmrl_ray.store.commit_records import (
     FORMAT_VERSION,
     HIDDEN,
     SET_ASIDE,

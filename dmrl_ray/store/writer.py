@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 from dmrl_ray.errors import FolderInUse
 from dmrl_ray.store import compaction
-from dmrl_ray.store.commits import (
+from dmrl_ray.store.commit_records import (
     Commit,
     Json,
     commit_name,

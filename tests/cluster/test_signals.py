@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dmrl_ray.store.commits import verify
+from dmrl_ray.store.commit_records import verify
 
 CONFIG = """\
 tasks: {type: point_goal}

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import dmrl_ray
 from dmrl_ray import __main__ as cli
-from dmrl_ray.store.commits import seal
+from dmrl_ray.store.commit_records import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 

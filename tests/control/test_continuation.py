@@ -20,7 +20,7 @@ from dmrl_ray.errors import IncompatibleSettings
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load, run_config
 from dmrl_ray.results.report import _finished, text_report
-from dmrl_ray.store.commits import load_run_config, newest_commit, settings_changed, verify
+from dmrl_ray.store.commit_records import load_run_config, newest_commit, settings_changed, verify
 
 CONFIG = """\
 name: longer

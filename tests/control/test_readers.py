@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import dmrl_ray
 from dmrl_ray import __main__ as cli
 from dmrl_ray.errors import CorruptRun
-from dmrl_ray.store.commits import seal
+from dmrl_ray.store.commit_records import seal
 from dmrl_ray.store.run_folder import FolderLock
 from tests.guarded import unchanged
 

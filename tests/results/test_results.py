@@ -14,7 +14,7 @@ import pytest
 import dmrl_ray
 from dmrl_ray.results.intervals import policy_interval, t_interval
 from dmrl_ray.results.reading import SUMMARY, adaptation, load, over_experience, paired, starts
-from dmrl_ray.store.commits import Commit
+from dmrl_ray.store.commit_records import Commit
 from dmrl_ray.store.files import FileRecord
 from dmrl_ray.store.tables import SCHEMAS
 from dmrl_ray.store.writer import RunWriter

@@ -15,7 +15,7 @@ from dmrl_ray.jobs.spec import job_spec, load_family
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.report import text_report
 from dmrl_ray.rllib.baseline import Baseline
-from dmrl_ray.store.commits import verify
+from dmrl_ray.store.commit_records import verify
 from dmrl_ray.types import EnvironmentFault
 
 pytestmark = pytest.mark.usefixtures("ray_instance")

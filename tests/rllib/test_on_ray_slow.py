@@ -7,7 +7,7 @@ from dmrl_ray.config.loading import parse_config
 from dmrl_ray.control import controller
 from dmrl_ray.results.display import Display
 from dmrl_ray.rllib import register
-from dmrl_ray.store.commits import verify
+from dmrl_ray.store.commit_records import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_instance")]
 

@@ -15,7 +15,7 @@ from dmrl_ray.jobs.transfer import rllib_start
 from dmrl_ray.rllib import register
 from dmrl_ray.rllib.environments import EnvSettings, TaskEnv
 from dmrl_ray.rllib.policies import ActorCriticModule, export_policy, exported, module_spec
-from dmrl_ray.store.commits import newest_commit
+from dmrl_ray.store.commit_records import newest_commit
 from dmrl_ray.store.files import LocalFiles, load_arrays
 from dmrl_ray.types import random_stream
 

@@ -6,7 +6,7 @@ import pytest
 
 from dmrl_ray.results.reading import load
 from dmrl_ray.store import compaction
-from dmrl_ray.store.commits import newest_commit, verify
+from dmrl_ray.store.commit_records import newest_commit, verify
 from dmrl_ray.store.files import FileRecord
 from dmrl_ray.store.writer import RunWriter
 from tests.store.small_run import add, create, make_run, step

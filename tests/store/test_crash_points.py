@@ -22,7 +22,7 @@ import pytest
 import dmrl_ray.store.compaction as compaction_module
 import dmrl_ray.store.writer as writer_module
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import Commit, hidden_path, verify
+from dmrl_ray.store.commit_records import Commit, hidden_path, verify
 from dmrl_ray.store.writer import RunWriter
 
 STEPS = 3

@@ -3,7 +3,7 @@
 import shutil
 
 from dmrl_ray.store import commits
-from dmrl_ray.store.commits import verify
+from dmrl_ray.store.commit_records import verify
 from dmrl_ray.store.writer import RunWriter
 from tests.store.small_run import make_run, step
 from tests.store.test_run_folder import continue_run, damage, values

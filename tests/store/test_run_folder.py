@@ -16,7 +16,7 @@ import pytest
 
 from dmrl_ray.errors import ConfigError, CorruptRun, FolderInUse, StorageError
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import Commit, seal, verify
+from dmrl_ray.store.commit_records import Commit, seal, verify
 from dmrl_ray.store.files import FileRecord
 from dmrl_ray.store.run_folder import files_of_others
 from dmrl_ray.store.writer import RunWriter

@@ -9,7 +9,7 @@ import pytest
 
 from dmrl_ray.errors import StorageError
 from dmrl_ray.results.reading import load
-from dmrl_ray.store.commits import verify
+from dmrl_ray.store.commit_records import verify
 from dmrl_ray.store.writer import RunWriter
 from tests.store.small_run import add, create, make_run
 
