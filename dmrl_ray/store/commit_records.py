@@ -370,7 +370,7 @@ def read_committed(runs: Iterable[Path], table: str, read: Callable[[list[Path]]
             return read([part for run in runs for part in committed_parts(run, table)])
         except FileNotFoundError as error:
             missing = error.filename
-    raise ValueError(f"{missing}: is missing, though a commit names it")
+    raise ConfigError(f"{missing}: is missing, though a commit names it")
 
 
 def settings_changed(run: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmrl_ray.errors import ConfigError
 from dmrl_ray.store.files import FileRecord, LocalFiles
 from dmrl_ray.store.parquet import open_parquet
 from dmrl_ray.store.tables import SCHEMAS, as_parquet, check_columns
@@ -72,13 +73,13 @@ def merged(run: Path, parts: Sequence[FileRecord], metadata: Mapping[str, str]) 
         schema = schema.with_metadata(metadata)
         return as_parquet(table, schema, _pieces(files, schema))
     except pa.ArrowException as error:
-        raise ValueError(f"{run / table}: its parts cannot be joined: {error}") from error
+        raise ConfigError(f"{run / table}: its parts cannot be joined: {error}") from error
 
 
 def _opened(run: Path, table: str, part: FileRecord) -> pq.ParquetFile:
     data = LocalFiles(run).read(part.path)
     if FileRecord.of(part.path, data) != part:
-        raise ValueError(f"{run / part.path}: is not as it was committed")
+        raise ConfigError(f"{run / part.path}: is not as it was committed")
     file = open_parquet(run / part.path, pa.BufferReader(data))
     check_columns(run / part.path, file, table)
     return file

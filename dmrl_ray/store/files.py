@@ -28,7 +28,7 @@ import safetensors
 import safetensors.numpy
 from pydantic import StringConstraints
 
-from dmrl_ray.errors import StorageError
+from dmrl_ray.errors import ConfigError, StorageError
 from dmrl_ray.types import Arrays
 
 CHUNK_BYTES = 1 << 20
@@ -156,7 +156,7 @@ def names_inside(folder: Path, path: str) -> list[str]:
 def _descriptor(folder: Path, path: str, flags: int) -> int:
     parts = path.split("/")
     if not {"", ".", ".."}.isdisjoint(parts):
-        raise ValueError(f"{path}: leads out of the run folder {folder}")
+        raise ConfigError(f"{path}: leads out of the run folder {folder}")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for depth, part in enumerate(parts, 1):
         how = flags if depth == len(parts) else os.O_RDONLY | os.O_DIRECTORY
@@ -370,24 +370,24 @@ def load_arrays(files: Files, record: FileRecord) -> Arrays:
     """Read arrays back.
 
     Raises:
-        ValueError: the file is missing or is not the one that was recorded.
+        ConfigError: the file is missing or is not the one that was recorded.
     """
     try:
         data = files.read(record.path)
     except FileNotFoundError:
-        raise ValueError(f"{files}/{record.path}: is missing") from None
+        raise ConfigError(f"{files}/{record.path}: is missing") from None
     except OSError as error:
-        raise ValueError(f"{files}/{record.path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{files}/{record.path}: cannot be read: {error.strerror}") from error
     if len(data) != record.size_bytes:
-        raise ValueError(
+        raise ConfigError(
             f"{files}/{record.path}: has {len(data)} bytes instead of {record.size_bytes}"
         )
     if FileRecord.of(record.path, data) != record:
-        raise ValueError(f"{files}/{record.path}: its sha256 is not the committed one")
+        raise ConfigError(f"{files}/{record.path}: its sha256 is not the committed one")
     try:
         if record.path.endswith(".safetensors"):
             return dict(safetensors.numpy.load(data))
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise ValueError(f"{files}/{record.path}: holds no arrays: {error}") from error
+        raise ConfigError(f"{files}/{record.path}: holds no arrays: {error}") from error

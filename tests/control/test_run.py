@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dmrl_ray.config.loading import parse_config
-from dmrl_ray.control import controller
+from dmrl_ray.control import controller, stages
 from dmrl_ray.control.run_state import Run
 from dmrl_ray.envs.grid_nav import GridNav
 from dmrl_ray.errors import Interrupted
@@ -74,7 +74,7 @@ stages:
 @pytest.fixture
 def ended_by(tmp_path, monkeypatch):
     """Runs both stages until `act` ends the second, whose rows are not committed yet."""
-    config, stage = parse_config(TWO_STAGES, "run.yaml"), controller.run_stage
+    config, stage = parse_config(TWO_STAGES, "run.yaml"), stages.run_stage
 
     def ended_by(act, error):
         def run_stage(run, name):
@@ -82,7 +82,7 @@ def ended_by(tmp_path, monkeypatch):
             if name == "held_out":
                 act(run)
 
-        monkeypatch.setattr(controller, "run_stage", run_stage)
+        monkeypatch.setattr(stages, "run_stage", run_stage)
         with pytest.raises(error):
             controller.run(config, tmp_path / "run", display=Display(quiet=True))
         monkeypatch.undo()

@@ -2,7 +2,7 @@
 
 import shutil
 
-from dmrl_ray.store import commits
+from dmrl_ray.store import commit_records
 from dmrl_ray.store.commit_records import verify
 from dmrl_ray.store.writer import RunWriter
 from tests.store.small_run import make_run, step
@@ -56,7 +56,7 @@ def test_a_commit_that_was_stopped_while_it_deleted_is_no_damage(tmp_path):
 
 def test_verify_takes_no_commit_that_comes_meanwhile_for_damage(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", 6)
-    real = commits.difference
+    real = commit_records.difference
     with RunWriter.open(folder, keep=1) as writer:
 
         def difference(run, record):
@@ -64,6 +64,6 @@ def test_verify_takes_no_commit_that_comes_meanwhile_for_damage(tmp_path, monkey
                 step(writer, writer.number)
             return real(run, record)
 
-        monkeypatch.setattr(commits, "difference", difference)
+        monkeypatch.setattr(commit_records, "difference", difference)
         assert verify(folder) == []
         assert writer.number > 7
