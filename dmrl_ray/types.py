@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
@@ -267,6 +267,11 @@ def join_shards(trials: list[Trial]) -> Trial:
     most = max(map(len, trials))
     filled = [[*trial, *[trial[-1].fully_masked()] * (most - len(trial))] for trial in trials]
     return [Rollout.concatenate(list(shards)) for shards in zip(*filled, strict=True)]
+
+
+def join_rows(parts: Sequence[Columns]) -> Columns:
+    """The rows of all parts, which have the same columns, in order."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def random_stream(seed: int, *key: int | str) -> np.random.Generator:

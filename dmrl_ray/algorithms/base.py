@@ -105,7 +105,7 @@ class Algorithm(Descent, Adaptation):
         Raises:
             ValueError: the algorithm does not adapt.
         """
-        if self.memory_spans_trial or type(self).adapt is not Adaptation.adapt:
+        if self.memory_spans_trial or self.has_adaptation_steps():
             return self
         raise ValueError(
             f"by: {type(self).__name__.lower()} has no adaptation of its own; use "

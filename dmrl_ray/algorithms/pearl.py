@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
-from dmrl_ray.algorithms.adaptation import Adaptation, Agent
+from dmrl_ray.algorithms.adaptation import Agent
 from dmrl_ray.algorithms.base import Algorithm
 from dmrl_ray.algorithms.sac import (
     ACTOR,
@@ -111,9 +111,6 @@ class PEARL(Algorithm):
     def set_state(self, state: Arrays) -> None:
         """Continue from `get_state`'s answer."""
         self.replay.set_state(state, next(self.policy.parameters()).device)
-
-    def own_adaptation(self) -> Adaptation:
-        return self
 
     def initial_state(self, sampler: Sampler, num_tasks: int) -> Posterior:
         """Algorithm 2, line 1: no context, and so the prior."""

@@ -32,7 +32,7 @@ SECRET_FILES = ("*token*",)
 
 @dataclass
 class Shipment:
-    """What is sent: files with their sizes, and what is left out and why."""
+    """Files that are sent, with their sizes, and files that are left out, with reasons."""
 
     folder: Path
     files: dict[str, int] = field(default_factory=dict)  # bytes, by path in the folder
@@ -40,7 +40,7 @@ class Shipment:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """The size of all files."""
         return sum(self.files.values())
 
     @property

@@ -45,7 +45,7 @@ class Watchers:
             self._on(place.node_id).attach.remote(place.pid)
 
     def look(self, places: Iterable[Place]) -> dict[Place, Look]:
-        """What is new: nothing where the last look was less than a second ago."""
+        """New findings; none where the last look was less than a second ago."""
         if self._clock() - self._looked_at < LOOK_EVERY_S:
             return {}
         self._looked_at = self._clock()
@@ -60,7 +60,7 @@ class Watchers:
         return found
 
     def last(self, place: Place) -> Look:
-        """What a process that has died was doing, as far as it is known."""
+        """The last activity of a process that has died, as far as it is known."""
         if place.node_id == self._here:
             return self._watch.last(place.pid)
         try:

@@ -97,10 +97,10 @@ class EnvironmentSettings(Settings):
     read_with: ClassVar = {"max": ("on_error", ("restart_episode", "quarantine_task"))}
 
     on_error: Literal["stop", "restart_episode", "quarantine_task"] = "stop"
-    """What an environment does to the run that raises or returns what it must not. restart_episode
-    cuts the episode there, as a time limit does, and begins another in a new environment;
-    quarantine_task also draws the task no more for training. Both are for families that step
-    environments one by one, such as `gym`."""
+    """Reaction to an environment that raises or returns what it must not: stop ends the run.
+    restart_episode cuts the episode there, as a time limit does, and begins another in a new
+    environment; quarantine_task also draws the task no more for training. Both are for families
+    that step environments one by one, such as `gym`."""
 
     max: Number = 10
     """Faults of environments in a run, after which it stops."""

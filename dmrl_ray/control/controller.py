@@ -13,7 +13,6 @@ from pathlib import Path
 from traceback import format_exception
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow.compute as pc
 
 from dmrl_ray.cluster.placement import place
@@ -40,7 +39,7 @@ from dmrl_ray.store.commit_records import as_overrides, committed_parts, load_ru
 from dmrl_ray.store.reader import RunReader
 from dmrl_ray.store.tables import read_part
 from dmrl_ray.store.writer import RunWriter
-from dmrl_ray.types import EnvironmentFault, Split
+from dmrl_ray.types import EnvironmentFault, Split, join_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,7 +169,7 @@ def evaluate(
     played = dict(
         map_calls(LocalWorkers(), [Call(RolloutWorker.evaluate, (call, policy)) for call in calls])
     )
-    rows = {key: np.concatenate([played[i][key] for i in range(len(calls))]) for key in played[0]}
+    rows = join_rows([played[i] for i in range(len(calls))])
     rows.pop(FAULTS, None)  # They are counted in runs alone.
     rows["env_steps"][:] = _env_steps(folder, name, policy.version)
     return pd.DataFrame(rows).assign(

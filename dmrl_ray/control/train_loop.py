@@ -56,7 +56,7 @@ from dmrl_ray.jobs.spec import JobSpec, Program, build
 from dmrl_ray.jobs.worker import RolloutWorker, collect_calls
 from dmrl_ray.tasks.distribution import TaskDistribution
 from dmrl_ray.tasks.faults import reference
-from dmrl_ray.types import Arrays, Columns, Task, storable
+from dmrl_ray.types import Arrays, Columns, Task, join_rows, storable
 
 EVALUATION_ENVS = 1024
 """Environments of one evaluation call; fixed, so that results do not depend on workers."""
@@ -241,7 +241,7 @@ def evaluate(
             run.writer.add_steps(calls[i].spec, steps)
     else:
         parts = in_order(run, [Call(RolloutWorker.evaluate, (call, weights)) for call in calls])
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = join_rows(parts)
     run.take_faults(rows)
     return rows
 

@@ -43,7 +43,7 @@ class Trained:
 
 
 class _LearnedFrom(BaseModel):
-    """What is read of the event ``learned_from``."""
+    """The part of the event ``learned_from`` that is read."""
 
     complete: bool
     allowed_by: str
@@ -156,7 +156,7 @@ def run_config(run: Path) -> dict[str, Any]:
 
 
 class _StageOutline(BaseModel):
-    """What is read of a stage without its class."""
+    """The part of a stage that is read without its class."""
 
     type: str = ""
     split: str = ""

@@ -19,7 +19,7 @@ from dmrl_ray.config.components import Settings, at_default
 from dmrl_ray.config.schema import Adapt, Stage
 from dmrl_ray.jobs.messages import CollectReport, EvaluateCall, TrainReport
 from dmrl_ray.jobs.spec import JobSpec, Weights
-from dmrl_ray.types import Arrays, Columns
+from dmrl_ray.types import Arrays, Columns, join_rows
 
 
 class ExternalAlgorithm(ABC):
@@ -113,7 +113,7 @@ class ExternalAlgorithm(ABC):
             )
             parts.append(report.episodes)
             env_steps += report.env_steps
-        rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        rows = join_rows(parts)
         return TrainReport(rows, self.weights(), env_steps)
 
 

@@ -71,7 +71,7 @@ class Look:
 
 @dataclass
 class _Seen:
-    """What the looks before found."""
+    """The findings of earlier looks at a process."""
 
     notes: ActivityOf | None
     looked_at: float
@@ -109,7 +109,7 @@ class Watch:
         self._seen[pid] = _Seen(_notes_of(pid), now, now, stat.cpu_s if stat else 0.0)
 
     def last(self, pid: int) -> Look:
-        """What a process that has died was doing, if it has been looked at."""
+        """The last activity of a process that has died, if it has been looked at."""
         seen = self._seen.get(pid)
         doing = seen.notes.read() if seen is not None and seen.notes is not None else None
         return Look(gone=True, doing=doing)

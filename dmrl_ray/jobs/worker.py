@@ -58,6 +58,7 @@ from dmrl_ray.types import (
     Rollout,
     Task,
     Trial,
+    join_rows,
     random_stream,
 )
 
@@ -252,7 +253,7 @@ class RolloutWorker:
             if iteration < updates:
                 learner.update(iteration, env_steps, [trial])
             env_steps += report.env_steps
-        rows = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        rows = join_rows(parts)
         self._forget(spec)
         return TrainReport(rows, learner.weights(), env_steps, left_out, faults, tuple(steps))
 

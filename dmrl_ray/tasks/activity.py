@@ -1,4 +1,4 @@
-"""What this process is doing, in memory that others can read without its help.
+"""The activity of this process, in memory that others can read without its help.
 
 A process that sleeps, computes or holds the interpreter's lock cannot answer. So it notes what it
 does in an anonymous file of memory, which whoever may read ``/proc/PID/fd`` finds there, and which
@@ -57,7 +57,7 @@ _SIZE = _HEADER_BYTES + 2 * 8 * MAX_ENVS
 
 @dataclass(frozen=True)
 class Doing:
-    """What a process is doing.
+    """The activity of a process.
 
     Attributes:
         what: one of `ACTIVITIES`.
@@ -155,7 +155,7 @@ class Activity(_Memory):
         return before
 
     def read(self) -> Doing:
-        """What this process is doing."""
+        """The activity of this process."""
         return _read(self)
 
 
@@ -181,7 +181,7 @@ class ActivityOf(_Memory):
             os.close(file)
 
     def read(self) -> Doing:
-        """What the process is doing, or was when it died."""
+        """The activity of the process, or its last one if it has died."""
         return _read(self)
 
 

@@ -226,7 +226,7 @@ class TaskDistribution(ABC):
     """Whether environments go on after a fault if `on_fault` says so."""
 
     on_fault: Literal["stop", "restart_episode", "quarantine_task"] = "stop"
-    """What environments of `make_vec` do after a fault: stop raises it."""
+    """The reaction of environments of `make_vec` to a fault: stop raises it."""
 
     on_device: bool = False
     """Whether the environments of `make_vec` can be moved to a device, which requires

@@ -27,7 +27,7 @@ from dmrl_ray.types import Array, EnvironmentFault, Split, Task
 Family: TypeAlias = TaskDistribution | type[TaskDistribution]
 
 RAISED = (Exception, SystemExit, KeyboardInterrupt)
-"""What a family may raise, and `fault` and `pass_signals` tell from what a signal raised."""
+"""Exceptions that a family may raise; `fault` and `pass_signals` tell from what a signal raised."""
 
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sys.prefix, sys.base_prefix})

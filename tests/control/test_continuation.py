@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 
 from dmrl_ray import __main__ as cli
 from dmrl_ray.config.loading import parse_config
-from dmrl_ray.control import controller
+from dmrl_ray.control import continuation, controller
+from dmrl_ray.control.train_loop import Progress
 from dmrl_ray.errors import IncompatibleSettings
 from dmrl_ray.results.display import Display
 from dmrl_ray.results.reading import load, run_config
@@ -299,3 +301,7 @@ def test_what_changes_the_speed_alone_may_change_and_stays_changed(run, tmp_path
     assert (found.commit.keep, found.commit.every_updates, found.workers.num) == (5, None, 0)
     assert weights(run) == weights(short)
     assert newest_commit(run).keep == 5
+
+
+def test_a_committed_progress_is_checked_field_by_field():
+    assert set(continuation._Progress.model_fields) == {f.name for f in fields(Progress)}
